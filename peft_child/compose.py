@@ -1,0 +1,230 @@
+"""The composed weight: base plus delta forward, gather backward, nothing kept in between.
+
+A child network of a tensor is a compact 1-D delta and the flat indices of the entries that it moves. The tensor that a
+module computes with is composed from the frozen base and the delta when the module runs, and composed again when
+backward asks for it, so that no copy of the weight lives from forward to backward. Backward gathers the child's
+entries from the dense gradient and lets the rest go: this is the gradient mask of Child-Tuning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from threading import RLock
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+
+class Child(NamedTuple):
+    """One adapter's child network in one tensor.
+
+    Attributes:
+        delta: Change of the chosen entries, float, shape `(k,)`.
+        indices: Flat row-major positions of the chosen entries, int64, shape `(k,)`, strictly increasing.
+    """
+
+    delta: Tensor
+    indices: Tensor
+
+
+class Composition(NamedTuple):
+    """A tensor that is composed when it is needed: a base and the children that are added to it.
+
+    Attributes:
+        base: The frozen tensor, any shape and floating dtype. It is never written.
+        children: The children to add; deltas add up where they overlap.
+    """
+
+    base: Tensor
+    children: tuple[Child, ...]
+
+    def tensor(self) -> Tensor:
+        """The composed tensor, shape and dtype of the base, differentiable in the base and in every delta."""
+        deltas, indices = zip(*self.children, strict=True)
+        composed: Tensor = _Compose.apply(self.base, indices, *deltas)  # type: ignore[no-untyped-call]
+        return composed
+
+    def versions(self) -> tuple[int, ...]:
+        """Counts of the in-place changes that autograd knows of, to notice one between forward and backward."""
+        tensors = (self.base, *(child.delta for child in self.children))
+        return tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)
+
+
+class _Compose(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, base: Tensor, indices: tuple[Tensor, ...], *deltas: Tensor) -> Tensor:
+        ctx.indices = indices  # constants: `save_for_backward` would let offloading hooks copy them at every step
+        ctx.dtypes = [delta.dtype for delta in deltas]
+        return _composed(base, deltas, indices)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        if gradient.is_sparse:  # nn.Embedding(sparse=True)
+            gradient = gradient.to_dense()
+        flat = gradient.reshape(-1)
+        gathered = [
+            flat.index_select(0, index).to(dtype) if needed else None
+            for index, dtype, needed in zip(ctx.indices, ctx.dtypes, ctx.needs_input_grad[2:], strict=True)
+        ]
+        return gradient if ctx.needs_input_grad[0] else None, None, *gathered
+
+
+def _composed(base: Tensor, deltas: Sequence[Tensor], indices: Sequence[Tensor]) -> Tensor:
+    """A contiguous copy of `base` with the deltas added in at least float32 and rounded once to its dtype."""
+    precise = torch.promote_types(base.dtype, torch.float32)
+    if base.dtype == precise or len(deltas) > 1:
+        total = base.to(precise, copy=True, memory_format=torch.contiguous_format)
+        for delta, index in zip(deltas, indices, strict=True):
+            total.view(-1).index_add_(0, index, delta.to(precise))
+        return total.to(base.dtype)
+    # One child in low precision: only the k chosen entries need the wider type.
+    total = base.clone(memory_format=torch.contiguous_format)
+    chosen = total.view(-1).index_select(0, indices[0]).to(precise) + deltas[0]
+    total.view(-1).index_copy_(0, indices[0], chosen.to(base.dtype))
+    return total
+
+
+class ComposedOnUse(torch.Tensor):
+    """A composed weight as a parent module sees it: asking for shape or dtype is free, computing composes it."""
+
+    composition: Composition
+
+    @staticmethod
+    def __new__(cls, composition: Composition) -> ComposedOnUse:
+        """Stand for `composition`; the contiguous strides are those of the tensor that will be composed."""
+        base = composition.base
+        self: ComposedOnUse = torch.Tensor._make_wrapper_subclass(
+            cls, base.shape, dtype=base.dtype, device=base.device, requires_grad=torch.is_grad_enabled()
+        )
+        self.composition = composition
+        return self
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Answer questions about metadata; compose for anything else."""
+        if func in _METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        args, kwargs = tree_map_only(cls, lambda lazy: lazy.composition.tensor(), (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+_METADATA = {
+    torch.Tensor.size,
+    torch.Tensor.dim,
+    torch.Tensor.numel,
+    torch.Tensor.element_size,
+    torch.Tensor.is_floating_point,
+    *(
+        getattr(torch.Tensor, name).__get__
+        for name in ("dtype", "shape", "device", "layout", "ndim", "requires_grad", "is_cuda", "is_meta", "is_sparse")
+    ),
+}
+
+
+_LOCKS: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()  # not on the modules: locks cannot be copied
+
+
+def lock_of(module: nn.Module) -> RLock:
+    """The lock under which the parameters of `module` are read or swapped, one for each module."""
+    return _LOCKS.setdefault(module, RLock())
+
+
+def call_composed(
+    module: nn.Module, compositions: Mapping[str, Composition], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Call `module` with composed tensors in place of its own parameters.
+
+    The caller holds `lock_of(module)`. Hooks of the module run as ever. No composed tensor is kept for backward.
+
+    Args:
+        module: The module; its parameters are back in place when the call ends, however it ends.
+        compositions: Compositions by the name of a parameter that `module` itself owns.
+        args: Positional arguments of the call.
+        kwargs: Keyword arguments of the call.
+
+    Returns:
+        What the module returns.
+    """
+    tensors = {name: composition.tensor() for name, composition in compositions.items()}
+    if torch.compiler.is_compiling():  # the compiler decides by itself what it computes again in backward
+        return torch.func.functional_call(module, tensors, args, kwargs)
+    with _swapped(module, tensors):
+        if not torch.is_grad_enabled():
+            return module(*args, **kwargs)
+        with _composed_again_in_backward(compositions, tensors):
+            return module(*args, **kwargs)
+
+
+@contextmanager
+def _swapped(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Put `tensors` in the place of the parameters of `module`, and the parameters back at the end.
+
+    FSDP keeps its parameters in the instance dictionary as well, where attribute lookup finds them first.
+    """
+    own = {name: module._parameters[name] for name in tensors}
+    shadows = {name: module.__dict__.pop(name) for name in tensors if name in module.__dict__}
+    try:
+        module._parameters.update(tensors)  # type: ignore[arg-type]
+        yield
+    finally:
+        module._parameters.update(own)
+        module.__dict__.update(shadows)
+
+
+class _Recipe(NamedTuple):
+    """What autograd keeps instead of a composed tensor, or of a view of it."""
+
+    composition: Composition
+    versions: tuple[int, ...]
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+    def tensor(self) -> Tensor:
+        if self.composition.versions() != self.versions:
+            raise RuntimeError(
+                "A base weight or child_delta was changed in place between forward and backward; "
+                "run forward again after the change."
+            )
+        with torch.no_grad():
+            return self.composition.tensor().as_strided(self.size, self.stride, self.offset)
+
+
+@contextmanager
+def _composed_again_in_backward(
+    compositions: Mapping[str, Composition], tensors: Mapping[str, Tensor]
+) -> Iterator[None]:
+    """Let autograd save a recipe instead of each composed tensor.
+
+    Tensors that are not ours go to the hooks around this call, such as those of activation checkpointing, which would
+    otherwise not see them.
+    """
+    recipes = {tensors[name].untyped_storage().data_ptr(): composition for name, composition in compositions.items()}
+    outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    keep, give_back = outer if outer else (lambda tensor: tensor, lambda kept: kept)
+
+    def pack(tensor: Tensor) -> Any:
+        composition = recipes.get(tensor.untyped_storage().data_ptr())
+        if composition is None:
+            return keep(tensor)
+        return _Recipe(
+            composition, composition.versions(), tensor.size(), tensor.stride(), int(tensor.storage_offset())
+        )
+
+    def unpack(kept: Any) -> Tensor:
+        tensor: Tensor = kept.tensor() if isinstance(kept, _Recipe) else give_back(kept)
+        return tensor
+
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            yield
+    finally:
+        recipes.clear()  # the hooks live until backward, and the storages may be given to other tensors before

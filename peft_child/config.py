@@ -1,0 +1,208 @@
+"""The settings of a Child-Tuning adapter."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import PeftConfig
+
+
+class ChildPeftType(str, enum.Enum):
+    """PEFT's name for this method: members of PEFT's own enum cannot be added from outside.
+
+    It names the package, so that PEFT's `KeyError` says what to import where this package is missing.
+    """
+
+    PEFT_CHILD = "PEFT_CHILD"
+
+
+VARIANTS = ("task_driven", "random", "task_free")
+FISHER = ("per_example", "authors")
+
+
+@dataclass
+class ChildTuningConfig(PeftConfig):
+    """Configuration of Child-Tuning (Xu et al., "Raise a Child in Large Language Model", EMNLP 2021).
+
+    Child-Tuning updates only a child network, a subset of the entries of the targeted parameters. Every field is
+    described in its `help`; `ChildTuningConfig.describe()` prints them.
+
+    Raises:
+        ValueError: If a field has a value outside its range.
+    """
+
+    variant: str = field(
+        default="task_driven",
+        metadata={
+            "help": (
+                "How the child network is chosen. 'task_driven' (Child-Tuning_D): the entries with the largest Fisher "
+                "information, by `select_child_network`. 'random': a fixed random one, drawn from `seed` and the "
+                "names of the parameters; needs no data. 'task_free' (Child-Tuning_F) is reserved."
+            )
+        },
+    )
+    density: float = field(
+        default=0.1,
+        metadata={
+            "help": (
+                "Share of the entries of all targeted parameters together that belong to the child network, in "
+                "(0, 1]. Exactly round(density * n) of n entries are chosen. Called p_D or reserve_p elsewhere."
+            )
+        },
+    )
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "Modules whose parameters, biases included, form the whole network: a list of names or endings of "
+                "names, a regular expression for full names, or 'all-linear' for every linear layer but the head. A "
+                "module brings along the modules inside it. By default PEFT's choice for the architecture."
+            )
+        },
+    )
+    target_parameters: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "Single parameters to target besides `target_modules`, whatever their shape: a list of names or "
+                "endings of names, such as 'LayerNorm.weight', or a regular expression for full names."
+            )
+        },
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Modules to leave out of `target_modules`: a list of names or endings, or an expression."},
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None,
+        metadata={"help": "Indices of the only layers in which a list of `target_modules` applies."},
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Name of the module list that holds the layers, if it is not found without."},
+    )
+    modules_to_save: list[str] | None = field(
+        default=None,
+        metadata={"help": "Modules trained densely and saved whole, outside the density, such as a new head."},
+    )
+    seed: int = field(
+        default=0,
+        metadata={"help": "Seed of the random child network, a non-negative integer."},
+    )
+    fisher: str = field(
+        default="per_example",
+        metadata={
+            "help": (
+                "How `select_child_network` estimates the Fisher information. 'per_example': mean over examples of "
+                "the squared gradient of the example's loss, without dropout or clipping. 'authors': as in the code "
+                "released with the paper, mean over batches of the squared gradient of the batch loss, with dropout "
+                "as in training and the gradient of each parameter clipped to norm 1."
+            )
+        },
+    )
+    fisher_examples: int | None = field(
+        default=None,
+        metadata={"help": "Number of examples the Fisher information was estimated on; recorded by the selection."},
+    )
+    init_weights: bool = field(
+        default=True,
+        metadata={"help": "True starts from the base model (deltas of zero), False from small random deltas (tests)."},
+    )
+    child_sizes: dict[str, list[int]] | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "Entries, chosen entries and bytes of the index block of every parameter with a child network; "
+                "recorded by the selection, for loaders that need to know shapes before they read the file."
+            )
+        },
+    )
+
+    def __post_init__(self) -> None:
+        """Check every field; PEFT calls this on construction and on loading alike."""
+        super().__post_init__()  # type: ignore[no-untyped-call]
+        self.peft_type = ChildPeftType.PEFT_CHILD
+        self._check_numbers()
+        _check_choice("variant", self.variant, VARIANTS)
+        _check_choice("fisher", self.fisher, FISHER)
+        if self.variant == "task_free":
+            raise ValueError(
+                "variant='task_free' (Child-Tuning_F) is reserved and not available in this version; "
+                "use 'task_driven' or 'random'."
+            )
+        for name in ("target_modules", "target_parameters", "exclude_modules", "modules_to_save", "layers_pattern"):
+            _check_names(name, getattr(self, name), allow_text=name != "modules_to_save")
+        self._check_layers()
+        if self.child_sizes is not None:
+            _check_sizes(self.child_sizes)
+
+    def child_size(self, numel: int) -> int:
+        """Number of entries in the child network of a network of `numel` entries.
+
+        Raises:
+            ValueError: If that rounds to none.
+        """
+        size = round(self.density * numel)
+        if not size:
+            raise ValueError(f"density={self.density} of {numel} targeted entries is an empty child network.")
+        return size
+
+    @classmethod
+    def describe(cls) -> str:
+        """One paragraph for each field of this class, with its default."""
+        fields = [cls.__dataclass_fields__[name] for name in cls.__annotations__]
+        return "\n".join(f"{item.name} = {item.default!r}\n    {item.metadata['help']}" for item in fields)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As PEFT's, with sets in a fixed order, so that equal configurations are equal files."""
+        settings = super().to_dict().items()
+        return {name: sorted(value) if isinstance(value, set) else value for name, value in settings}
+
+    def _check_numbers(self) -> None:
+        # A bool is an int for Python, but never meant as a number here.
+        density = self.density
+        if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0 < density <= 1:  # NaN as well
+            raise ValueError(f"density must be a number in (0, 1], got {density!r}.")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise ValueError(f"seed must be a non-negative integer, got {self.seed!r}.")
+        if not isinstance(self.init_weights, bool):
+            raise ValueError(f"init_weights must be True or False, got {self.init_weights!r}.")
+        examples = self.fisher_examples
+        if examples is not None and (isinstance(examples, bool) or not isinstance(examples, int) or examples < 1):
+            raise ValueError(f"fisher_examples must be a positive integer or None, got {examples!r}.")
+
+    def _check_layers(self) -> None:
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern needs layers_to_transform, the indices of the layers, but it is None.")
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError(
+                "layers_to_transform applies to a list of target_modules, "
+                f"got target_modules={self.target_modules!r}; say the layers in the expression."
+            )
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+def _check_names(name: str, value: object, allow_text: bool) -> None:
+    if value is None or (allow_text and isinstance(value, str)):
+        return
+    if isinstance(value, str) or not isinstance(value, Collection) or not all(isinstance(item, str) for item in value):
+        kinds = "a list of names or a regular expression" if allow_text else "a list of names"
+        raise ValueError(f"{name} must be {kinds}, got {value!r}.")
+
+
+def _check_sizes(sizes: object) -> None:
+    if not isinstance(sizes, dict):
+        raise ValueError(f"child_sizes must map names of parameters to sizes, got {sizes!r}.")
+    for name, size in sizes.items():
+        whole = isinstance(size, (list, tuple)) and len(size) == 3 and all(type(number) is int for number in size)
+        if not whole or not 1 <= size[1] <= size[0] or size[2] < 1:
+            raise ValueError(
+                f"child_sizes of '{name}' must be [entries, chosen entries from 1 to entries, bytes], got {size!r}."
+            )

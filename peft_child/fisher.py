@@ -1,0 +1,88 @@
+"""Diagonal empirical Fisher information of named parameters.
+
+The Fisher information of an entry is the mean of its squared gradient of the loss. Each gradient is squared and
+dropped as it arrives, so that one dense gradient lives at a time next to the scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+
+def diagonal_fisher(
+    parameters: Mapping[str, nn.Parameter], losses: Iterable[Tensor], max_norm: float | None = None
+) -> dict[str, Tensor]:
+    """Average the squared gradients of losses.
+
+    With one loss for each example, its negative log-likelihood at the true label, this is the empirical Fisher
+    information of Xu et al. (2021): the mean over examples of `(d log p(y|x) / d w) ** 2`. A loss that is itself the
+    mean over a batch of B examples gives `(1/B sum of gradients) ** 2` instead, which is not the same.
+
+    Args:
+        parameters: Leaves that require gradients, by name. Their `.grad` must be None, and is None again afterwards.
+        losses: Scalars, each with a graph to the parameters; taken one at a time, so they may be computed lazily.
+        max_norm: Clip each parameter's gradient to this L2 norm before squaring, as the authors' code does.
+
+    Returns:
+        Scores by name, float32, in the shape and on the device of the parameter. A parameter that no loss reached has
+        scores of zero.
+
+    Raises:
+        ValueError: If there is no loss at all, or a score is not finite.
+        RuntimeError: If one backward pass delivers a parameter's gradient in parts, which cannot be squared.
+    """
+    scores = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in parameters.items()}
+    arrived: set[str] = set()
+    handles = [
+        parameter.register_post_accumulate_grad_hook(
+            _square_into(scores[name], partial(_arrive, arrived, name), max_norm)
+        )
+        for name, parameter in parameters.items()
+    ]
+    count = 0
+    try:
+        for loss in losses:
+            arrived.clear()
+            loss.backward()
+            count += 1
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter in parameters.values():
+            parameter.grad = None
+    if not count:
+        raise ValueError("The Fisher information needs at least one example, got none.")
+    for name, score in scores.items():
+        score.div_(count)
+        if not torch.isfinite(score).all():
+            raise ValueError(f"The Fisher information of '{name}' is not finite: a gradient was NaN or too large.")
+    return scores
+
+
+def _arrive(arrived: set[str], name: str) -> None:
+    if name in arrived:
+        raise RuntimeError(
+            f"The gradient of '{name}' arrived in parts: reentrant activation checkpointing uses it in several "
+            "segments. Turn checkpointing off, or use use_reentrant=False, while scoring."
+        )
+    arrived.add(name)
+
+
+def _square_into(score: Tensor, arrive: Callable[[], None], max_norm: float | None) -> Callable[[Tensor], None]:
+    def add_square(parameter: Tensor) -> None:
+        gradient = parameter.grad
+        parameter.grad = None
+        if gradient is None:
+            return
+        arrive()
+        gradient = gradient.to_dense() if gradient.is_sparse else gradient
+        gradient = gradient.float()
+        if max_norm is not None:  # the factor of torch.nn.utils.clip_grad_norm_
+            gradient = gradient * (max_norm / (gradient.norm() + 1e-6)).clamp(max=1.0)
+        score.addcmul_(gradient, gradient)
+
+    return add_square

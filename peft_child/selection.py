@@ -1,0 +1,125 @@
+"""The exact global choice: a given number of the largest scores over all tensors together.
+
+Non-negative float32 numbers sort like their bit patterns read as integers. One histogram over the upper half of the
+bits finds the bin of the threshold, a second one over the lower half of that bin the threshold itself: no sorting, no
+joining of the tensors, and memory for one piece of one tensor at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+
+_BINS = 1 << 16
+_INFINITY = 0x7F80_0000  # bit pattern; larger ones are NaN, negative ones negative numbers
+_PIECE = 1 << 22  # scores looked at together, to bound the extra memory
+
+
+def select_largest(scores: Mapping[str, Tensor], size: int) -> dict[str, Tensor]:
+    """Choose the `size` largest scores of all tensors together (Child-Tuning_D; Xu et al., 2021).
+
+    Ties at the threshold go to the earlier tensor in `scores`, then to the smaller flat index, so that exactly `size`
+    entries are chosen and equal scores give equal choices.
+
+    Args:
+        scores: Non-negative finite float32 scores by name, any shape, on any device.
+        size: Number of entries to choose, from 1 to the number of scores.
+
+    Returns:
+        Strictly increasing flat row-major indices by name, int64, on the device of the scores; the lengths sum to
+        `size`, and a tensor without a chosen entry has an empty index.
+
+    Raises:
+        ValueError: If `size` is out of range, or scores are negative, NaN, infinite or of another dtype.
+    """
+    total = sum(score.numel() for score in scores.values())
+    if not 1 <= size <= total:
+        raise ValueError(f"size must be from 1 to {total}, the number of scores, got {size}.")
+    for name, score in scores.items():
+        _check(name, score)
+
+    upper, left = _bin_of(size, (bits >> 16 for score in scores.values() for bits in _pieces(score)))
+    inside = (bits[bits >> 16 == upper] & 0xFFFF for score in scores.values() for bits in _pieces(score))
+    lower, left = _bin_of(left, inside)
+    threshold = upper << 16 | lower
+
+    chosen = {}
+    for name, score in scores.items():
+        bits = _bits(score)
+        above = bits > threshold
+        if left:  # entries equal to the threshold that still fit
+            equal = (bits == threshold).nonzero().view(-1)[:left]
+            above[equal] = True
+            left -= equal.numel()
+        chosen[name] = above.nonzero().view(-1)
+    return chosen
+
+
+def _bin_of(rank: int, digits: Iterator[Tensor]) -> tuple[int, int]:
+    """The bin that holds the `rank`-th largest digit, and its rank among the digits of that bin."""
+    counts = torch.zeros(_BINS, dtype=torch.int64)
+    for digit in digits:
+        counts += torch.bincount(digit, minlength=_BINS).cpu()
+    at_least = counts.flip(0).cumsum(0)
+    position = int(torch.searchsorted(at_least, rank))
+    above = int(at_least[position - 1]) if position else 0
+    return _BINS - 1 - position, rank - above
+
+
+def _bits(score: Tensor) -> Tensor:
+    return score.detach().reshape(-1).view(torch.int32)
+
+
+def _pieces(score: Tensor) -> Iterator[Tensor]:
+    return iter(_bits(score).split(_PIECE))
+
+
+def _check(name: str, score: Tensor) -> None:
+    if score.dtype != torch.float32:
+        raise ValueError(f"Scores must be float32, those of '{name}' are {score.dtype}.")
+    if not score.numel():
+        return
+    low, high = _bits(score).aminmax()
+    if low < 0 or high >= _INFINITY:
+        raise ValueError(f"Scores must be finite and not negative; those of '{name}' hold another value.")
+
+
+def apportion(sizes: Mapping[str, int], total: int) -> dict[str, int]:
+    """Divide `total` among tensors in proportion to their sizes, by the largest remainder.
+
+    Args:
+        sizes: Number of entries by name.
+        total: Number to divide, at most the sum of the sizes.
+
+    Returns:
+        A count by name, at most the size, summing to `total`; equal remainders favour the earlier name.
+    """
+    numel = sum(sizes.values())
+    counts = {name: size * total // numel for name, size in sizes.items()}
+    by_remainder = sorted(sizes, key=lambda name: sizes[name] * total % numel, reverse=True)
+    for name in by_remainder[: total - sum(counts.values())]:
+        counts[name] += 1
+    return counts
+
+
+def draw_random(name: str, numel: int, count: int, seed: int) -> Tensor:
+    """Draw a random child network of one tensor, the same in every process and on every device.
+
+    Args:
+        name: Name of the tensor, so that tensors of equal shape have different child networks.
+        numel: Number of entries of the tensor.
+        count: Number of entries to draw, from 0 to `numel`.
+        seed: Non-negative seed.
+
+    Returns:
+        Strictly increasing flat indices, int64, shape `(count,)`, on the CPU.
+    """
+    if not count:
+        return torch.empty(0, dtype=torch.int64)
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+    return select_largest({name: torch.rand(numel, generator=generator)}, count)[name]
