@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 from tqdm.auto import tqdm
 
+from peft_child.batches import batch_size, single_examples, to_device
 from peft_child.config import ChildTuningConfig
 from peft_child.fisher import diagonal_fisher
 from peft_child.layer import ChildTuningLayer, child_tuning_layers
@@ -182,10 +182,10 @@ def _score(
         )
         with bar:
             for batch in dataloader:
-                for example, size in [(batch, _batch_size(batch))] if by_batch else _examples(batch):
+                for example, size in [(batch, batch_size(batch))] if by_batch else single_examples(batch):
                     if num_examples is not None and seen >= num_examples:
                         return
-                    yield _loss(model, _to_device(example, device), forward_fn, loss_fn, seen)
+                    yield _loss(model, to_device(example, device), forward_fn, loss_fn, seen)
                     seen += size
                     bar.update(size)
 
@@ -217,49 +217,6 @@ def _loss(
         raise ValueError(f"The loss of every example must be finite; that of example {position} is {value}.")
     scalar: Tensor = loss
     return scalar
-
-
-# Batches
-
-
-def _examples(batch: Any) -> Iterator[tuple[Any, int]]:
-    """Every example of a batch as a batch of one, with its size."""
-    size = _batch_size(batch)
-    for index in range(size):
-        yield (_take(batch, index, size) if size > 1 else batch), 1
-
-
-def _batch_size(batch: Any) -> int:
-    """Common first dimension of a batch's tensors; those with a first dimension of 1 serve every example."""
-    tensors = [leaf for leaf in tree_leaves(_plain(batch)) if isinstance(leaf, Tensor) and leaf.dim()]
-    sizes = {len(tensor) for tensor in tensors} - {1}
-    if len(sizes) > 1:
-        raise ValueError(
-            "Tensors of a batch must agree in their first dimension, the example, to be taken apart; got shapes "
-            f"{', '.join(str(tuple(tensor.shape)) for tensor in tensors)}. Use a dataloader with batch_size=1."
-        )
-    return sizes.pop() if sizes else 1
-
-
-def _take(batch: Any, index: int, size: int) -> Any:
-    """One example of a batch of `size`, as a batch of one."""
-    if isinstance(batch, Tensor):
-        return batch[index : index + 1] if batch.dim() and len(batch) == size else batch
-    if isinstance(batch, Mapping):
-        return {key: _take(value, index, size) for key, value in batch.items()}
-    if isinstance(batch, (list, tuple)):
-        if len(batch) == size and not any(isinstance(leaf, Tensor) for leaf in tree_leaves(batch)):
-            return batch[index : index + 1]  # such as one text for each example
-        return type(batch)(_take(value, index, size) for value in batch)
-    return batch
-
-
-def _plain(batch: Any) -> Any:
-    return dict(batch) if isinstance(batch, Mapping) else batch
-
-
-def _to_device(batch: Any, device: torch.device) -> Any:
-    return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, _plain(batch))
 
 
 def _total(dataloader: Iterable[Any], num_examples: int | None) -> int | None:

@@ -115,6 +115,13 @@ class ComposedOnUse(torch.Tensor):
         args, kwargs = tree_map_only(cls, lambda lazy: lazy.composition.tensor(), (args, kwargs or {}))
         return func(*args, **kwargs)
 
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Below autograd it would be too late to compose: the delta would get no gradient."""
+        raise RuntimeError(f"A composed weight reached {func} without __torch_function__; use `weight.clone()` there.")
+
 
 _METADATA = {
     torch.Tensor.size,

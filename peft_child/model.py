@@ -8,26 +8,21 @@ refused adapter leaves the model as it was.
 from __future__ import annotations
 
 import copy
-import re
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-import torch
-from peft import PeftConfig, TaskType
-from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, check_target_module_exists
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from peft_child.codec import FormatError, decode, read_header
 from peft_child.config import ChildTuningConfig
+from peft_child.files import fit_state_dict
 from peft_child.layer import ChildTuningLayer, child_tuning_layers
 from peft_child.selection import apportion, draw_random
-from peft_child.targets import Owner, Target, base_modules, find_targets
+from peft_child.targets import Owner, Target, all_linear, find_targets, names_parameter
 
 
 @dataclass
@@ -84,11 +79,10 @@ class ChildTuningModel(BaseTuner):
         adapter_name = self._name_of(peft_config)
         _check_name_is_free(model, adapter_name)
         if isinstance(peft_config.target_modules, str) and peft_config.target_modules.lower() == "all-linear":
-            peft_config.target_modules = _all_linear(model, peft_config)
-        targets = find_targets(
-            model, partial(_names_module, peft_config), partial(_names_parameter, peft_config.target_parameters)
-        )
-        _check_targets(adapter_name, peft_config, targets)
+            peft_config.target_modules = all_linear(model, peft_config)
+        targets = find_targets(model, peft_config)
+        _check_adapter_name(adapter_name, targets)
+        _check_sizes(peft_config, targets)
 
         entries: dict[str, list[tuple[Target, Owner]]] = {}
         for target in targets:
@@ -166,8 +160,8 @@ class ChildTuningModel(BaseTuner):
         self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
     ) -> list[str]:
         """Parameters were planned and wrapped with the modules; PEFT only wants to know their names."""
-        is_named = partial(_names_parameter, peft_config.target_parameters)
-        return [owner.name for pairs in self._plan.entries.values() for _, owner in pairs if is_named(owner.name)]
+        owners = (owner for pairs in self._plan.entries.values() for _, owner in pairs)
+        return [owner.name for owner in owners if names_parameter(peft_config.target_parameters, owner.name)]
 
     def _name_of(self, config: PeftConfig) -> str:
         return next(name for name, known in self.peft_config.items() if known is config)
@@ -223,7 +217,9 @@ class ChildTuningModel(BaseTuner):
             for layer in layers:
                 layer.check_finite(adapter_names)
         for layer in layers:
-            layer.merge(adapter_names=[name for name in adapter_names if name not in layer.merged_adapters])
+            left = [name for name in adapter_names if name not in layer.merged_adapters]
+            if left:
+                layer.merge(adapter_names=left)
 
     def _unload_and_optionally_merge(  # type: ignore[override]  # PEFT annotates None, and returns the model
         self,
@@ -273,114 +269,7 @@ class ChildTuningModel(BaseTuner):
         Raises:
             FormatError: If a tensor is damaged, or does not fit the base model. Nothing has changed then.
         """
-        files = {_canonical(key): (key, value) for key, value in state_dict.items()}
-        layers = child_tuning_layers(model)
-        remapped: dict[str, Tensor] = {}
-        rooms: list[tuple[ChildTuningLayer, dict[str, tuple[int, int]]]] = []
-        sizes: dict[str, list[int]] = {}
-        used: set[str] = set()
-        for path, layer in layers.items():
-            room: dict[str, tuple[int, int]] = {}
-            for parameter, name in layer.child_targets.get(adapter_name, {}).items():
-                found = _child_of(files, name)
-                if found is None:
-                    continue
-                delta, block = found
-                numel = layer.base_parameter(parameter).numel()
-                _check_child(name, numel, delta, block)
-                room[parameter] = (delta.numel(), block.numel())
-                sizes[name] = [numel, delta.numel(), block.numel()]
-                remapped[f"{path}.child_delta.{adapter_name}.{parameter}"] = delta
-                remapped[f"{path}.child_index.{adapter_name}.{parameter}"] = block
-                used.update(key for kind in _KINDS if (key := _file_key(name, kind)))
-            rooms.append((layer, room))
-        for canonical, (key, value) in files.items():
-            if canonical in used:
-                continue
-            if any(f".{kind}." in key for kind in _KINDS):
-                raise FormatError(f"'{key}' belongs to no parameter that this adapter targets in this base model.")
-            remapped[key] = value
-        for layer, room in rooms:
-            if adapter_name in layer.child_targets:
-                is_active = adapter_name in layer.active_adapters and not layer.disable_adapters
-                layer.allocate(adapter_name, room, trainable=is_active and not config.inference_mode)
-        config.child_sizes = sizes or None
-        return remapped
-
-
-_KINDS = ("child_delta", "child_index")
-
-
-def _canonical(key: str) -> str:
-    """A key as it would be in a base model without other adapter layers, whose names stand in between."""
-    return key.removeprefix("base_model.model.").replace(".base_layer.", ".")
-
-
-def _file_key(name: str, kind: str) -> str:
-    """The canonical key of one tensor of the child of parameter `name`."""
-    path, _, parameter = name.rpartition(".")
-    return f"{path}.{kind}.{parameter}"
-
-
-def _child_of(files: dict[str, tuple[str, Tensor]], name: str) -> tuple[Tensor, Tensor] | None:
-    delta, block = (files.get(_file_key(name, kind)) for kind in _KINDS)
-    if delta is None and block is None:
-        return None
-    if delta is None or block is None:
-        missing = _KINDS[0] if delta is None else _KINDS[1]
-        raise FormatError(f"The file has one tensor of the child of '{name}' without the other: {missing} is missing.")
-    return delta[1], block[1]
-
-
-def _check_child(name: str, numel: int, delta: Tensor, block: Tensor) -> None:
-    if block.dtype != torch.uint8 or block.dim() != 1 or delta.dim() != 1 or not delta.is_floating_point():
-        raise FormatError(
-            f"The child of '{name}' must be a 1-D uint8 index block and a 1-D floating point delta, got "
-            f"{block.dtype} {tuple(block.shape)} and {delta.dtype} {tuple(delta.shape)}."
-        )
-    try:
-        data = block.cpu().numpy().data
-        header = read_header(data)
-        if header.numel != numel:
-            raise FormatError(f"It belongs to a tensor of {header.numel} entries, the base model's has {numel}.")
-        if header.size != delta.numel():
-            raise FormatError(f"Its index has {header.size} positions and its delta {delta.numel()} values.")
-        decode(data)
-    except FormatError as error:
-        raise FormatError(f"The child of '{name}' cannot be loaded. {error}") from error
-
-
-# What a configuration names
-
-
-def _names_module(config: ChildTuningConfig, path: str) -> bool | None:
-    matched = check_target_module_exists(config, path)
-    return None if isinstance(matched, _ExcludedModule) else bool(matched)
-
-
-def _names_parameter(target_parameters: Collection[str] | str | None, name: str) -> bool:
-    if not target_parameters:
-        return False
-    if isinstance(target_parameters, str):
-        return re.fullmatch(target_parameters, name) is not None
-    return any(name == target or name.endswith(f".{target}") for target in target_parameters)
-
-
-def _all_linear(model: nn.Module, config: ChildTuningConfig) -> set[str]:
-    """Names of all linear layers but the head, as PEFT understands 'all-linear', also under earlier adapters."""
-    get_head = getattr(model, "get_output_embeddings", None)
-    head = get_head() if get_head is not None else None
-    if head is None and config.task_type == TaskType.SEQ_CLS:
-        head = next((getattr(model, name) for name in SEQ_CLS_HEAD_NAMES if hasattr(model, name)), None)
-    head = head.base_layer if isinstance(head, ChildTuningLayer) else head
-    return {
-        place.path
-        for place in base_modules(model)
-        if isinstance(place.module, (nn.Linear, Conv1D)) and place.module is not head
-    }
-
-
-# Checks of a new adapter
+        return fit_state_dict(model, config, adapter_name, state_dict)
 
 
 def _check_name_is_free(model: nn.Module, adapter_name: str) -> None:
@@ -391,28 +280,14 @@ def _check_name_is_free(model: nn.Module, adapter_name: str) -> None:
         )
 
 
-def _check_targets(adapter_name: str, config: ChildTuningConfig, targets: list[Target]) -> None:
-    owners = [owner for target in targets for owner in target.owners]
-    if any(adapter_name == owner.parameter for owner in owners):
+def _check_adapter_name(adapter_name: str, targets: list[Target]) -> None:
+    if any(adapter_name == owner.parameter for target in targets for owner in target.owners):
         raise ValueError(
             f"adapter_name must not be the name of a parameter of a targeted module, got '{adapter_name}'."
         )
 
-    for owner in owners:
-        if any(re.match(rf"(.*\.)?{module}($|\.)", owner.path) for module in config.modules_to_save or ()):
-            raise ValueError(
-                f"'{owner.name}' is tied to a targeted weight and trained densely (modules_to_save); a tensor can be "
-                "only one of the two."
-            )
 
-    wanted = config.target_parameters or []
-    for entry in [wanted] if isinstance(wanted, str) else wanted:
-        single = entry if isinstance(wanted, str) else [entry]
-        if not any(_names_parameter(single, owner.name) for owner in owners):
-            raise ValueError(
-                f"target_parameters must each match a parameter of the base model; '{entry}' matches none."
-            )
-
+def _check_sizes(config: ChildTuningConfig, targets: list[Target]) -> None:
     numels = {target.name: target.parameter.numel() for target in targets}
     for name, (numel, _, _) in (config.child_sizes or {}).items():
         if numels.get(name) != numel:

@@ -6,14 +6,20 @@ A tensor that several modules own (tied weights) is one target with several owne
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 import torch
+from peft import TaskType
+from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from transformers.pytorch_utils import Conv1D
 
+from peft_child.config import ChildTuningConfig
 from peft_child.layer import ChildTuningLayer
 
 
@@ -21,7 +27,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Owner(NamedTuple):
-    """A module that owns a targeted parameter.
+    """A module that owns a parameter.
 
     Attributes:
         path: Name of the module in the base model.
@@ -58,15 +64,74 @@ class Target(NamedTuple):
         return self.owners[0].name
 
 
-class Place(NamedTuple):
+def find_targets(model: nn.Module, config: ChildTuningConfig) -> list[Target]:
+    """Find the parameters that a configuration names.
+
+    A module that it names brings along the modules inside it, but for those it excludes.
+
+    Args:
+        model: The base model, with or without adapter layers in it.
+        config: The configuration; 'all-linear' must have been resolved with `all_linear`.
+
+    Returns:
+        The targets, in the order of the model.
+
+    Raises:
+        ValueError: If a target is quantised or not floating point, belongs to the top-level module, or is tied to a
+            weight that is trained densely; or if an entry of `target_parameters` matches nothing.
+    """
+    found: dict[int, Target] = {}
+    wanted: set[int] = set()
+    seen: set[tuple[int, str]] = set()
+    for place in _places(model, config):
+        if place.named:
+            _check_holds_weights(place)
+        for key, parameter in place.module.named_parameters(recurse=False, remove_duplicate=False):
+            owner = Owner(place.path, place.module, key, place.entry)
+            if place.named or (place.named is False and names_parameter(config.target_parameters, owner.name)):
+                _check_weight(parameter, owner)
+                wanted.add(id(parameter))
+            if (id(place.module), key) not in seen:  # else the same module under another name
+                seen.add((id(place.module), key))
+                found.setdefault(id(parameter), Target(parameter, [])).owners.append(owner)
+    targets = [target for target in found.values() if id(target.parameter) in wanted]
+    _check_dense_copies(model, config, targets)
+    _check_entries(config.target_parameters, targets)
+    return targets
+
+
+def names_parameter(target_parameters: Collection[str] | str | None, name: str) -> bool:
+    """Whether names or endings of names, or a regular expression for full names, name a parameter."""
+    if not target_parameters:
+        return False
+    if isinstance(target_parameters, str):
+        return re.fullmatch(target_parameters, name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in target_parameters)
+
+
+def all_linear(model: nn.Module, config: ChildTuningConfig) -> set[str]:
+    """Names of all linear layers but the head: PEFT's 'all-linear', also under the layers of earlier adapters."""
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if get_head is not None else None
+    if head is None and config.task_type == TaskType.SEQ_CLS:
+        head = next((getattr(model, name) for name in SEQ_CLS_HEAD_NAMES if hasattr(model, name)), None)
+    head = head.base_layer if isinstance(head, ChildTuningLayer) else head
+    places = (place for place in _places(model) if isinstance(place.module, (nn.Linear, Conv1D)))
+    return {place.path for place in places if place.module is not head}
+
+
+# The modules of the base model
+
+
+class _Place(NamedTuple):
     """A module of the base model and where it stands.
 
     Attributes:
         path: Its name in the base model.
         module: The module itself, never an adapter layer.
         entry: Name of the outermost module that already has an adapter layer around this one, or `path`.
-        named: Whether the configuration names it, or the closest module around it of which it says anything: True,
-            False, or None for excluded.
+        named: What the configuration says of it, or of the closest module around it of which it says anything: True
+            for targeted, None for excluded, False for nothing at all.
     """
 
     path: str
@@ -75,77 +140,32 @@ class Place(NamedTuple):
     named: bool | None
 
 
-def base_modules(model: nn.Module, names_module: Callable[[str], bool | None] = lambda path: False) -> Iterator[Place]:
-    """Walk the modules of the base model, past adapter layers and without modules that are trained densely.
+def _places(model: nn.Module, config: ChildTuningConfig | None = None) -> Iterator[_Place]:
+    """Every module of the base model under every name that it has, parents first; not those trained densely."""
 
-    Args:
-        model: The base model, with or without adapter layers in it.
-        names_module: Whether the configuration names a module: True, False, or None if it excludes it.
+    def walk(module: nn.Module, path: str, entry: str | None, around: bool | None) -> Iterator[_Place]:
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            return
+        if isinstance(module, ChildTuningLayer):
+            module, entry = module.base_layer, path if entry is None else entry
+        named = _names_module(config, path) if config is not None and path else False
+        named = around if named is False else named
+        yield _Place(path, module, path if entry is None else entry, named)
+        for name, child in module.named_children():
+            yield from walk(child, f"{path}.{name}" if path else name, entry, named)
 
-    Yields:
-        Every module under every name that it has, parents first.
-    """
-    yield from _walk(model, "", None, False, names_module)
-
-
-def _walk(
-    module: nn.Module, path: str, entry: str | None, inherited: bool | None, names_module: Callable[[str], bool | None]
-) -> Iterator[Place]:
-    if isinstance(module, AuxiliaryTrainingWrapper):
-        return
-    if isinstance(module, ChildTuningLayer):
-        module, entry = module.base_layer, path if entry is None else entry
-    named = names_module(path) if path else False
-    named = inherited if named is False else named
-    yield Place(path, module, path if entry is None else entry, named)
-    for name, child in module.named_children():
-        yield from _walk(child, f"{path}.{name}" if path else name, entry, named, names_module)
+    return walk(model, "", None, False)
 
 
-def find_targets(
-    model: nn.Module, names_module: Callable[[str], bool | None], names_parameter: Callable[[str], bool]
-) -> list[Target]:
-    """Find the targeted parameters of a model.
-
-    Args:
-        model: The base model, with or without adapter layers in it.
-        names_module: Whether the configuration names a module: True, False, or None if it excludes it.
-        names_parameter: Whether the configuration names a parameter by itself.
-
-    Returns:
-        The targets, in the order of the model.
-
-    Raises:
-        ValueError: If a target is quantised, not floating point, on the top-level module, or tied to a module that
-            is trained densely.
-    """
-    found: dict[int, Target] = {}
-    wanted: set[int] = set()
-    seen: set[tuple[int, str]] = set()
-    for place in base_modules(model, names_module):
-        if place.named:
-            _check_holds_weights(place)
-        for key, parameter in place.module.named_parameters(recurse=False, remove_duplicate=False):
-            owner = Owner(place.path, place.module, key, place.entry)
-            if place.named or (place.named is False and names_parameter(owner.name)):
-                _check(parameter, owner)
-                wanted.add(id(parameter))
-            if (id(place.module), key) not in seen:  # else the same module under another name
-                seen.add((id(place.module), key))
-                found.setdefault(id(parameter), Target(parameter, [])).owners.append(owner)
-    targets = [target for target in found.values() if id(target.parameter) in wanted]
-    _check_dense_copies(model, targets)
-    return targets
+def _names_module(config: ChildTuningConfig, path: str) -> bool | None:
+    matched = check_target_module_exists(config, path)
+    return None if isinstance(matched, _ExcludedModule) else bool(matched)
 
 
-def _check_holds_weights(place: Place) -> None:
-    """Some quantised layers keep integers in buffers, where no parameter would be found to refuse."""
-    for name, buffer in place.module.named_buffers(recurse=False):
-        if name in ("qweight", "W_q", "codebooks"):
-            _refuse(f"{place.path}.{name}", buffer)
+# Checks
 
 
-def _check(parameter: nn.Parameter, owner: Owner) -> None:
+def _check_weight(parameter: nn.Parameter, owner: Owner) -> None:
     if not owner.path:
         raise ValueError(
             f"Parameter '{owner.name}' belongs to the top-level module, which PEFT cannot replace; target parameters "
@@ -157,6 +177,13 @@ def _check(parameter: nn.Parameter, owner: Owner) -> None:
         _refuse(owner.name, parameter)
 
 
+def _check_holds_weights(place: _Place) -> None:
+    """Some quantised layers keep integers in buffers, where no parameter would be found to refuse."""
+    for name, buffer in place.module.named_buffers(recurse=False):
+        if name in ("qweight", "W_q", "codebooks"):
+            _refuse(f"{place.path}.{name}", buffer)
+
+
 def _refuse(name: str, parameter: torch.Tensor) -> None:
     raise ValueError(
         f"Child-Tuning needs a floating point weight of dtype {', '.join(str(dtype)[6:] for dtype in DTYPES)}; "
@@ -165,17 +192,33 @@ def _refuse(name: str, parameter: torch.Tensor) -> None:
     )
 
 
-def _check_dense_copies(model: nn.Module, targets: list[Target]) -> None:
+def _check_dense_copies(model: nn.Module, config: ChildTuningConfig, targets: list[Target]) -> None:
     """A tied weight cannot be frozen under its child network and trained densely elsewhere."""
     dense = {
-        id(parameter): name
-        for name, module in model.named_modules()
+        id(parameter)
+        for module in model.modules()
         if isinstance(module, AuxiliaryTrainingWrapper)
         for parameter in module.original_module.parameters()
     }
+    expressions = [rf"(.*\.)?{name}($|\.)" for name in config.modules_to_save or ()]
     for target in targets:
-        if id(target.parameter) in dense:
+        is_dense = id(target.parameter) in dense
+        for owner in target.owners:
+            if is_dense or any(re.match(expression, owner.path) for expression in expressions):
+                raise ValueError(
+                    f"'{owner.name}' is tied between a targeted module and one that is trained densely "
+                    "(modules_to_save); a tensor can be only one of the two."
+                )
+
+
+def _check_entries(target_parameters: Collection[str] | str | None, targets: list[Target]) -> None:
+    names = [owner.name for target in targets for owner in target.owners]
+    entries: list[str | list[str]] = [[entry] for entry in target_parameters or ()]
+    if isinstance(target_parameters, str):
+        entries = [target_parameters]
+    for entry in entries:
+        if not any(names_parameter(entry, name) for name in names):
             raise ValueError(
-                f"'{target.name}' is tied to '{dense[id(target.parameter)]}', which is trained densely "
-                "(modules_to_save); a tensor can be only one of the two."
+                "target_parameters must each match a parameter of the base model; "
+                f"'{entry if isinstance(entry, str) else entry[0]}' matches none."
             )

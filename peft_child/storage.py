@@ -1,0 +1,195 @@
+"""What the adapters of one targeted module keep: deltas, encoded indices, and the parameters that they belong to."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, NamedTuple, cast
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from peft_child.codec import decode, encode
+from peft_child.compose import Child, lock_of
+
+
+class _Decoded(NamedTuple):
+    """The index that was read from a block, and what tells whether the block is still the same."""
+
+    block: Tensor
+    version: int
+    indices: Tensor
+
+
+class ChildStorage(nn.Module, BaseTunerLayer):
+    """The child networks of the adapters of one base layer, as ordinary tensors that every loader can read.
+
+    Args:
+        base_layer: The module, of any kind; it keeps its parameters, hooks and attributes.
+
+    Attributes:
+        child_targets: By adapter, the targeted parameters of the base layer with their names in the whole model.
+        child_delta: By adapter and parameter, the trained change of the chosen entries, float32, shape `(k,)`.
+        child_index: By adapter and parameter, the encoded flat indices of these entries, uint8.
+        child_chosen: By adapter, whether its child network has been chosen or loaded.
+        child_ties: Parameters of this layer whose tensor also belongs to an earlier layer, which holds its delta.
+    """
+
+    adapter_layer_names = ("child_delta",)
+    other_param_names = ("child_index", "child_targets", "child_chosen")
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.child_delta = nn.ModuleDict()
+        self.child_index = nn.ModuleDict()
+        self.child_targets: dict[str, dict[str, str]] = {}
+        self.child_chosen: dict[str, bool] = {}
+        self.child_ties: dict[str, tuple[ChildStorage, str]] = {}
+        self._decoded: dict[tuple[str, str], _Decoded] = {}
+
+    def add_adapter(
+        self, adapter_name: str, targets: Mapping[str, str], ties: Mapping[str, tuple[ChildStorage, str]]
+    ) -> None:
+        """Make room for an adapter whose child network is chosen or loaded later.
+
+        Args:
+            adapter_name: The new adapter.
+            targets: Targeted parameters of the base layer and their names in the whole model.
+            ties: Parameters that are tied to those of an earlier layer, with that layer and the name there.
+        """
+        self.child_delta[adapter_name] = nn.ParameterDict()
+        self.child_index[adapter_name] = BufferDict(persistent=True)
+        self.child_targets[adapter_name] = dict(targets)
+        self.child_chosen[adapter_name] = not targets
+        self.child_ties.update(ties)
+
+    def base_parameter(self, name: str) -> nn.Parameter:
+        """The parameter of the base layer, never composed."""
+        with lock_of(self.base_layer):
+            parameter = self.base_layer._parameters[name]
+        assert parameter is not None
+        return parameter
+
+    def set_child(
+        self, adapter_name: str, indices: Mapping[str, Tensor], init_weights: bool, trainable: bool
+    ) -> dict[str, list[int]]:
+        """Give an adapter its child network in this layer, with new deltas.
+
+        Args:
+            adapter_name: An adapter of this layer.
+            indices: Strictly increasing flat indices, int64, shape `(k,)`, for every target; k may be 0.
+            init_weights: Deltas of zero, or small random ones.
+            trainable: Whether the deltas take gradients.
+
+        Returns:
+            The sizes for the configuration, by name in the whole model, of the parameters with a child.
+        """
+        self._clear(adapter_name)
+        sizes = {}
+        for parameter, name in self.child_targets[adapter_name].items():
+            chosen = indices[parameter]
+            if not chosen.numel():
+                continue  # an empty delta would only trouble optimizers and sharding
+            base = self.base_parameter(parameter)
+            block = encode(chosen.cpu().numpy(), base.numel())
+            delta = torch.zeros(chosen.numel()) if init_weights else torch.randn(chosen.numel()) * 0.02
+            stored = torch.frombuffer(bytearray(block), dtype=torch.uint8).to(base.device)
+            self._put(adapter_name, parameter, delta.to(base.device), stored, trainable)
+            self._remember(adapter_name, parameter, chosen.to(base.device))
+            sizes[name] = [base.numel(), chosen.numel(), len(block)]
+        self.child_chosen[adapter_name] = True
+        return sizes
+
+    def allocate(self, adapter_name: str, sizes: Mapping[str, tuple[int, int]], trainable: bool) -> None:
+        """Make deltas and blocks of the given sizes, to be filled by a loader.
+
+        Deltas that have their size already stay the objects they are, for optimizers that hold them.
+
+        Args:
+            adapter_name: An adapter of this layer.
+            sizes: Chosen entries and bytes of the block by parameter, for the parameters with a child.
+            trainable: Whether new deltas take gradients.
+        """
+        deltas, blocks = self._deltas(adapter_name), self._blocks(adapter_name)
+        if {name: (delta.numel(), blocks[name].numel()) for name, delta in deltas.items()} != dict(sizes):
+            self._clear(adapter_name)
+            for parameter in self.child_targets[adapter_name]:
+                if parameter in sizes:
+                    device = self.base_parameter(parameter).device
+                    count, num_bytes = sizes[parameter]
+                    block = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+                    self._put(adapter_name, parameter, torch.zeros(count, device=device), block, trainable)
+        self.child_chosen[adapter_name] = True
+
+    def indices(self, adapter_name: str, parameter: str) -> Tensor:
+        """Flat indices of the child in a parameter, int64, shape `(k,)`, on the device of the delta."""
+        block = self._blocks(adapter_name)[parameter]
+        known = self._decoded.get((adapter_name, parameter))
+        if known is None or known.block is not block or known.version != _version(block):
+            with torch.inference_mode(False):  # else it could never be used in training
+                known = self._remember(
+                    adapter_name, parameter, torch.from_numpy(decode(block.cpu().numpy().data)).to(block.device)
+                )
+        return known.indices
+
+    def children_of(self, parameter: str, adapter_names: Collection[str]) -> Iterator[Child]:
+        """The children of some adapters in one parameter of the base layer, those of tied parameters included."""
+        holder, held = self.child_ties.get(parameter, (self, parameter))
+        for adapter in holder.child_delta:  # in one order, so that the sum does not depend on that of the names
+            if adapter in adapter_names and held in holder._deltas(adapter):
+                yield Child(holder._deltas(adapter)[held], holder.indices(adapter, held))
+
+    def is_trained(self, adapter_name: str) -> bool:
+        """Whether the child network of an adapter has moved from the base here."""
+        return any(bool(delta.any()) for delta in self._deltas(adapter_name).values())
+
+    def _deltas(self, adapter_name: str) -> nn.ParameterDict:
+        """The adapter's deltas by parameter; empty if it has none here."""
+        return cast(nn.ParameterDict, self.child_delta._modules.get(adapter_name, {}))
+
+    def _blocks(self, adapter_name: str) -> BufferDict:
+        return cast(BufferDict, self.child_index[adapter_name])
+
+    def _clear(self, adapter_name: str) -> None:
+        self._deltas(adapter_name).clear()
+        self._blocks(adapter_name).clear()
+        self._forget(adapter_name)
+
+    def _put(self, adapter_name: str, parameter: str, delta: Tensor, block: Tensor, trainable: bool) -> None:
+        self._deltas(adapter_name)[parameter] = nn.Parameter(delta, requires_grad=trainable)
+        self._blocks(adapter_name)[parameter] = block
+
+    def _remember(self, adapter_name: str, parameter: str, indices: Tensor) -> _Decoded:
+        block = self._blocks(adapter_name)[parameter]
+        decoded = self._decoded[adapter_name, parameter] = _Decoded(block, _version(block), indices)
+        return decoded
+
+    def _forget(self, adapter_name: str) -> None:
+        self._decoded = {key: known for key, known in self._decoded.items() if key[0] != adapter_name}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles decode their indices again."""
+        return {**self.__dict__, "_decoded": {}}
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As PEFT's."""
+        super().delete_adapter(adapter_name)
+        self._forget(adapter_name)
+
+    def cast_deltas(self, adapter_name: str) -> None:
+        """Give the deltas of an adapter the dtypes of their base parameters."""
+        for parameter, delta in self._deltas(adapter_name).items():
+            delta.data = delta.data.to(self.base_parameter(parameter).dtype)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """As PEFT's, but deltas keep their precision whatever the dtype of the base."""
+        if adapter_name in self.child_delta and not any(delta.is_meta for delta in self.child_delta.parameters()):
+            device = device or next(self.base_layer.parameters()).device
+            self.child_delta[adapter_name].to(device)
+            self.child_index[adapter_name].to(device)
+
+
+def _version(block: Tensor) -> int:
+    return 0 if block.is_inference() else block._version

@@ -1,0 +1,74 @@
+"""What many tests do with a model."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from peft import get_peft_model
+
+from peft_child import ChildTuningConfig, select_child_network
+from peft_child.layer import child_tuning_layers
+
+from .problems import PROBLEMS, batch_of, build
+
+
+def config_for(name, **changes):
+    return ChildTuningConfig(**{"density": 0.3, **PROBLEMS[name].targets, **changes})
+
+
+def chosen_model(name, base=None, **changes):
+    """A PeftModel of a problem with its child network chosen, at the base weights."""
+    model = get_peft_model(build(name) if base is None else base, config_for(name, **changes))
+    if model.peft_config["default"].variant == "task_driven":
+        select_child_network(model, [batch_of(name)], progress_bar=False)
+    return model
+
+
+def child_of(model, adapter_name="default"):
+    """Flat indices of an adapter's child network by parameter name."""
+    found = {}
+    for layer in child_tuning_layers(model).values():
+        for parameter, name in layer.child_targets.get(adapter_name, {}).items():
+            if parameter in layer._deltas(adapter_name):
+                found[name] = layer.indices(adapter_name, parameter)
+    return found
+
+
+def train(model, batches, make_optimizer=None, accumulation=1):
+    """A plain training loop over the trainable parameters."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = make_optimizer(trainable) if make_optimizer else torch.optim.AdamW(trainable, lr=1e-2)
+    for step, batch in enumerate(batches, start=1):
+        (model(**batch).loss / accumulation).backward()
+        if step % accumulation == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def move(model, scale=0.05, adapter_name="default"):
+    """Random deltas, as if trained."""
+    with torch.no_grad():
+        for layer in child_tuning_layers(model).values():
+            for delta in layer._deltas(adapter_name).values():
+                delta.copy_(torch.randn(delta.shape) * scale)
+
+
+@torch.no_grad()
+def logits(model, batch):
+    return model.eval()(**batch).logits
+
+
+def snapshot(model):
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same(first, second):
+    """Bit-equal mappings of tensors."""
+    assert first.keys() == second.keys()
+    different = [name for name in first if not torch.equal(first[name], second[name])]
+    assert not different
+
+
+def copy_of(model):
+    return copy.deepcopy(model)

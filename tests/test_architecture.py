@@ -1,0 +1,50 @@
+"""The structure of the package: imports point one way, and what is public is documented."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import peft_child
+
+
+LAYERS = [
+    {"compose", "codec", "selection", "fisher", "batches", "config"},
+    {"storage"},
+    {"layer"},
+    {"targets", "choice", "files"},
+    {"model"},
+    {"registration"},
+]
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+SOURCES = sorted(Path(peft_child.__file__).parent.glob("[!_]*.py"))
+
+
+def imported_modules(source):
+    """Modules of this package that a source file imports, anywhere in it."""
+    modules = {node.module for node in ast.walk(ast.parse(source.read_text())) if isinstance(node, ast.ImportFrom)}
+    return {module.split(".")[1] for module in modules if module and module.startswith("peft_child.")}
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_imports_point_down(source):
+    assert all(RANK[name] < RANK[source.stem] for name in imported_modules(source))
+
+
+def test_every_module_has_a_layer():
+    assert {path.stem for path in SOURCES} == set(RANK)
+
+
+@pytest.mark.parametrize("name", ["compose", "codec", "selection", "fisher"])
+def test_tensor_functions_know_neither_peft_nor_transformers(name):
+    source = Path(peft_child.__file__).with_name(f"{name}.py").read_text()
+    assert "import peft" not in source
+    assert "from peft " not in source
+    assert "transformers" not in source
+
+
+def test_public_names_are_documented():
+    for name in peft_child.__all__:
+        assert getattr(peft_child, name).__doc__, name
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    assert all(name in readme for name in peft_child.__all__ if name[0].islower())

@@ -1,0 +1,78 @@
+import json
+
+import pytest
+from peft import PeftConfig
+
+from peft_child import ChildPeftType, ChildTuningConfig
+
+
+@pytest.mark.parametrize("density", [0, -0.1, 1.01, float("nan"), float("inf"), "0.1", None, True])
+def test_density_out_of_range(density):
+    with pytest.raises(ValueError, match=r"density must be a number in \(0, 1\], got"):
+        ChildTuningConfig(density=density)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"variant": "d"}, "variant must be one of 'task_driven', 'random', 'task_free', got 'd'"),
+        ({"variant": "task_free"}, "task_free.* reserved and not available"),
+        ({"fisher": "exact"}, "fisher must be one of 'per_example', 'authors', got 'exact'"),
+        ({"seed": -1}, "seed must be a non-negative integer, got -1"),
+        ({"seed": 1.5}, "seed must be a non-negative integer, got 1.5"),
+        ({"init_weights": "no"}, "init_weights must be True or False, got 'no'"),
+        ({"fisher_examples": 0}, "fisher_examples must be a positive integer or None, got 0"),
+        ({"target_modules": 3}, "target_modules must be a list of names or a regular expression, got 3"),
+        ({"target_parameters": [1]}, "target_parameters must be a list of names or a regular expression"),
+        ({"modules_to_save": "classifier"}, "modules_to_save must be a list of names, got 'classifier'"),
+        ({"layers_pattern": "layer"}, "layers_pattern needs layers_to_transform"),
+        ({"target_modules": ".*q", "layers_to_transform": [0]}, "applies to a list of target_modules"),
+        ({"child_sizes": {"a": [3, 4, 5]}}, r"child_sizes of 'a' must be \[entries, .*got \[3, 4, 5\]"),
+        ({"child_sizes": {"a": [3, 1]}}, "child_sizes of 'a'"),
+        ({"child_sizes": 3}, "child_sizes must map names"),
+    ],
+)
+def test_bad_settings(changes, message):
+    with pytest.raises(ValueError, match=message):
+        ChildTuningConfig(**changes)
+
+
+def test_round_trip_through_json(tmp_path):
+    config = ChildTuningConfig(
+        variant="random",
+        density=0.25,
+        target_modules=["b", "a"],
+        target_parameters=".*norm.*",
+        exclude_modules=["c"],
+        layers_to_transform=[0, 1],
+        layers_pattern="layer",
+        modules_to_save=["head"],
+        seed=3,
+        fisher="authors",
+        fisher_examples=7,
+        init_weights=False,
+        child_sizes={"x.weight": [10, 2, 40]},
+        task_type="CAUSAL_LM",
+    )
+    config.save_pretrained(tmp_path)
+    assert PeftConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "PEFT_CHILD"
+
+
+def test_sets_are_saved_in_a_fixed_order(tmp_path):
+    config = ChildTuningConfig(target_modules=["a", "b", "c"])
+    config.target_modules = {"c", "a", "b"}
+    assert config.to_dict()["target_modules"] == ["a", "b", "c"]
+
+
+def test_size_of_the_child():
+    assert ChildTuningConfig(density=0.1).child_size(1004) == 100
+    assert ChildTuningConfig(density=1).child_size(7) == 7
+    with pytest.raises(ValueError, match=r"density=0.001 of 100 targeted entries is an empty child network"):
+        ChildTuningConfig(density=0.001).child_size(100)
+
+
+def test_every_field_is_described():
+    description = ChildTuningConfig.describe()
+    assert all(f"{name} = " in description for name in ChildTuningConfig.__annotations__)
+    assert ChildTuningConfig().peft_type is ChildPeftType.PEFT_CHILD

@@ -1,0 +1,39 @@
+import importlib
+import subprocess
+import sys
+
+import pytest
+from peft import mapping
+
+import peft_child
+from peft_child import ChildPeftType, ChildTuningConfig, ChildTuningModel
+from peft_child.registration import register
+
+
+def test_peft_knows_the_method_by_its_name():
+    assert mapping.PEFT_TYPE_TO_CONFIG_MAPPING["PEFT_CHILD"] is ChildTuningConfig
+    assert mapping.PEFT_TYPE_TO_TUNER_MAPPING["PEFT_CHILD"] is ChildTuningModel
+    assert mapping.PEFT_TYPE_TO_PREFIX_MAPPING["PEFT_CHILD"] == "child_"
+
+
+def test_registering_again_changes_nothing():
+    register()
+    importlib.reload(peft_child)
+    assert mapping.PEFT_TYPE_TO_CONFIG_MAPPING["PEFT_CHILD"] is ChildTuningConfig
+
+
+def test_a_clash_of_names_or_prefixes_is_refused(monkeypatch):
+    monkeypatch.setitem(mapping.PEFT_TYPE_TO_CONFIG_MAPPING, ChildPeftType.PEFT_CHILD, type("Other", (), {}))
+    with pytest.raises(RuntimeError, match=r"PEFT already has a method 'PEFT_CHILD'.*Other"):
+        register()
+    monkeypatch.undo()
+    monkeypatch.setitem(mapping.PEFT_TYPE_TO_PREFIX_MAPPING, "OTHER", "child_")
+    with pytest.raises(RuntimeError, match="prefix 'child_' already belongs to PEFT's method 'OTHER'"):
+        register()
+
+
+def test_without_the_package_the_error_names_it(tmp_path):
+    ChildTuningConfig().save_pretrained(tmp_path)
+    code = "import sys; from peft import PeftConfig; PeftConfig.from_pretrained(sys.argv[1])"
+    error = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True).stderr
+    assert error.strip().endswith("KeyError: 'PEFT_CHILD'")
