@@ -279,9 +279,13 @@ def _adapter(model: nn.Module, adapter_name: str) -> tuple[ChildTuningConfig, li
 
 
 def _targets(layers: list[ChildTuningLayer], adapter_name: str) -> dict[str, nn.Parameter]:
-    return {
+    targets = {
         name: layer.base_parameter(key) for layer in layers for key, name in layer.child_targets[adapter_name].items()
     }
+    for name, parameter in targets.items():
+        if parameter.is_meta:
+            raise RuntimeError(f"'{name}' is offloaded (on the meta device); load the base model without offloading.")
+    return targets
 
 
 def _check_untrained(adapter_name: str, layers: list[ChildTuningLayer]) -> None:

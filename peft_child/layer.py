@@ -67,14 +67,16 @@ class ChildTuningLayer(ChildStorage):
             children = tuple(self.children_of(parameter, self.active_adapters)) if base is not None else ()
             if children:
                 assert base is not None
-                if base.is_meta:
-                    raise RuntimeError(
-                        f"Parameter '{parameter}' of a {type(self.base_layer).__name__} is offloaded (on the meta "
-                        "device), which Child-Tuning does not support: load the base model without offloading, or "
-                        "merge the adapter before dispatching it."
-                    )
+                self._check_present(parameter, base)
                 found[parameter] = Composition(base, children)
         return found
+
+    def _check_present(self, parameter: str, base: Tensor) -> None:
+        if base.is_meta:
+            raise RuntimeError(
+                f"Parameter '{parameter}' of a {type(self.base_layer).__name__} is offloaded (on the meta device), "
+                "which Child-Tuning does not support: load the base model without offloading."
+            )
 
     def _check_chosen(self) -> None:
         if not self.training or self.disable_adapters or not torch.is_grad_enabled():
@@ -175,7 +177,9 @@ class ChildTuningLayer(ChildStorage):
         for parameter in self.base_layer._parameters:
             children = () if parameter in self.child_ties else tuple(self.children_of(parameter, adapter_names))
             if children:
-                yield parameter, self.base_parameter(parameter), children
+                base = self.base_parameter(parameter)
+                self._check_present(parameter, base)
+                yield parameter, base, children
 
     @torch.no_grad()
     def _write(self, adapter_names: list[str]) -> None:

@@ -13,11 +13,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
+from peft_child.codec import FormatError
 from peft_child.config import ChildTuningConfig
 from peft_child.files import fit_state_dict
 from peft_child.layer import ChildTuningLayer, child_tuning_layers
@@ -264,12 +265,18 @@ class ChildTuningModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Check a file's tensors against the model, make room for them, and name them as the model does.
-
-        Raises:
-            FormatError: If a tensor is damaged, or does not fit the base model. Nothing has changed then.
-        """
-        return fit_state_dict(model, config, adapter_name, state_dict)
+        """Check a file's tensors and make room for them; an adapter that was added for a bad file is removed again."""
+        try:
+            return fit_state_dict(model, config, adapter_name, state_dict)
+        except FormatError:
+            layers = child_tuning_layers(model).values()
+            added = any(adapter_name in layer.child_targets and layer.is_waiting(adapter_name) for layer in layers)
+            if added and isinstance(model, PeftModel):
+                if len(model.peft_config) > 1:
+                    model.delete_adapter(adapter_name)
+                else:
+                    model.unload()
+            raise
 
 
 def _check_name_is_free(model: nn.Module, adapter_name: str) -> None:

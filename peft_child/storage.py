@@ -127,7 +127,7 @@ class ChildStorage(nn.Module, BaseTunerLayer):
         """Flat indices of the child in a parameter, int64, shape `(k,)`, on the device of the delta."""
         block = self._blocks(adapter_name)[parameter]
         known = self._decoded.get((adapter_name, parameter))
-        if known is None or known.block is not block or known.version != _version(block):
+        if known is None or known.block is not block or not _is_same(known):
             with torch.inference_mode(False):  # else it could never be used in training
                 known = self._remember(
                     adapter_name, parameter, torch.from_numpy(decode(block.cpu().numpy().data)).to(block.device)
@@ -140,6 +140,10 @@ class ChildStorage(nn.Module, BaseTunerLayer):
         for adapter in holder.child_delta:  # in one order, so that the sum does not depend on that of the names
             if adapter in adapter_names and held in holder._deltas(adapter):
                 yield Child(holder._deltas(adapter)[held], holder.indices(adapter, held))
+
+    def is_waiting(self, adapter_name: str) -> bool:
+        """Whether the adapter has room here for a file that was not loaded."""
+        return any(not bool(block.any()) for block in self._blocks(adapter_name).values())
 
     def is_trained(self, adapter_name: str) -> bool:
         """Whether the child network of an adapter has moved from the base here."""
@@ -189,6 +193,11 @@ class ChildStorage(nn.Module, BaseTunerLayer):
             device = device or next(self.base_layer.parameters()).device
             self.child_delta[adapter_name].to(device)
             self.child_index[adapter_name].to(device)
+
+
+def _is_same(known: _Decoded) -> bool:
+    """Whether nothing was loaded into the block since; the compiler cannot ask, and traces what it was given."""
+    return torch.compiler.is_compiling() or known.version == _version(known.block)
 
 
 def _version(block: Tensor) -> int:

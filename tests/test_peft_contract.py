@@ -188,7 +188,14 @@ def test_a_damaged_file_is_refused_and_changes_nothing(tmp_path, change, message
         peft.set_peft_model_state_dict(model, peft.utils.save_and_load.load_peft_weights(tmp_path, device="cpu"))
     assert_same(snapshot(model), before)
     with pytest.raises(FormatError, match=message):
-        PeftModel.from_pretrained(build("llama"), tmp_path)
+        model.load_adapter(tmp_path, adapter_name="second")
+    assert list(model.peft_config) == ["default"]
+    assert_same(snapshot(model), before)
+    base = build("llama")
+    with pytest.raises(FormatError, match=message):
+        PeftModel.from_pretrained(base, tmp_path)
+    assert not child_tuning_layers(base)
+    assert_same(snapshot(base), snapshot(build("llama")))
 
 
 # Adapters of a model
@@ -421,6 +428,27 @@ def test_an_offloaded_base_is_refused_with_a_reason():
     cpu_offload(model.base_model.model, execution_device=torch.device("cpu"))
     with pytest.raises(RuntimeError, match="Parameter 'weight' of a Linear is offloaded"):
         logits(model, batch_of("llama"))
+    with pytest.raises(RuntimeError, match="Parameter 'weight' of a Linear is offloaded"):
+        model.merge_adapter()
+    scored = get_peft_model(build("llama"), config_for("llama"))
+    cpu_offload(scored.base_model.model, execution_device=torch.device("cpu"))
+    with pytest.raises(RuntimeError, match="is offloaded"):
+        select_child_network(scored, [batch_of("llama")])
+
+
+def test_a_compiled_model_has_one_graph_and_the_same_gradients():
+    model = trained("bert")
+    batch = batch_of("bert")
+    loss = model(**batch).loss
+    loss.backward()
+    gradients = {key: value.grad.clone() for key, value in model.named_parameters() if value.grad is not None}
+    model.zero_grad()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)(**batch).loss
+    compiled.backward()
+    torch.testing.assert_close(compiled, loss)
+    for key, value in model.named_parameters():
+        if key in gradients:
+            torch.testing.assert_close(value.grad, gradients[key], rtol=1e-5, atol=1e-8)
 
 
 def test_copies_and_pickles(tmp_path):

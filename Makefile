@@ -1,0 +1,40 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PYTHONPYCACHEPREFIX := $(CURDIR)/$(VENV)/pycache
+
+.PHONY: demo test lint check wheel benchmark clean
+
+demo: $(VENV)/.installed  ## Pretrain, adapt three ways, save, load, merge and draw: about two minutes
+	$(BIN)/python examples/quickstart.py
+
+test: lint check wheel  ## Everything that has to pass
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+check: $(VENV)/.installed
+	$(BIN)/pytest
+
+wheel: $(VENV)/.installed  ## Build the wheel, and run the fast tests on it in an environment of its own
+	set -e; folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
+	$(BIN)/python -m build --wheel --outdir "$$folder" . ; \
+	$(PYTHON) -m venv "$$folder/venv"; \
+	"$$folder/venv/bin/python" -m pip install --quiet "$$(ls $$folder/*.whl)[test]"; \
+	cp -r tests examples pyproject.toml README.md "$$folder"; \
+	cd "$$folder"; PYTHONPYCACHEPREFIX="$$folder/pycache" venv/bin/pytest -m "not slow"
+
+benchmark: $(VENV)/.installed
+	$(BIN)/python benchmarks/step.py
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable ".[dev,examples]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs
