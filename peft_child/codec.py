@@ -1,14 +1,16 @@
 """Sorted flat indices as bytes and back.
 
-Child networks are dense sets of positions with structure, so a compressed bitmap beats lists of integers by far; for
-very sparse ones, compressed gaps are smaller. Each block describes and checks itself, because the place where PEFT
-writes it has no room for metadata.
+Child networks chosen by Fisher information are far from random: whole rows and columns of a weight matter more than
+others. A compressed bitmap profits from that, in the order of the rows or of the columns, whichever repeats itself
+more; for sparse children compressed gaps between positions take its place. Each block describes and checks itself,
+because the place where PEFT writes it has no room for metadata.
 """
 
 from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -18,12 +20,15 @@ import numpy.typing as npt
 MAGIC = b"PCHI"
 VERSION = 1
 BITMAP, GAPS = 1, 2
-LEVEL = 6
+ROWS, COLUMNS = 0, 1
 
-_HEADER = struct.Struct("<4sBB2xQQI")  # magic, version, encoding, numel, count, CRC-32 of all the rest
+_HEADER = struct.Struct("<4sBBBxQQQII")  # as in Header, then a CRC-32 of everything else
 _CHECKSUM = struct.Struct("<I")
+_SPARSE = 12  # gaps below one position in so many
+_PROBE = 1 << 16  # bytes that decide how to compress
 
 Indices = npt.NDArray[np.int64]
+Block = bytes | memoryview
 
 
 class FormatError(ValueError):
@@ -35,21 +40,28 @@ class Header(NamedTuple):
 
     Attributes:
         encoding: How the positions are written, `BITMAP` or `GAPS`.
+        order: The order that they are written in, `ROWS` or `COLUMNS`.
         numel: Number of entries of the tensor.
+        width: Entries of a row; a divisor of `numel`.
         size: Number of chosen entries, at least 1.
+        fingerprint: Of the base values at the chosen positions; 0 if unknown.
     """
 
     encoding: int
+    order: int
     numel: int
+    width: int
     size: int
+    fingerprint: int
 
 
-def encode(indices: Indices, numel: int) -> bytes:
-    """Write strictly increasing positions in the smaller of two encodings.
+def encode(indices: Indices, shape: tuple[int, ...], fingerprint: int = 0) -> bytes:
+    """Write the strictly increasing flat positions of a child network in a tensor.
 
     Args:
-        indices: Flat positions, int64, shape `(k,)`, strictly increasing, in `[0, numel)`, at least one.
-        numel: Number of entries of the tensor.
+        indices: Row-major positions, int64, shape `(k,)`, strictly increasing, within the tensor, at least one.
+        shape: Shape of the tensor.
+        fingerprint: Of the base values at these positions, 32 bits; 0 if unknown.
 
     Returns:
         The block. Equal input gives equal bytes.
@@ -57,16 +69,19 @@ def encode(indices: Indices, numel: int) -> bytes:
     Raises:
         ValueError: If the positions are not as described.
     """
+    numel = int(np.prod(shape, dtype=np.int64))
+    width = numel // shape[0] if shape else 1
     _check_indices(indices, numel, ValueError)
-    payloads = {GAPS: _encode_gaps(indices)}
-    if numel <= 64 * indices.size:  # sparser bitmaps never win, and would cost memory of the size of the tensor
-        payloads[BITMAP] = _encode_bitmap(indices, numel)
-    encoding = min(payloads, key=lambda kind: (len(payloads[kind]), kind))
-    head = _HEADER.pack(MAGIC, VERSION, encoding, numel, indices.size, 0)[: -_CHECKSUM.size]
-    return head + _CHECKSUM.pack(zlib.crc32(payloads[encoding], zlib.crc32(head))) + payloads[encoding]
+    encoding = GAPS if _SPARSE * indices.size < numel else BITMAP
+    write = _write_gaps if encoding == GAPS else _write_bitmap
+    orders = [ROWS] if width in (1, numel) else [ROWS, COLUMNS]
+    order, payload = _smallest(lambda order: write(indices, numel, width, order), orders)
+    head = _HEADER.pack(MAGIC, VERSION, encoding, order, numel, width, indices.size, fingerprint, 0)
+    head = head[: -_CHECKSUM.size]
+    return head + _CHECKSUM.pack(zlib.crc32(payload, zlib.crc32(head))) + payload
 
 
-def read_header(block: bytes | memoryview) -> Header:
+def read_header(block: Block) -> Header:
     """Check a block's header and checksum.
 
     Raises:
@@ -74,7 +89,7 @@ def read_header(block: bytes | memoryview) -> Header:
     """
     if len(block) < _HEADER.size:
         raise FormatError(f"A child index block has at least {_HEADER.size} bytes, got {len(block)}.")
-    magic, version, encoding, numel, count, checksum = _HEADER.unpack_from(block)
+    magic, version, *fields, checksum = _HEADER.unpack_from(block)
     if magic == bytes(4):
         raise FormatError("The child index block is empty: it was allocated, but no adapter file was loaded into it.")
     if magic != MAGIC:
@@ -82,30 +97,34 @@ def read_header(block: bytes | memoryview) -> Header:
     if version != VERSION:
         raise FormatError(f"This version of peft_child reads child index blocks of version {VERSION}, got {version}.")
     head = bytes(block[: _HEADER.size - _CHECKSUM.size])
-    if zlib.crc32(block[_HEADER.size :], zlib.crc32(head)) != checksum:
+    if zlib.crc32(block[_HEADER.size :], zlib.crc32(head)) != checksum or head[7]:
         raise FormatError("The checksum of the child index block does not match its content.")
-    if not 1 <= count <= numel:
-        raise FormatError(f"A child index block holds from 1 to {numel} positions, its header says {count}.")
-    return Header(encoding, numel, count)
+    header = Header(*fields)
+    if header.encoding not in (BITMAP, GAPS) or header.order not in (ROWS, COLUMNS):
+        raise FormatError(f"Unknown encoding {header.encoding} or order {header.order} of a child index block.")
+    if not 1 <= header.size <= header.numel < 1 << 63:
+        raise FormatError(
+            f"A child index block holds from 1 to {header.numel} positions, its header says {header.size}."
+        )
+    if not 1 <= header.width <= header.numel or header.numel % header.width:
+        raise FormatError(f"A tensor of {header.numel} entries has no rows of {header.width}.")
+    return header
 
 
-def decode(block: bytes | memoryview) -> Indices:
+def decode(block: Block) -> Indices:
     """Read the positions of a block.
 
+    Memory and time are bounded by the size of the tensor that the header claims; compare that with the real one first.
+
     Returns:
-        Flat positions, int64, shape `(count,)`, strictly increasing.
+        Row-major positions, int64, shape `(size,)`, strictly increasing.
 
     Raises:
         FormatError: If the block is not what `encode` writes.
     """
     header = read_header(block)
-    payload = block[_HEADER.size :]
-    if header.encoding == BITMAP:
-        indices = _decode_bitmap(payload, header.numel)
-    elif header.encoding == GAPS:
-        indices = _decode_gaps(payload, header.size)
-    else:
-        raise FormatError(f"Unknown encoding {header.encoding} of a child index block.")
+    read = _read_gaps if header.encoding == GAPS else _read_bitmap
+    indices = read(block[_HEADER.size :], header)
     if indices.size != header.size:
         raise FormatError(f"A child index block says {header.size} positions and holds {indices.size}.")
     _check_indices(indices, header.numel, FormatError)
@@ -123,46 +142,84 @@ def _check_indices(indices: Indices, numel: int, error: type[ValueError]) -> Non
         raise error(f"Positions must be strictly increasing; entry {at + 1} is {indices[at + 1]} after {indices[at]}.")
 
 
-def _encode_bitmap(indices: Indices, numel: int) -> bytes:
+def _smallest(write: Callable[[int], bytes], orders: list[int]) -> tuple[int, bytes]:
+    """The order and the way of compressing that are best for the first part, and the compressed bytes.
+
+    Random children have nothing to repeat; searching them would take long, and find less than entropy coding alone.
+    """
+    written = {order: write(order) for order in orders}
+    quick = {order: len(_compress(data[:_PROBE], 1)) for order, data in written.items()}
+    order = min(quick, key=lambda order: quick[order])
+    data = written[order]
+    if len(_compress(data[:_PROBE], 1, zlib.Z_HUFFMAN_ONLY)) <= quick[order]:
+        return order, _compress(data, 1, zlib.Z_HUFFMAN_ONLY)
+    return order, _compress(data, 6)
+
+
+def _compress(data: bytes, level: int, strategy: int = zlib.Z_DEFAULT_STRATEGY) -> bytes:
+    stream = zlib.compressobj(level, zlib.DEFLATED, zlib.MAX_WBITS, 9, strategy)
+    return stream.compress(data) + stream.flush()
+
+
+# Bitmaps
+
+
+def _write_bitmap(indices: Indices, numel: int, width: int, order: int) -> bytes:
     bits = np.zeros(numel, dtype=np.bool_)
     bits[indices] = True
-    return zlib.compress(np.packbits(bits, bitorder="little").tobytes(), LEVEL)
+    if order == COLUMNS:
+        bits = np.ascontiguousarray(bits.reshape(-1, width).T).reshape(-1)
+    return np.packbits(bits, bitorder="little").tobytes()
 
 
-def _decode_bitmap(payload: bytes | memoryview, numel: int) -> Indices:
-    packed = np.frombuffer(_decompress(payload, (numel + 7) // 8), dtype=np.uint8)
-    bits = np.unpackbits(packed, bitorder="little")
-    if bits[numel:].any():
-        raise FormatError(f"The bitmap of a child index block has positions beyond {numel}.")
-    return np.flatnonzero(bits[:numel])
+def _read_bitmap(payload: Block, header: Header) -> Indices:
+    packed = np.frombuffer(_decompress(payload, (header.numel + 7) // 8), dtype=np.uint8)
+    if header.numel % 8 and packed[-1] >> header.numel % 8:
+        raise FormatError(f"The bitmap of a child index block has positions beyond {header.numel}.")
+    bits = np.unpackbits(packed, count=header.numel, bitorder="little")
+    if header.order == COLUMNS:
+        bits = bits.reshape(header.width, -1).T.reshape(-1)
+    return np.flatnonzero(bits)
 
 
-def _encode_gaps(indices: Indices) -> bytes:
-    """Gaps less one, as bytes of equal weight side by side: the high ones are mostly zero and cost nothing."""
-    gaps = np.diff(indices, prepend=-1) - 1
-    width = max(1, (int(gaps.max()).bit_length() + 7) // 8)
-    planes = gaps.astype("<u8").view(np.uint8).reshape(-1, 8)[:, :width]
-    return bytes([width]) + zlib.compress(np.ascontiguousarray(planes.T).tobytes(), LEVEL)
+# Gaps
 
 
-def _decode_gaps(payload: bytes | memoryview, count: int) -> Indices:
-    width = payload[0] if len(payload) else 0
-    if not 1 <= width <= 8:
-        raise FormatError(f"The gaps of a child index block take from 1 to 8 bytes, got {width}.")
-    planes = np.frombuffer(_decompress(payload[1:], width * count), dtype=np.uint8).reshape(width, count)
-    gaps = np.zeros((count, 8), dtype=np.uint8)
-    gaps[:, :width] = planes.T
-    steps = gaps.view("<u8").reshape(-1).astype(np.int64) + 1
-    return np.cumsum(steps) - 1
+def _write_gaps(indices: Indices, numel: int, width: int, order: int) -> bytes:
+    """Gaps less one, with bytes of equal weight side by side: the high ones are mostly zero and cost nothing."""
+    positions = np.sort(indices % width * (numel // width) + indices // width) if order == COLUMNS else indices
+    gaps = np.diff(positions, prepend=-1) - 1
+    weights = max(1, (int(gaps.max()).bit_length() + 7) // 8)
+    planes = gaps.astype("<u8").view(np.uint8).reshape(-1, 8)[:, :weights]
+    return np.ascontiguousarray(planes.T).tobytes()
 
 
-def _decompress(payload: bytes | memoryview, size: int) -> bytes:
-    """Exactly `size` bytes; a payload that expands to more is noticed before it does."""
+def _read_gaps(payload: Block, header: Header) -> Indices:
+    data = _decompress(payload, 8 * header.size, exact=False)
+    weights = len(data) // header.size
+    if not weights or weights * header.size != len(data):
+        raise FormatError(f"Gaps of {header.size} positions take 1 to 8 bytes each, got {len(data)} bytes in all.")
+    planes = np.zeros((header.size, 8), dtype=np.uint8)
+    planes[:, :weights] = np.frombuffer(data, dtype=np.uint8).reshape(weights, header.size).T
+    gaps = planes.view("<u8").reshape(-1)
+    if gaps.max() >= header.numel:  # so that the sum below cannot overflow unnoticed
+        raise FormatError(f"A gap of a child index block must be less than {header.numel}, got {gaps.max()}.")
+    positions = np.cumsum(gaps.astype(np.int64) + 1) - 1
+    if header.order == COLUMNS:
+        height = header.numel // header.width
+        _check_indices(positions, header.numel, FormatError)
+        positions = np.sort(positions % height * header.width + positions // height)
+    return positions
+
+
+def _decompress(payload: Block, size: int, exact: bool = True) -> bytes:
+    """At most, or exactly, `size` bytes; a payload that expands to more is noticed before it does."""
     stream = zlib.decompressobj()
     try:
         data = stream.decompress(payload, size + 1)
     except zlib.error as error:
         raise FormatError(f"The payload of a child index block cannot be decompressed: {error}.") from error
-    if len(data) != size or not stream.eof or stream.unused_data:
-        raise FormatError(f"The payload of a child index block does not expand to exactly {size} bytes.")
+    if len(data) > size or (exact and len(data) != size) or not stream.eof or stream.unused_data:
+        limit = "exactly" if exact else "at most"
+        raise FormatError(f"The payload of a child index block does not expand to {limit} {size} bytes.")
     return data

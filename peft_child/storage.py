@@ -93,7 +93,7 @@ class ChildStorage(nn.Module, BaseTunerLayer):
             if not chosen.numel():
                 continue  # an empty delta would only trouble optimizers and sharding
             base = self.base_parameter(parameter)
-            block = encode(chosen.cpu().numpy(), base.numel())
+            block = encode(chosen.cpu().numpy(), tuple(base.shape))
             delta = torch.zeros(chosen.numel()) if init_weights else torch.randn(chosen.numel()) * 0.02
             stored = torch.frombuffer(bytearray(block), dtype=torch.uint8).to(base.device)
             self._put(adapter_name, parameter, delta.to(base.device), stored, trainable)
