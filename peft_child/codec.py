@@ -22,7 +22,7 @@ VERSION = 1
 BITMAP, GAPS = 1, 2
 ROWS, COLUMNS = 0, 1
 
-_HEADER = struct.Struct("<4sBBBxQQQII")  # as in Header, then a CRC-32 of everything else
+_HEADER = struct.Struct("<4sBBBxQQQIII")  # magic, version, the fields of Header, and a CRC-32 of everything else
 _CHECKSUM = struct.Struct("<I")
 _SPARSE = 12  # gaps below one position in so many
 _PROBE = 1 << 16  # bytes that decide how to compress
@@ -45,6 +45,7 @@ class Header(NamedTuple):
         width: Entries of a row; a divisor of `numel`.
         size: Number of chosen entries, at least 1.
         fingerprint: Of the base values at the chosen positions; 0 if unknown.
+        delta_checksum: CRC-32 of the bytes of the delta that is stored with the block; 0 if unknown.
     """
 
     encoding: int
@@ -53,6 +54,7 @@ class Header(NamedTuple):
     width: int
     size: int
     fingerprint: int
+    delta_checksum: int
 
 
 def encode(indices: Indices, shape: tuple[int, ...], fingerprint: int = 0) -> bytes:
@@ -76,8 +78,20 @@ def encode(indices: Indices, shape: tuple[int, ...], fingerprint: int = 0) -> by
     write = _write_gaps if encoding == GAPS else _write_bitmap
     orders = [ROWS] if width in (1, numel) else [ROWS, COLUMNS]
     order, payload = _smallest(lambda order: write(indices, numel, width, order), orders)
-    head = _HEADER.pack(MAGIC, VERSION, encoding, order, numel, width, indices.size, fingerprint, 0)
-    head = head[: -_CHECKSUM.size]
+    return _sealed(Header(encoding, order, numel, width, indices.size, fingerprint, 0), payload)
+
+
+def with_delta_checksum(block: Block, checksum: int) -> bytes:
+    """The block with another checksum of its delta.
+
+    Raises:
+        FormatError: If the block is damaged.
+    """
+    return _sealed(read_header(block)._replace(delta_checksum=checksum), block[_HEADER.size :])
+
+
+def _sealed(header: Header, payload: Block) -> bytes:
+    head = _HEADER.pack(MAGIC, VERSION, *header, 0)[: -_CHECKSUM.size]
     return head + _CHECKSUM.pack(zlib.crc32(payload, zlib.crc32(head))) + payload
 
 

@@ -77,6 +77,8 @@ class _Compose(torch.autograd.Function):
 def _composed(base: Tensor, deltas: Sequence[Tensor], indices: Sequence[Tensor]) -> Tensor:
     """A contiguous copy of `base` with the deltas added in at least float32 and rounded once to its dtype."""
     precise = torch.promote_types(base.dtype, torch.float32)
+    for delta in deltas:
+        precise = torch.promote_types(precise, delta.dtype)
     if base.dtype == precise or len(deltas) > 1:
         total = base.to(precise, copy=True, memory_format=torch.contiguous_format)
         for delta, index in zip(deltas, indices, strict=True):

@@ -21,6 +21,7 @@ class ChildPeftType(str, enum.Enum):
 
 VARIANTS = ("task_driven", "random", "task_free")
 FISHER = ("per_example", "authors")
+CHECK_BASE = ("warn", "error", "off")
 
 
 @dataclass
@@ -111,6 +112,15 @@ class ChildTuningConfig(PeftConfig):
         default=True,
         metadata={"help": "True starts from the base model (deltas of zero), False from small random deltas (tests)."},
     )
+    check_base: str = field(
+        default="warn",
+        metadata={
+            "help": (
+                "What to do when an adapter is loaded onto other base weights than it was made on: 'warn', 'error' "
+                "or 'off'. A wish of who loads it (`PeftModel.from_pretrained(base, name, check_base='error')`), not saved."
+            )
+        },
+    )
     child_sizes: dict[str, list[int]] | None = field(
         default=None,
         metadata={
@@ -128,6 +138,7 @@ class ChildTuningConfig(PeftConfig):
         self._check_numbers()
         _check_choice("variant", self.variant, VARIANTS)
         _check_choice("fisher", self.fisher, FISHER)
+        _check_choice("check_base", self.check_base, CHECK_BASE)
         if self.variant == "task_free":
             raise ValueError(
                 "variant='task_free' (Child-Tuning_F) is reserved and not available in this version; "
@@ -158,8 +169,9 @@ class ChildTuningConfig(PeftConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """As PEFT's, with sets in a fixed order, so that equal configurations are equal files."""
-        settings = super().to_dict().items()
-        return {name: sorted(value) if isinstance(value, set) else value for name, value in settings}
+        settings = super().to_dict()
+        del settings["check_base"]
+        return {name: sorted(value) if isinstance(value, set) else value for name, value in settings.items()}
 
     def _check_numbers(self) -> None:
         # A bool is an int for Python, but never meant as a number here.

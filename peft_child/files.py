@@ -1,4 +1,4 @@
-"""Fits the tensors of a loaded adapter file to the layers of a model.
+"""Fits the child networks of a loaded adapter file to the layers of a model.
 
 Everything is checked before anything changes: a file that is damaged, or belongs to another base model, leaves the
 model as it was.
@@ -6,12 +6,15 @@ model as it was.
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 
-from peft_child.codec import FormatError, decode, read_header
+from peft_child.codec import FormatError, with_delta_checksum
 from peft_child.config import ChildTuningConfig
 from peft_child.layer import ChildTuningLayer, child_tuning_layers
+from peft_child.sparse_file import DELTA, INDEX, StoredChild, fingerprint_of, read_children
 
 
 def fit_state_dict(
@@ -30,31 +33,31 @@ def fit_state_dict(
 
     Raises:
         FormatError: If a tensor is damaged, or does not fit the base model. Nothing has changed then.
+        ValueError: If the base model has other weights, and `check_base` is 'error'.
     """
-    files = {_canonical(key): key for key in state_dict}
-    remapped: dict[str, Tensor] = {}
-    sizes: dict[str, list[int]] = {}
+    children, remapped = read_children(state_dict)
+    layers = {path: layer for path, layer in child_tuning_layers(model).items() if adapter_name in layer.child_targets}
     rooms: list[tuple[ChildTuningLayer, dict[str, tuple[int, int]]]] = []
-    for path, layer in child_tuning_layers(model).items():
+    sizes: dict[str, list[int]] = {}
+    strange: list[str] = []
+    for path, layer in layers.items():
         room: dict[str, tuple[int, int]] = {}
-        for parameter, name in layer.child_targets.get(adapter_name, {}).items():
-            keys = [files.pop(_file_key(name, kind), None) for kind in _KINDS]
-            if keys == [None, None]:
+        for parameter, name in layer.child_targets[adapter_name].items():
+            child = children.pop(name, None)
+            if child is None:
                 continue  # nothing was chosen there
-            delta, block = (state_dict[key] if key else None for key in keys)
-            numel = layer.base_parameter(parameter).numel()
-            count, num_bytes = _check_child(name, numel, delta, block)
-            room[parameter] = (count, num_bytes)
-            sizes[name] = [numel, count, num_bytes]
-            for kind, key in zip(_KINDS, keys, strict=True):
-                remapped[f"{path}.{kind}.{adapter_name}.{parameter}"] = state_dict[str(key)]
-        if adapter_name in layer.child_targets:
-            rooms.append((layer, room))
-    for key in files.values():
-        if any(f".{kind}." in key for kind in _KINDS):
-            raise FormatError(f"'{key}' belongs to no parameter that this adapter targets in this base model.")
-        remapped[key] = state_dict[key]
+            indices = _fitting_indices(name, child, layer.base_parameter(parameter))
+            if not layer.merged and not _is_at_home(child, layer.base_parameter(parameter), indices):
+                strange.append(name)
+            room[parameter] = (child.delta.numel(), child.block.numel())
+            sizes[name] = [child.header.numel, *room[parameter]]
+            remapped[f"{path}.{DELTA}.{adapter_name}.{parameter}"] = child.delta.float()
+            remapped[f"{path}.{INDEX}.{adapter_name}.{parameter}"] = _unsealed(child.block)
+        rooms.append((layer, room))
+    if children:
+        raise FormatError(f"'{next(iter(children))}' is no parameter that this adapter targets in this base model.")
 
+    _check_base(config.check_base, strange, len(sizes))
     for layer, room in rooms:
         is_active = adapter_name in layer.active_adapters and not layer.disable_adapters
         layer.allocate(adapter_name, room, trainable=is_active and not config.inference_mode)
@@ -62,38 +65,39 @@ def fit_state_dict(
     return remapped
 
 
-_KINDS = ("child_delta", "child_index")
-
-
-def _canonical(key: str) -> str:
-    """A key as it would be in a base model without other adapter layers, whose names stand in between."""
-    return key.removeprefix("base_model.model.").replace(".base_layer.", ".")
-
-
-def _file_key(name: str, kind: str) -> str:
-    """The canonical key of one tensor of the child of parameter `name`."""
-    path, _, parameter = name.rpartition(".")
-    return f"{path}.{kind}.{parameter}"
-
-
-def _check_child(name: str, numel: int, delta: Tensor | None, block: Tensor | None) -> tuple[int, int]:
-    """Number of chosen entries and of bytes of the block, of a child that fits a tensor of `numel` entries."""
-    if delta is None or block is None:
-        missing = _KINDS[0] if delta is None else _KINDS[1]
-        raise FormatError(f"The file has one tensor of the child of '{name}' without the other: {missing} is missing.")
-    if block.dtype != torch.uint8 or block.dim() != 1 or delta.dim() != 1 or not delta.is_floating_point():
+def _fitting_indices(name: str, child: StoredChild, base: Tensor) -> Tensor:
+    numel = child.header.numel
+    if numel != base.numel():
         raise FormatError(
-            f"The child of '{name}' must be a 1-D uint8 index block and a 1-D floating point delta, got "
-            f"{block.dtype} {tuple(block.shape)} and {delta.dtype} {tuple(delta.shape)}."
+            f"The child of '{name}' cannot be loaded. It belongs to a tensor of {numel} entries, the base model's has "
+            f"{base.numel()}."
         )
     try:
-        data = block.cpu().numpy().data
-        header = read_header(data)
-        if header.numel != numel:
-            raise FormatError(f"It belongs to a tensor of {header.numel} entries, the base model's has {numel}.")
-        if header.size != delta.numel():
-            raise FormatError(f"Its index has {header.size} positions and its delta {delta.numel()} values.")
-        decode(data)
+        return child.indices()
     except FormatError as error:
         raise FormatError(f"The child of '{name}' cannot be loaded. {error}") from error
-    return delta.numel(), block.numel()
+
+
+def _is_at_home(child: StoredChild, base: Tensor, indices: Tensor) -> bool:
+    """Whether the base has the values that it had where the child network was chosen, as far as is known."""
+    here = fingerprint_of(base, indices)
+    return child.header.fingerprint in (0, here) or not here
+
+
+def _check_base(check_base: str, strange: list[str], count: int) -> None:
+    if not strange or check_base == "off":
+        return
+    message = (
+        f"The base model has other weights than the one this adapter was made on, in {len(strange)} of {count} tensors"
+        f" with a child network, such as '{strange[0]}'. Load the same base model and revision, or pass "
+        "check_base='off'."
+    )
+    if check_base == "error":
+        raise ValueError(message)
+    warnings.warn(message, stacklevel=2)
+
+
+def _unsealed(block: Tensor) -> Tensor:
+    """The block without the checksum of its delta, which training will change."""
+    data = with_delta_checksum(block.cpu().numpy().data, 0)
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8).to(block.device)

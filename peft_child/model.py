@@ -18,11 +18,11 @@ from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
-from peft_child.codec import FormatError
 from peft_child.config import ChildTuningConfig
 from peft_child.files import fit_state_dict
 from peft_child.layer import ChildTuningLayer, child_tuning_layers
 from peft_child.selection import apportion, draw_random
+from peft_child.sparse_file import stamped
 from peft_child.targets import Owner, Target, all_linear, find_targets, names_parameter
 
 
@@ -259,7 +259,7 @@ class ChildTuningModel(BaseTuner):
         for name, layer in child_tuning_layers(model).items():
             for parameter in layer.base_layer._parameters:
                 state_dict.pop(f"{name}.base_layer.{parameter}", None)  # PEFT's own filtered copy
-        return selected
+        return stamped(selected)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -268,7 +268,7 @@ class ChildTuningModel(BaseTuner):
         """Check a file's tensors and make room for them; an adapter that was added for a bad file is removed again."""
         try:
             return fit_state_dict(model, config, adapter_name, state_dict)
-        except FormatError:
+        except ValueError:
             layers = child_tuning_layers(model).values()
             added = any(adapter_name in layer.child_targets and layer.is_waiting(adapter_name) for layer in layers)
             if added and isinstance(model, PeftModel):

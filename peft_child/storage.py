@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from peft_child.codec import decode, encode
 from peft_child.compose import Child, lock_of
+from peft_child.sparse_file import fingerprint_of
 
 
 class _Decoded(NamedTuple):
@@ -93,7 +94,7 @@ class ChildStorage(nn.Module, BaseTunerLayer):
             if not chosen.numel():
                 continue  # an empty delta would only trouble optimizers and sharding
             base = self.base_parameter(parameter)
-            block = encode(chosen.cpu().numpy(), tuple(base.shape))
+            block = encode(chosen.cpu().numpy(), tuple(base.shape), fingerprint_of(base, chosen))
             delta = torch.zeros(chosen.numel()) if init_weights else torch.randn(chosen.numel()) * 0.02
             stored = torch.frombuffer(bytearray(block), dtype=torch.uint8).to(base.device)
             self._put(adapter_name, parameter, delta.to(base.device), stored, trainable)

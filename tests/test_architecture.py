@@ -10,6 +10,7 @@ import peft_child
 
 LAYERS = [
     {"compose", "codec", "selection", "fisher", "batches", "config"},
+    {"delta", "sparse_file"},
     {"storage"},
     {"layer"},
     {"targets", "choice", "files"},
@@ -35,7 +36,7 @@ def test_every_module_has_a_layer():
     assert {path.stem for path in SOURCES} == set(RANK)
 
 
-@pytest.mark.parametrize("name", ["compose", "codec", "selection", "fisher"])
+@pytest.mark.parametrize("name", ["compose", "codec", "selection", "fisher", "delta", "sparse_file"])
 def test_tensor_functions_know_neither_peft_nor_transformers(name):
     source = Path(peft_child.__file__).with_name(f"{name}.py").read_text()
     assert "import peft" not in source

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_child import codec
-from peft_child.codec import FormatError, decode, encode, read_header
+from peft_child.codec import FormatError, decode, encode, read_header, with_delta_checksum
 
 
 def random_indices(numel, count, seed=0):
@@ -23,7 +23,10 @@ def test_round_trip(shape, data):
     block = encode(indices, tuple(shape), fingerprint=7)
     assert np.array_equal(decode(block), indices)
     header = read_header(block)
-    assert (header.numel, header.size, header.fingerprint) == (numel, len(indices), 7)
+    assert (header.numel, header.size, header.fingerprint, header.delta_checksum) == (numel, len(indices), 7, 0)
+    stamped = with_delta_checksum(block, 9)
+    assert read_header(stamped) == header._replace(delta_checksum=9)
+    assert np.array_equal(decode(stamped), indices)
 
 
 @pytest.mark.parametrize("share", [0.05, 0.3])
@@ -101,9 +104,7 @@ def test_truncated_and_extended_blocks_are_refused():
 
 def forge(encoding, numel, count, payload, order=codec.ROWS, width=1):
     """A block with a right checksum and any content."""
-    fields = (codec.MAGIC, codec.VERSION, encoding, order, numel, width, count, 0)
-    head = codec._HEADER.pack(*fields, 0)[: -codec._CHECKSUM.size]
-    return head + codec._CHECKSUM.pack(zlib.crc32(payload, zlib.crc32(head))) + payload
+    return codec._sealed(codec.Header(encoding, order, numel, width, count, 0, 0), payload)
 
 
 BITS = zlib.compress(bytes([0b1011]))

@@ -18,6 +18,7 @@ def test_density_out_of_range(density):
         ({"variant": "d"}, "variant must be one of 'task_driven', 'random', 'task_free', got 'd'"),
         ({"variant": "task_free"}, "task_free.* reserved and not available"),
         ({"fisher": "exact"}, "fisher must be one of 'per_example', 'authors', got 'exact'"),
+        ({"check_base": "no"}, "check_base must be one of 'warn', 'error', 'off', got 'no'"),
         ({"seed": -1}, "seed must be a non-negative integer, got -1"),
         ({"seed": 1.5}, "seed must be a non-negative integer, got 1.5"),
         ({"init_weights": "no"}, "init_weights must be True or False, got 'no'"),

@@ -176,7 +176,8 @@ def first(tensors, kind):
         (lambda t: t.update({first(t, "child_delta"): torch.zeros(3)}), "positions and its delta 3 values"),
         (lambda t: t.update({first(t, "child_delta"): torch.zeros(3, 1)}), "1-D floating point delta"),
         (lambda t: t.update({first(t, "child_index"): torch.zeros(40)}), "1-D uint8 index block"),
-        (lambda t: t.update({"x.child_delta.weight": torch.zeros(3)}), "belongs to no parameter"),
+        (lambda t: t[first(t, "child_delta")].add_(1), "The checksum of its delta does not match"),
+        (lambda t: t.update({"x.child_delta.weight": torch.zeros(3)}), "child of 'x.weight' without the other"),
     ],
 )
 def test_a_damaged_file_is_refused_and_changes_nothing(tmp_path, change, message):
@@ -196,6 +197,25 @@ def test_a_damaged_file_is_refused_and_changes_nothing(tmp_path, change, message
         PeftModel.from_pretrained(base, tmp_path)
     assert not child_tuning_layers(base)
     assert_same(snapshot(base), snapshot(build("llama")))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_same_base_is_recognised_in_any_dtype(tmp_path, dtype):
+    trained("llama").save_pretrained(tmp_path)
+    PeftModel.from_pretrained(build("llama", dtype=dtype), tmp_path, check_base="error")
+
+
+def test_other_base_weights_are_noticed(tmp_path):
+    trained("llama").save_pretrained(tmp_path)
+    assert "check_base" not in (tmp_path / "adapter_config.json").read_text()
+    other = build("llama", seed=7)
+    before = snapshot(other)
+    with pytest.raises(ValueError, match=r"other weights than the one .* such as 'model\.layers\.0"):
+        PeftModel.from_pretrained(other, tmp_path, check_base="error")
+    assert_same(snapshot(other), before)
+    PeftModel.from_pretrained(build("llama", seed=7), tmp_path, check_base="off")
+    with pytest.warns(UserWarning, match="other weights than the one this adapter was made on"):
+        PeftModel.from_pretrained(other, tmp_path)
 
 
 # Adapters of a model

@@ -1,0 +1,135 @@
+"""The tensors of an adapter file: every child network is an index block and a delta, each checked against the other.
+
+The format is written down in docs/format.md.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from peft_child.codec import FormatError, Header, decode, read_header, with_delta_checksum
+
+
+DELTA, INDEX = "child_delta", "child_index"
+KINDS = (DELTA, INDEX)
+PREFIX = "base_model.model."
+DELTA_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class StoredChild(NamedTuple):
+    """The child network of one parameter as a file has it.
+
+    Attributes:
+        delta: Change of the chosen entries, floating point, shape `(k,)`.
+        block: Their encoded positions, uint8, shape `(bytes,)`.
+        header: What the block says of itself.
+    """
+
+    delta: Tensor
+    block: Tensor
+    header: Header
+
+    def indices(self) -> Tensor:
+        """Flat row-major positions, int64, shape `(k,)`.
+
+        Raises:
+            FormatError: If the block holds other positions than it says.
+        """
+        return torch.from_numpy(decode(self.block.cpu().numpy().data))
+
+
+def read_children(tensors: Mapping[str, Tensor]) -> tuple[dict[str, StoredChild], dict[str, Tensor]]:
+    """Sort the tensors of an adapter file, and check those that belong to child networks.
+
+    Args:
+        tensors: By their names in the file, or in a model without adapter names.
+
+    Returns:
+        The child networks by name of the parameter in the base model, and all other tensors by their own names.
+
+    Raises:
+        FormatError: If a tensor is damaged, of another kind, or alone.
+    """
+    pairs: dict[str, dict[str, Tensor]] = {}
+    others: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        path, kind, parameter = _split(key)
+        if kind:
+            pairs.setdefault(f"{path}.{parameter}", {})[kind] = tensor
+        else:
+            others[key] = tensor
+    return {name: _checked(name, pair) for name, pair in pairs.items()}, others
+
+
+def stamped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of an adapter with the checksum of every delta written into its block, ready to be saved."""
+    result = dict(tensors)
+    for key, block in tensors.items():
+        path, kind, rest = key.rpartition(f".{INDEX}.")
+        delta = tensors.get(f"{path}.{DELTA}.{rest}") if kind else None
+        if delta is not None and not delta.is_meta and bool(block.any()):
+            data = with_delta_checksum(block.cpu().numpy().data, checksum_of(delta))
+            result[key] = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(block.device)
+    return result
+
+
+def checksum_of(delta: Tensor) -> int:
+    """CRC-32 of a delta's little-endian bytes; never 0, which stands for an unknown one."""
+    return zlib.crc32(delta.detach().cpu().contiguous().view(torch.uint8).numpy().data) or 1
+
+
+def fingerprint_of(base: Tensor, indices: Tensor) -> int:
+    """32 bits of the base values at some positions, the same whether a checkpoint is loaded as float32 or bfloat16.
+
+    Never 0, which stands for an unknown one: that of a float16 tensor, whose values have been rounded otherwise.
+    """
+    if base.dtype == torch.float16 or base.is_meta:
+        return 0
+    return checksum_of(base.detach().reshape(-1)[indices.to(base.device)].to(torch.bfloat16))
+
+
+def _split(key: str) -> tuple[str, str, str]:
+    """Path of the module in the base model, kind, and name of the parameter; no kind for other tensors.
+
+    Names of other adapters' layers, which may stand in between, are no part of the base model's names.
+    """
+    for kind in KINDS:
+        path, found, parameter = key.rpartition(f".{kind}.")
+        if found and "." not in parameter:
+            return f"{path}.".removeprefix(PREFIX).replace(".base_layer.", ".")[:-1], kind, parameter
+    return key, "", ""
+
+
+def _checked(name: str, pair: Mapping[str, Tensor]) -> StoredChild:
+    for kind in KINDS:
+        if kind not in pair:
+            raise FormatError(
+                f"The file has one tensor of the child of '{name}' without the other: {kind} is missing."
+            )
+    delta, block = pair[DELTA], pair[INDEX]
+    if block.dtype != torch.uint8 or block.dim() != 1 or delta.dim() != 1 or delta.dtype not in DELTA_DTYPES:
+        raise FormatError(
+            f"The child of '{name}' must be a 1-D uint8 index block and a 1-D floating point delta, got "
+            f"{block.dtype} {tuple(block.shape)} and {delta.dtype} {tuple(delta.shape)}."
+        )
+    try:
+        header = read_header(block.cpu().numpy().data)
+    except FormatError as error:
+        raise FormatError(f"The child of '{name}' cannot be loaded. {error}") from error
+    problem = _problem(header, delta)
+    if problem:
+        raise FormatError(f"The child of '{name}' cannot be loaded. {problem}")
+    return StoredChild(delta, block, header)
+
+
+def _problem(header: Header, delta: Tensor) -> str:
+    if header.size != delta.numel():
+        return f"Its index has {header.size} positions and its delta {delta.numel()} values."
+    if header.delta_checksum and header.delta_checksum != checksum_of(delta):
+        return "The checksum of its delta does not match."
+    return "" if bool(torch.isfinite(delta).all()) else "Its delta has a value that is not finite."
