@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import math
-import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
-import numpy as np
-import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from peft_child.batches import batch_size, single_examples, to_device
 from peft_child.config import ChildTuningConfig
-from peft_child.fisher import diagonal_fisher
 from peft_child.layer import ChildTuningLayer, child_tuning_layers
+from peft_child.scoring import FisherPass, Forward
 from peft_child.selection import select_largest
 
 
-Forward = Callable[[Any, Any], Any]
 Scores = Mapping[str, Tensor]
 
 
@@ -55,6 +48,7 @@ def select_child_network(
     num_examples: int | None = None,
     forward_fn: Forward | None = None,
     loss_fn: Forward | None = None,
+    split_batches: bool = True,
     progress_bar: bool = True,
 ) -> ChildNetwork:
     """Choose the child network of a task-driven adapter (Child-Tuning_D; Xu et al., 2021).
@@ -71,14 +65,15 @@ def select_child_network(
         num_examples: Use the first so many examples of the data; by default all.
         forward_fn: See `estimate_fisher`.
         loss_fn: See `estimate_fisher`.
+        split_batches: See `estimate_fisher`.
         progress_bar: Show a progress bar.
 
     Returns:
         The sizes of what was chosen; printing it gives one line.
 
     Raises:
-        ValueError: If neither or both of data and scores are given, or they are not as described, or the adapter is
-            not a task-driven one or merged.
+        ValueError: If neither or both of data and scores are given, or they are not as described, or no score is
+            positive, or the adapter is not a task-driven one.
         RuntimeError: If the adapter's child network has been trained already.
     """
     if (dataloader is None) == (scores is None):
@@ -90,24 +85,33 @@ def select_child_network(
     targets = _targets(layers, adapter_name)
     size = config.child_size(sum(parameter.numel() for parameter in targets.values()))
 
+    examples = None
     if dataloader is not None:
-        found, config.fisher_examples = _score(
-            model, config, layers, targets, dataloader, num_examples, forward_fn, loss_fn, progress_bar
+        by_batch = config.fisher == "authors"
+        fisher_pass = FisherPass(
+            model, dataloader, by_batch, num_examples, forward_fn, loss_fn, split_batches, progress_bar
         )
+        found = fisher_pass.scores(targets)
+        examples = fisher_pass.examples
     else:
         found = load_file(scores) if isinstance(scores, (str, Path)) else dict(scores or {})
         _check_scores(found, targets)
-        config.fisher_examples = None
     chosen = select_largest({name: found[name] for name in targets}, size)
+    if not any(bool(score.any()) for score in found.values()):
+        raise ValueError("No score is positive: the loss does not depend on any targeted weight.")
 
-    config.child_sizes = {}
+    configs = cast(dict[str, ChildTuningConfig], model.peft_config)
+    configs[adapter_name] = replace(config, fisher_examples=examples)  # the user may have other models with this one
     for layer in layers:
         indices = {key: chosen[name] for key, name in layer.child_targets[adapter_name].items()}
-        trainable = not config.inference_mode
-        config.child_sizes |= layer.set_child(adapter_name, indices, config.init_weights, trainable)
+        layer.set_child(adapter_name, indices, config.init_weights, trainable=not config.inference_mode)
     targeted = sum(parameter.numel() for parameter in targets.values())
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return ChildNetwork(size, targeted, trained - size if not config.inference_mode else 0)
+    dense = sum(
+        parameter.numel()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and ".child_delta." not in name
+    )
+    return ChildNetwork(size, targeted, dense)
 
 
 def estimate_fisher(
@@ -118,6 +122,7 @@ def estimate_fisher(
     num_examples: int | None = None,
     forward_fn: Forward | None = None,
     loss_fn: Forward | None = None,
+    split_batches: bool = True,
     progress_bar: bool = True,
 ) -> dict[str, Tensor]:
     """Estimate the Fisher information of the parameters that an adapter targets, at the base model's weights.
@@ -138,9 +143,11 @@ def estimate_fisher(
             dimension of each being the example; or anything that `forward_fn` understands, built of mappings, tuples
             and lists.
         adapter_name: The adapter; it must be active.
-        num_examples: Use the first so many examples; by default all.
+        num_examples: Use the first so many examples, in whole batches if those are not taken apart; by default all.
         forward_fn: `forward_fn(model, batch)` in place of `model(**batch)`; returns the model's output, or the loss.
         loss_fn: `loss_fn(output, batch)` in place of `output.loss`; returns a scalar.
+        split_batches: Take batches apart into single examples. False if each batch is one example as it is, such as a
+            graph, or packed sequences.
         progress_bar: Show a progress bar.
 
     Returns:
@@ -152,117 +159,11 @@ def estimate_fisher(
             disagree about its size.
     """
     config, layers = _adapter(model, adapter_name)
-    targets = _targets(layers, adapter_name)
-    arguments = (model, config, layers, targets, dataloader, num_examples, forward_fn, loss_fn, progress_bar)
-    return _score(*arguments)[0]
-
-
-def _score(
-    model: nn.Module,
-    config: ChildTuningConfig,
-    layers: list[ChildTuningLayer],
-    targets: Mapping[str, nn.Parameter],
-    dataloader: Iterable[Any],
-    num_examples: int | None,
-    forward_fn: Forward | None,
-    loss_fn: Forward | None,
-    progress_bar: bool,
-) -> tuple[dict[str, Tensor], int]:
-    """The scores, and the number of examples that they come from."""
-    if num_examples is not None and num_examples < 1:
-        raise ValueError(f"num_examples must be positive or None, got {num_examples}.")
     by_batch = config.fisher == "authors"
-    device = next(iter(targets.values())).device
-    seen = 0
-
-    def losses() -> Iterator[Tensor]:
-        nonlocal seen
-        bar = tqdm(
-            desc="Fisher information", unit="example", total=_total(dataloader, num_examples), disable=not progress_bar
-        )
-        with bar:
-            for batch in dataloader:
-                for example, size in [(batch, batch_size(batch))] if by_batch else single_examples(batch):
-                    if num_examples is not None and seen >= num_examples:
-                        return
-                    yield _loss(model, to_device(example, device), forward_fn, loss_fn, seen)
-                    seen += size
-                    bar.update(size)
-
-    with _scoring(model, layers, targets.values(), training=by_batch):
-        scores = diagonal_fisher(targets, losses(), max_norm=1.0 if by_batch else None)
-    return scores, seen
-
-
-def _loss(
-    model: nn.Module, example: Any, forward_fn: Forward | None, loss_fn: Forward | None, position: int
-) -> Tensor:
-    if forward_fn is not None:
-        output = forward_fn(model, example)
-    elif isinstance(example, Mapping):
-        output = model(**example)
-    else:
-        raise ValueError(f"Batches must be mappings, got a {type(example).__name__}; pass a forward_fn for others.")
-    if loss_fn is not None:
-        loss = loss_fn(output, example)
-    else:
-        loss = output if isinstance(output, Tensor) and not output.dim() else getattr(output, "loss", None)
-    if loss is None:
-        keys = f" (they have {', '.join(map(str, example))})" if isinstance(example, Mapping) else ""
-        raise ValueError(
-            f"The model returned no loss for example {position}: batches need labels{keys}, or a loss_fn."
-        )
-    value = loss.item()
-    if not math.isfinite(value):
-        raise ValueError(f"The loss of every example must be finite; that of example {position} is {value}.")
-    scalar: Tensor = loss
-    return scalar
-
-
-def _total(dataloader: Iterable[Any], num_examples: int | None) -> int | None:
-    dataset = getattr(dataloader, "dataset", None)
-    available = len(dataset) if isinstance(dataset, Sized) else None
-    return min((size for size in (num_examples, available) if size is not None), default=None)
-
-
-# The model around a Fisher pass
-
-
-@contextmanager
-def _scoring(
-    model: nn.Module, layers: list[ChildTuningLayer], targets: Iterable[nn.Parameter], training: bool
-) -> Iterator[None]:
-    """Let gradients flow to the targets alone, in the base model, and put everything back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()] if training else []
-    disabled = [layer.disable_adapters for layer in layers]
-    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 (collators use it)
-    with torch.random.fork_rng(), torch.inference_mode(False), torch.enable_grad():
-        try:
-            model.train(training)
-            for parameter, _, _ in parameters:
-                parameter.requires_grad_(False).grad = None
-            for parameter in targets:
-                parameter.requires_grad_(True)
-            for layer in layers:
-                layer._disable_adapters = True
-            yield
-        finally:
-            for layer, was_disabled in zip(layers, disabled, strict=True):
-                layer._disable_adapters = was_disabled
-            for module, mode in modes:
-                module.training = mode
-            for parameter, required, gradient in parameters:
-                parameter.requires_grad_(required).grad = gradient
-            with torch.no_grad():
-                for buffer, value in buffers:
-                    buffer.copy_(value)
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)  # noqa: NPY002
-
-
-# The adapter
+    fisher_pass = FisherPass(
+        model, dataloader, by_batch, num_examples, forward_fn, loss_fn, split_batches, progress_bar
+    )
+    return fisher_pass.scores(_targets(layers, adapter_name))
 
 
 def _adapter(model: nn.Module, adapter_name: str) -> tuple[ChildTuningConfig, list[ChildTuningLayer]]:
@@ -273,8 +174,9 @@ def _adapter(model: nn.Module, adapter_name: str) -> tuple[ChildTuningConfig, li
     layers = [layer for layer in child_tuning_layers(model).values() if adapter_name in layer.child_targets]
     if any(adapter_name not in layer.active_adapters for layer in layers):
         raise ValueError(f"Adapter '{adapter_name}' is not active; call model.set_adapter('{adapter_name}') first.")
-    if any(adapter_name in layer.merged_adapters for layer in layers):
-        raise ValueError(f"Adapter '{adapter_name}' is merged; call model.unmerge_adapter() first.")
+    merged = [name for layer in child_tuning_layers(model).values() for name in layer.merged_adapters]
+    if merged:
+        raise ValueError(f"Adapter '{merged[0]}' is merged into the base model; call model.unmerge_adapter() first.")
     return config, layers
 
 

@@ -8,7 +8,7 @@ entries from the dense gradient and lets the rest go: this is the gradient mask 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from threading import RLock
 from typing import Any, NamedTuple
@@ -47,6 +47,11 @@ class Composition(NamedTuple):
         deltas, indices = zip(*self.children, strict=True)
         composed: Tensor = _Compose.apply(self.base, indices, *deltas)  # type: ignore[no-untyped-call]
         return composed
+
+    def requires_grad(self) -> bool:
+        """Whether the composed tensor would take gradients now."""
+        tensors = (self.base, *(child.delta for child in self.children))
+        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
     def versions(self) -> tuple[int, ...]:
         """Counts of the in-place changes that autograd knows of, to notice one between forward and backward."""
@@ -101,7 +106,7 @@ class ComposedOnUse(torch.Tensor):
         """Stand for `composition`; the contiguous strides are those of the tensor that will be composed."""
         base = composition.base
         self: ComposedOnUse = torch.Tensor._make_wrapper_subclass(
-            cls, base.shape, dtype=base.dtype, device=base.device, requires_grad=torch.is_grad_enabled()
+            cls, base.shape, dtype=base.dtype, device=base.device, requires_grad=composition.requires_grad()
         )
         self.composition = composition
         return self
@@ -114,8 +119,15 @@ class ComposedOnUse(torch.Tensor):
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
-        args, kwargs = tree_map_only(cls, lambda lazy: lazy.composition.tensor(), (args, kwargs or {}))
-        return func(*args, **kwargs)
+        composed: list[tuple[Composition, Tensor]] = []
+
+        def compose(lazy: ComposedOnUse) -> Tensor:
+            composed.append((lazy.composition, lazy.composition.tensor()))
+            return composed[-1][1]
+
+        args, kwargs = tree_map_only(cls, compose, (args, kwargs or {}))
+        with _composed_again_in_backward(composed):
+            return func(*args, **kwargs)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -147,29 +159,29 @@ def lock_of(module: nn.Module) -> RLock:
 
 
 def call_composed(
-    module: nn.Module, compositions: Mapping[str, Composition], args: tuple[Any, ...], kwargs: dict[str, Any]
+    module: nn.Module, compositions: Mapping[str, Composition], call: Callable[..., Any], args: Any, kwargs: Any
 ) -> Any:
-    """Call `module` with composed tensors in place of its own parameters.
+    """Call a module, or a method of it, with composed tensors in place of the module's own parameters.
 
-    The caller holds `lock_of(module)`. Hooks of the module run as ever. No composed tensor is kept for backward.
+    The caller holds `lock_of(module)`: other threads that look at the parameters meanwhile see the composed tensors.
+    Hooks of the module run as ever. No composed tensor is kept for backward.
 
     Args:
         module: The module; its parameters are back in place when the call ends, however it ends.
         compositions: Compositions by the name of a parameter that `module` itself owns.
+        call: The module or one of its bound methods.
         args: Positional arguments of the call.
         kwargs: Keyword arguments of the call.
 
     Returns:
-        What the module returns.
+        What the call returns.
     """
     tensors = {name: composition.tensor() for name, composition in compositions.items()}
-    if torch.compiler.is_compiling():  # the compiler decides by itself what it computes again in backward
+    if torch.compiler.is_compiling() and call is module:  # the compiler decides what it computes again in backward
         return torch.func.functional_call(module, tensors, args, kwargs)
-    with _swapped(module, tensors):
-        if not torch.is_grad_enabled():
-            return module(*args, **kwargs)
-        with _composed_again_in_backward(compositions, tensors):
-            return module(*args, **kwargs)
+    pairs = [(composition, tensors[name]) for name, composition in compositions.items()]
+    with _swapped(module, tensors), _composed_again_in_backward(pairs):
+        return call(*args, **kwargs)
 
 
 @contextmanager
@@ -186,6 +198,8 @@ def _swapped(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]
     finally:
         module._parameters.update(own)
         module.__dict__.update(shadows)
+        if isinstance(module, nn.RNNBase):  # it remembers the tensors that it ran with
+            module._init_flat_weights()
 
 
 class _Recipe(NamedTuple):
@@ -208,15 +222,16 @@ class _Recipe(NamedTuple):
 
 
 @contextmanager
-def _composed_again_in_backward(
-    compositions: Mapping[str, Composition], tensors: Mapping[str, Tensor]
-) -> Iterator[None]:
+def _composed_again_in_backward(composed: Iterable[tuple[Composition, Tensor]]) -> Iterator[None]:
     """Let autograd save a recipe instead of each composed tensor.
 
     Tensors that are not ours go to the hooks around this call, such as those of activation checkpointing, which would
     otherwise not see them.
     """
-    recipes = {tensors[name].untyped_storage().data_ptr(): composition for name, composition in compositions.items()}
+    if not torch.is_grad_enabled():
+        yield
+        return
+    recipes = {tensor.untyped_storage().data_ptr(): composition for composition, tensor in composed}
     outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
     keep, give_back = outer if outer else (lambda tensor: tensor, lambda kept: kept)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
@@ -117,7 +118,8 @@ class ChildTuningConfig(PeftConfig):
         metadata={
             "help": (
                 "What to do when an adapter is loaded onto other base weights than it was made on: 'warn', 'error' "
-                "or 'off'. A wish of who loads it (`PeftModel.from_pretrained(base, name, check_base='error')`), not saved."
+                "or 'off'. A wish of who loads it, as in `PeftModel.from_pretrained(base, name, check_base='error')`; "
+                "not saved."
             )
         },
     )
@@ -187,12 +189,21 @@ class ChildTuningConfig(PeftConfig):
             raise ValueError(f"fisher_examples must be a positive integer or None, got {examples!r}.")
 
     def _check_layers(self) -> None:
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("layers_pattern needs layers_to_transform, the indices of the layers, but it is None.")
-        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+        layers = self.layers_to_transform
+        if layers is None:
+            if self.layers_pattern:
+                raise ValueError(
+                    "layers_pattern needs layers_to_transform, the indices of the layers, but it is None."
+                )
+            return
+        indices = layers if isinstance(layers, (list, tuple)) else [layers]
+        if not indices or any(type(index) is not int or index < 0 for index in indices):
+            raise ValueError(f"layers_to_transform must be non-negative integers, at least one, got {layers!r}.")
+        named_otherwise = self.target_modules is None and self.target_parameters is not None
+        if isinstance(self.target_modules, str) or named_otherwise:
             raise ValueError(
-                "layers_to_transform applies to a list of target_modules, "
-                f"got target_modules={self.target_modules!r}; say the layers in the expression."
+                "layers_to_transform applies to a list of target_modules, got "
+                f"target_modules={self.target_modules!r}; say the layers in the expression."
             )
 
 
@@ -202,7 +213,15 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 def _check_names(name: str, value: object, allow_text: bool) -> None:
-    if value is None or (allow_text and isinstance(value, str)):
+    if value is None:
+        return
+    if allow_text and isinstance(value, str):
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(
+                f"{name} must be a regular expression if it is a string, got {value!r}: {error}."
+            ) from None
         return
     if isinstance(value, str) or not isinstance(value, Collection) or not all(isinstance(item, str) for item in value):
         kinds = "a list of names or a regular expression" if allow_text else "a list of names"

@@ -54,6 +54,8 @@ def fit_state_dict(
             remapped[f"{path}.{DELTA}.{adapter_name}.{parameter}"] = child.delta.float()
             remapped[f"{path}.{INDEX}.{adapter_name}.{parameter}"] = _unsealed(child.block)
         rooms.append((layer, room))
+    if not sizes:
+        raise FormatError("The file holds no child network; it was saved before one was chosen.")
     if children:
         raise FormatError(f"'{next(iter(children))}' is no parameter that this adapter targets in this base model.")
 

@@ -7,7 +7,10 @@ module's own parameters.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from inspect import ismethod
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +29,10 @@ class _Replaced(NamedTuple):
     values: Tensor
 
 
+# What accelerate, transformers, FSDP and DDP write on a module is about that very module, or not set yet.
+_MARKS = ("_hf_", "_is_hf_", "_old_forward", "_fsdp", "_is_fsdp", "_ddp")
+
+
 class ChildTuningLayer(ChildStorage):
     """A base layer whose parameters are composed with the child networks of the active adapters.
 
@@ -42,31 +49,42 @@ class ChildTuningLayer(ChildStorage):
             features: tuple[int | None, int | None] = _get_in_out_features(base_layer)
         self.in_features, self.out_features = features
 
-    # Forward
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the base layer with composed parameters."""
-        self._check_chosen()
-        if torch.compiler.is_compiling():
-            return self._run(args, kwargs)
-        with lock_of(self.base_layer):  # another thread may have its own tensors in the base layer
-            return self._run(args, kwargs)
+        return self._call(self.base_layer, args, kwargs)
 
-    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _call(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the base layer, or a method of it."""
+        if torch.compiler.is_compiling():
+            return self._call_locked(call, args, kwargs)
+        with lock_of(self.base_layer):  # another thread may have its own tensors in the base layer
+            return self._call_locked(call, args, kwargs)
+
+    def _call_locked(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         compositions = self._compositions()
         if not compositions:
-            return self.base_layer(*args, **kwargs)
-        return call_composed(self.base_layer, compositions, args, kwargs)
+            return call(*args, **kwargs)
+        if self.training and torch.is_grad_enabled() and getattr(self.base_layer, "gradient_checkpointing", False):
+            raise RuntimeError(
+                f"A {type(self.base_layer).__name__} checkpoints its own activations, and would compute them again "
+                "without its child network: target the modules inside it instead, or turn checkpointing off."
+            )
+        return call_composed(self.base_layer, compositions, call, args, kwargs)
 
     def _compositions(self) -> dict[str, Composition]:
         """Compositions of the parameters that the active adapters change at present."""
+        if getattr(self, "_is_replica", False):
+            raise RuntimeError(
+                "Child-Tuning does not work in nn.DataParallel, whose replicas have no parameters: start one process "
+                "for each device (torchrun or accelerate launch), or show only one device."
+            )
         if self.disable_adapters or self.merged:
             return {}
+        self._check_chosen()
         found = {}
         for parameter, base in self.base_layer._parameters.items():
-            children = tuple(self.children_of(parameter, self.active_adapters)) if base is not None else ()
-            if children:
-                assert base is not None
+            children = tuple(self.children_of(parameter, self.active_adapters))
+            if base is not None and children:
                 self._check_present(parameter, base)
                 found[parameter] = Composition(base, children)
         return found
@@ -79,14 +97,18 @@ class ChildTuningLayer(ChildStorage):
             )
 
     def _check_chosen(self) -> None:
-        if not self.training or self.disable_adapters or not torch.is_grad_enabled():
+        if not self.training or not torch.is_grad_enabled():
             return
         for adapter in self.active_adapters:
-            if not self.child_chosen.get(adapter, True):
-                raise RuntimeError(
-                    f"The child network of adapter '{adapter}' has not been chosen: call "
-                    f"select_child_network(model, dataloader, adapter_name='{adapter}') before training."
-                )
+            self.check_is_chosen(adapter, "training")
+
+    def check_is_chosen(self, adapter: str, what: str) -> None:
+        """Raise a `RuntimeError` if `what` would be done to an adapter without a child network."""
+        if not self.child_chosen.get(adapter, True):
+            raise RuntimeError(
+                f"The child network of adapter '{adapter}' has not been chosen: call "
+                f"select_child_network(model, dataloader, adapter_name='{adapter}') before {what}."
+            )
 
     # What other modules see of this one
 
@@ -95,7 +117,7 @@ class ChildTuningLayer(ChildStorage):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base_layer" or name.startswith("_"):  # not set yet, or somebody's mark on the module itself
+            if name == "base_layer" or name.startswith(_MARKS):
                 raise
             return self._seen(name)
 
@@ -111,13 +133,18 @@ class ChildTuningLayer(ChildStorage):
 
     def _seen(self, name: str) -> Any:
         if name not in self.base_layer._parameters:
-            return getattr(self.base_layer, name)
+            value = getattr(self.base_layer, name)
+            is_method = ismethod(value) and value.__self__ is self.base_layer
+            return partial(self._call_method, name) if is_method else value
         if torch.compiler.is_compiling():
             return self._composed(name, lazily=False)
         with lock_of(self.base_layer):
             # Without gradients torch's own attention takes a fast path, as it does after merging, but not for
             # subclasses of Tensor.
             return self._composed(name, lazily=torch.is_grad_enabled())
+
+    def _call_method(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        return self._call(getattr(self.base_layer, name), args, kwargs)
 
     def _composed(self, name: str, lazily: bool) -> Any:
         composition = self._compositions().get(name)
@@ -141,8 +168,7 @@ class ChildTuningLayer(ChildStorage):
         names = [name for name in names if name in self.child_delta]
         if not names:
             return
-        if safe_merge:
-            self.check_finite(names)
+        self.check_mergeable(names, safe_merge)
         merged = [*self.merged_adapters, *names]
         self._restore()  # so that several adapters are summed before the one rounding
         self._write(merged)
@@ -157,14 +183,25 @@ class ChildTuningLayer(ChildStorage):
         self.merged_adapters = []
 
     @torch.no_grad()
-    def check_finite(self, adapter_names: list[str] | None = None) -> None:
-        """Raise a `ValueError` if a composed value would not be finite."""
-        for parameter, base, children in self._held(adapter_names or self.active_adapters):
-            if not torch.isfinite(Composition(base.detach(), children).tensor()).all():
+    def check_mergeable(self, adapter_names: list[str], safe_merge: bool = False) -> None:
+        """Raise what `merge` would raise, before it writes anything."""
+        for adapter in adapter_names:
+            self.check_is_chosen(adapter, "merging")
+        for parameter, base, children in self._held(adapter_names):
+            if safe_merge and not torch.isfinite(Composition(base.detach(), children).tensor()).all():
                 raise ValueError(
                     f"Merging would give NaN or infinite values in '{parameter}' of a {type(self.base_layer).__name__}"
-                    f" (adapters {adapter_names or self.active_adapters}); nothing was merged."
+                    f" (adapters {adapter_names}); nothing was merged."
                 )
+
+    @contextmanager
+    def base_only(self) -> Iterator[None]:
+        """Run as the base layer for a while, whatever is active; gradients may then reach the base parameters."""
+        was_disabled, self._disable_adapters = self._disable_adapters, True
+        try:
+            yield
+        finally:
+            self._disable_adapters = was_disabled
 
     def enable_adapters(self, enabled: bool) -> None:
         """As PEFT's; a merged layer is unmerged when it is disabled."""

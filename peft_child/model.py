@@ -7,11 +7,10 @@ refused adapter leaves the model as it was.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
@@ -67,22 +66,25 @@ class ChildTuningModel(BaseTuner):
 
     # Injection
 
-    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> ChildTuningConfig:
-        """Use a copy, since what is recorded in it belongs to this model alone; fill in default targets."""
-        config: ChildTuningConfig = copy.deepcopy(peft_config)
-        self.peft_config[self._name_of(peft_config)] = config
-        if config.target_modules is None and config.target_parameters is None:
-            super()._prepare_adapter_config(config, model_config)
-        return config
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's; an adapter that is refused leaves nothing behind."""
+        _check_name_is_free(model, adapter_name)
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except Exception:
+            _remove(model, adapter_name)
+            raise
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        if peft_config.target_modules is None and peft_config.target_parameters is None:
+            super()._prepare_adapter_config(peft_config, model_config)
+        return peft_config
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Plan the injection, and refuse it before anything has changed."""
-        adapter_name = self._name_of(peft_config)
-        _check_name_is_free(model, adapter_name)
         if isinstance(peft_config.target_modules, str) and peft_config.target_modules.lower() == "all-linear":
             peft_config.target_modules = all_linear(model, peft_config)
         targets = find_targets(model, peft_config)
-        _check_adapter_name(adapter_name, targets)
         _check_sizes(peft_config, targets)
 
         entries: dict[str, list[tuple[Target, Owner]]] = {}
@@ -90,7 +92,7 @@ class ChildTuningModel(BaseTuner):
             for owner in target.owners:
                 entries.setdefault(owner.entry, []).append((target, owner))
         counts = None
-        if peft_config.variant == "random" and peft_config.child_sizes is None and targets:
+        if peft_config.variant == "random" and targets:
             sizes = {target.name: target.parameter.numel() for target in targets}
             counts = apportion(sizes, peft_config.child_size(sum(sizes.values())))
         layers = {id(layer.base_layer): layer for layer in child_tuning_layers(model).values()}
@@ -119,6 +121,7 @@ class ChildTuningModel(BaseTuner):
         for planned, owner in self._plan.entries[current_key]:
             by_module.setdefault(id(owner.module), []).append((planned, owner))
         for pairs in by_module.values():
+            _check_adapter_name(adapter_name, pairs)
             layer = self._layer_around(pairs[0][1].module)
             self._add_to_layer(layer, adapter_name, pairs)
             self._fill(layer, adapter_name, peft_config)
@@ -150,10 +153,11 @@ class ChildTuningModel(BaseTuner):
                 parameter: draw_random(name, layer.base_parameter(parameter).numel(), counts[name], config.seed)
                 for parameter, name in targets.items()
             }
-            sizes = layer.set_child(adapter_name, children, config.init_weights, trainable=False)
-            config.child_sizes = {**(config.child_sizes or {}), **sizes}
-        elif config.child_sizes is not None:
-            known = config.child_sizes
+            layer.set_child(adapter_name, children, config.init_weights, trainable=False)
+        known = config.child_sizes
+        if known is not None and {name: known[name] for name in targets.values() if name in known} != layer.sizes(
+            adapter_name
+        ):
             room = {key: (known[name][1], known[name][2]) for key, name in targets.items() if name in known}
             layer.allocate(adapter_name, room, trainable=False)
 
@@ -163,9 +167,6 @@ class ChildTuningModel(BaseTuner):
         """Parameters were planned and wrapped with the modules; PEFT only wants to know their names."""
         owners = (owner for pairs in self._plan.entries.values() for _, owner in pairs)
         return [owner.name for owner in owners if names_parameter(peft_config.target_parameters, owner.name)]
-
-    def _name_of(self, config: PeftConfig) -> str:
-        return next(name for name, known in self.peft_config.items() if known is config)
 
     def _check_tied_modules(self, model: nn.Module, peft_config: Any) -> None:
         """Nothing to warn of: tied weights share one delta."""
@@ -201,26 +202,35 @@ class ChildTuningModel(BaseTuner):
         Raises:
             ValueError: If an adapter is merged already or unknown, or the check finds a value. Nothing is merged then.
         """
-        names = self.active_adapters if adapter_names is None else adapter_names
-        layers = child_tuning_layers(self.model).values()
+        names = self._known(adapter_names)
         for name in names:
-            if name not in self.peft_config:
-                raise ValueError(f"There is no adapter '{name}' to merge; there are {', '.join(self.peft_config)}.")
-            if any(name in layer.merged_adapters for layer in layers):
+            if any(name in layer.merged_adapters for layer in child_tuning_layers(self.model).values()):
                 raise ValueError(
                     f"Adapter '{name}' is already merged; call unmerge_adapter() before merging it again."
                 )
-        self._merge(list(names), safe_merge)
+        self._merge(names, safe_merge)
+
+    def _known(self, adapter_names: list[str] | None) -> list[str]:
+        """The adapters to merge, by default the active ones."""
+        names = list(self.active_adapters if adapter_names is None else adapter_names)
+        for name in names:
+            if name not in self.peft_config:
+                raise ValueError(f"There is no adapter '{name}' to merge; there are {', '.join(self.peft_config)}.")
+        return names
 
     def _merge(self, adapter_names: list[str], safe_merge: bool) -> None:
-        layers = list(child_tuning_layers(self.model).values())
-        if safe_merge:
-            for layer in layers:
-                layer.check_finite(adapter_names)
-        for layer in layers:
-            left = [name for name in adapter_names if name not in layer.merged_adapters]
-            if left:
-                layer.merge(adapter_names=left)
+        """Merge what is not merged yet, after all that could go wrong has been checked in every layer."""
+        left = {
+            layer: [
+                name for name in adapter_names if name in layer.child_targets and name not in layer.merged_adapters
+            ]
+            for layer in child_tuning_layers(self.model).values()
+        }
+        for layer, names in left.items():
+            layer.check_mergeable(names, safe_merge)
+        for layer, names in left.items():
+            if names:
+                layer.merge(adapter_names=names)
 
     def _unload_and_optionally_merge(  # type: ignore[override]  # PEFT annotates None, and returns the model
         self,
@@ -232,7 +242,7 @@ class ChildTuningModel(BaseTuner):
         """As PEFT's, which leaves layers inside other layers where they are."""
         layers = list(child_tuning_layers(self.model).values())
         if merge:
-            self._merge(self.active_adapters if adapter_names is None else adapter_names, safe_merge)
+            self._merge(self._known(adapter_names), safe_merge)
         else:
             for layer in layers:
                 if layer.merged:
@@ -254,11 +264,27 @@ class ChildTuningModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        """As PEFT's, and keep it from adding whole base embeddings afterwards because they are targeted."""
+        """As PEFT's, with checksums, and without whole base embeddings, which PEFT would add if they are targeted.
+
+        The sizes of the child network are recorded in the configuration, which is saved next.
+        """
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        for name, layer in child_tuning_layers(model).items():
+        layers = child_tuning_layers(model)
+        sizes: dict[str, list[int]] = {}
+        for name, layer in layers.items():
             for parameter in layer.base_layer._parameters:
                 state_dict.pop(f"{name}.base_layer.{parameter}", None)  # PEFT's own filtered copy
+            if adapter_name in layer.child_targets:
+                layer.check_is_chosen(adapter_name, "saving")
+                sizes |= layer.sizes(adapter_name)
+        cast(ChildTuningConfig, config).child_sizes = sizes
+        for name in sorted(layers, key=len, reverse=True):
+            if adapter_name not in layers[name].child_targets:  # another adapter's, which other models will not have
+                inside = f"{name}.base_layer."
+                selected = {
+                    f"{name}.{key.removeprefix(inside)}" if key.startswith(inside) else key: value
+                    for key, value in selected.items()
+                }
         return stamped(selected)
 
     @classmethod
@@ -280,6 +306,11 @@ class ChildTuningModel(BaseTuner):
 
 
 def _check_name_is_free(model: nn.Module, adapter_name: str) -> None:
+    if not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict(), adapter_name):
+        raise ValueError(
+            f"adapter_name must be a name that a module can have: not empty, without dots, and not that of a method; "
+            f"got '{adapter_name}'."
+        )
     if any(adapter_name in layer.child_targets for layer in child_tuning_layers(model).values()):
         raise ValueError(
             f"The base model already has a Child-Tuning adapter named '{adapter_name}'; choose another adapter_name, "
@@ -287,8 +318,8 @@ def _check_name_is_free(model: nn.Module, adapter_name: str) -> None:
         )
 
 
-def _check_adapter_name(adapter_name: str, targets: list[Target]) -> None:
-    if any(adapter_name == owner.parameter for target in targets for owner in target.owners):
+def _check_adapter_name(adapter_name: str, pairs: list[tuple[Target, Owner]]) -> None:
+    if any(adapter_name == owner.parameter for _, owner in pairs):
         raise ValueError(
             f"adapter_name must not be the name of a parameter of a targeted module, got '{adapter_name}'."
         )
@@ -311,3 +342,12 @@ def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
             for name, child in module._modules.items():
                 if child is old:
                     module._modules[name] = new
+
+
+def _remove(model: nn.Module, adapter_name: str) -> None:
+    """Take an adapter out of the layers of a model, and out the layers that have no other one."""
+    for layer in child_tuning_layers(model).values():
+        if adapter_name in layer.child_targets:
+            layer.delete_adapter(adapter_name)
+        if not layer.child_targets:
+            _replace(model, layer, layer.base_layer)

@@ -10,7 +10,7 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from peft_child.codec import decode, encode
+from peft_child.codec import FormatError, decode, encode
 from peft_child.compose import Child, lock_of
 from peft_child.sparse_file import fingerprint_of
 
@@ -73,9 +73,7 @@ class ChildStorage(nn.Module, BaseTunerLayer):
         assert parameter is not None
         return parameter
 
-    def set_child(
-        self, adapter_name: str, indices: Mapping[str, Tensor], init_weights: bool, trainable: bool
-    ) -> dict[str, list[int]]:
+    def set_child(self, adapter_name: str, indices: Mapping[str, Tensor], init_weights: bool, trainable: bool) -> None:
         """Give an adapter its child network in this layer, with new deltas.
 
         Args:
@@ -83,13 +81,9 @@ class ChildStorage(nn.Module, BaseTunerLayer):
             indices: Strictly increasing flat indices, int64, shape `(k,)`, for every target; k may be 0.
             init_weights: Deltas of zero, or small random ones.
             trainable: Whether the deltas take gradients.
-
-        Returns:
-            The sizes for the configuration, by name in the whole model, of the parameters with a child.
         """
         self._clear(adapter_name)
-        sizes = {}
-        for parameter, name in self.child_targets[adapter_name].items():
+        for parameter in self.child_targets[adapter_name]:
             chosen = indices[parameter]
             if not chosen.numel():
                 continue  # an empty delta would only trouble optimizers and sharding
@@ -99,9 +93,7 @@ class ChildStorage(nn.Module, BaseTunerLayer):
             stored = torch.frombuffer(bytearray(block), dtype=torch.uint8).to(base.device)
             self._put(adapter_name, parameter, delta.to(base.device), stored, trainable)
             self._remember(adapter_name, parameter, chosen.to(base.device))
-            sizes[name] = [base.numel(), chosen.numel(), len(block)]
         self.child_chosen[adapter_name] = True
-        return sizes
 
     def allocate(self, adapter_name: str, sizes: Mapping[str, tuple[int, int]], trainable: bool) -> None:
         """Make deltas and blocks of the given sizes, to be filled by a loader.
@@ -130,9 +122,12 @@ class ChildStorage(nn.Module, BaseTunerLayer):
         known = self._decoded.get((adapter_name, parameter))
         if known is None or known.block is not block or not _is_same(known):
             with torch.inference_mode(False):  # else it could never be used in training
-                known = self._remember(
-                    adapter_name, parameter, torch.from_numpy(decode(block.cpu().numpy().data)).to(block.device)
-                )
+                try:
+                    indices = torch.from_numpy(decode(block.cpu().numpy().data))
+                except FormatError as error:
+                    name = self.child_targets[adapter_name][parameter]
+                    raise FormatError(f"The child of '{name}' (adapter '{adapter_name}'). {error}") from error
+                known = self._remember(adapter_name, parameter, indices.to(block.device))
         return known.indices
 
     def children_of(self, parameter: str, adapter_names: Collection[str]) -> Iterator[Child]:
@@ -141,6 +136,15 @@ class ChildStorage(nn.Module, BaseTunerLayer):
         for adapter in holder.child_delta:  # in one order, so that the sum does not depend on that of the names
             if adapter in adapter_names and held in holder._deltas(adapter):
                 yield Child(holder._deltas(adapter)[held], holder.indices(adapter, held))
+
+    def sizes(self, adapter_name: str) -> dict[str, list[int]]:
+        """Entries, chosen entries and bytes of the block of the parameters with a child, by name in the model."""
+        blocks = self._blocks(adapter_name)
+        return {
+            name: [self.base_parameter(key).numel(), self._deltas(adapter_name)[key].numel(), blocks[key].numel()]
+            for key, name in self.child_targets[adapter_name].items()
+            if key in blocks
+        }
 
     def is_waiting(self, adapter_name: str) -> bool:
         """Whether the adapter has room here for a file that was not loaded."""

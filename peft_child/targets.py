@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 from peft import TaskType
-from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, check_target_module_exists
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -67,7 +67,7 @@ class Target(NamedTuple):
 def find_targets(model: nn.Module, config: ChildTuningConfig) -> list[Target]:
     """Find the parameters that a configuration names.
 
-    A module that it names brings along the modules inside it, but for those it excludes.
+    A module that it names brings along the modules inside it; one that it excludes takes them away.
 
     Args:
         model: The base model, with or without adapter layers in it.
@@ -90,6 +90,7 @@ def find_targets(model: nn.Module, config: ChildTuningConfig) -> list[Target]:
             owner = Owner(place.path, place.module, key, place.entry)
             if place.named or (place.named is False and names_parameter(config.target_parameters, owner.name)):
                 _check_weight(parameter, owner)
+                _check_module(owner)
                 wanted.add(id(parameter))
             if (id(place.module), key) not in seen:  # else the same module under another name
                 seen.add((id(place.module), key))
@@ -148,11 +149,17 @@ def _places(model: nn.Module, config: ChildTuningConfig | None = None) -> Iterat
             return
         if isinstance(module, ChildTuningLayer):
             module, entry = module.base_layer, path if entry is None else entry
+        elif isinstance(module, BaseTunerLayer):
+            raise ValueError(
+                f"'{path}' is a {type(module).__module__}.{type(module).__qualname__} of another PEFT method; "
+                "Child-Tuning cannot be combined with others in one model."
+            )
         named = _names_module(config, path) if config is not None and path else False
-        named = around if named is False else named
+        named = around if named is False or around is None else named
         yield _Place(path, module, path if entry is None else entry, named)
-        for name, child in module.named_children():
-            yield from walk(child, f"{path}.{name}" if path else name, entry, named)
+        for name, child in module._modules.items():
+            if child is not None:
+                yield from walk(child, f"{path}.{name}" if path else name, entry, named)
 
     return walk(model, "", None, False)
 
@@ -175,6 +182,14 @@ def _check_weight(parameter: nn.Parameter, owner: Owner) -> None:
     is_packed = is_traceable_wrapper_subclass(tensor) and type(tensor).__name__ != "DTensor"
     if parameter.dtype not in DTYPES or is_packed:
         _refuse(owner.name, parameter)
+
+
+def _check_module(owner: Owner) -> None:
+    if isinstance(owner.module, (nn.ParameterList, nn.ParameterDict)):
+        raise ValueError(
+            f"'{owner.name}' is in a {type(owner.module).__name__}, which is read without being called; "
+            "Child-Tuning cannot target it."
+        )
 
 
 def _check_holds_weights(place: _Place) -> None:

@@ -1,5 +1,6 @@
 import random
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -194,19 +195,108 @@ def test_tuples_with_a_forward_fn_and_a_loss_fn():
         scored(model, loader)
 
 
-def test_other_leaves_of_a_batch_are_taken_apart_or_shared():
-    model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), ChildTuningConfig(density=0.5, target_modules=["0"]))
+def collect(batches, **options):
+    """The examples that a Fisher pass sees."""
     seen = []
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), ChildTuningConfig(density=0.5, target_modules=["0"]))
 
     def forward(model, batch):
-        seen.append((batch["text"], batch["scale"].shape, batch["flag"]))
-        return (model(batch["x"]) * batch["scale"]).square().sum()
+        seen.append(batch)
+        return model(torch.randn(1, 4)).square().sum()
 
-    batch = {"x": torch.randn(2, 4), "text": ["a", "b"], "scale": torch.ones(1, 3), "flag": True}
-    scored(model, [batch], forward_fn=forward)
-    assert seen == [(["a"], (1, 3), True), (["b"], (1, 3), True)]
-    with pytest.raises(ValueError, match=r"agree in their first dimension.*\(2, 4\), \(3, 4\)"):
-        scored(model, [{"x": torch.randn(2, 4), "z": torch.randn(3, 4)}], forward_fn=forward)
+    select_child_network(model, batches, forward_fn=forward, progress_bar=False, **options)
+    assert model.peft_config["default"].fisher_examples == len(seen)
+    return seen
+
+
+def shapes(batch):
+    return {key: tuple(value.shape) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+
+
+def test_what_else_is_in_a_batch_is_taken_apart_or_shared():
+    batch = {
+        "labels": torch.randn(2, 4),
+        "text": ["a", "b"],
+        "scale": torch.ones(1, 3),
+        "flag": True,
+        "s": torch.ones(()),
+    }
+    assert [shapes(example) for example in collect([batch])] == [
+        {"labels": (1, 4), "text": [text], "scale": (1, 3), "flag": True, "s": ()} for text in "ab"
+    ]
+
+
+class Pair(NamedTuple):
+    x: torch.Tensor
+    y: torch.Tensor
+
+
+def test_batches_without_tensors_and_named_tuples():
+    assert collect([{"ids": [0, 1, 2]}]) == [{"ids": [0]}, {"ids": [1]}, {"ids": [2]}]
+    examples = collect([Pair(torch.zeros(2, 3), torch.ones(2))])
+    assert [type(example) for example in examples] == [Pair, Pair]
+    assert examples[0].x.shape == (1, 3)
+
+
+def test_a_batch_of_one_is_never_cut():
+    graph = {"nodes": torch.randn(5, 4), "label": torch.zeros(1)}
+    assert [shapes(example) for example in collect([graph])] == [{"nodes": (5, 4), "label": (1,)}]
+    packed = {"input_ids": torch.ones(1, 8), "labels": torch.ones(1, 8), "cu_seq_lens": torch.zeros(4)}
+    assert len(collect([packed])) == 1
+    several = {"nodes": torch.randn(5, 4), "edges": torch.randn(7, 2)}
+    assert len(collect([several], split_batches=False)) == 1
+    with pytest.raises(ValueError, match=r"agree in their first dimension.*\(5, 4\), \(7, 2\).*split_batches=False"):
+        collect([several])
+    with pytest.raises(ValueError, match=r"agree in their first dimension.*\(2, 4\), \(1, 3\)"):
+        collect([{"x": torch.randn(2, 4), "y": torch.randn(1, 3)}])
+
+
+@pytest.mark.parametrize("wrap", [lambda loss: {"loss": loss}, lambda loss: (loss, None), lambda loss: loss])
+def test_outputs_of_every_kind(wrap):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return wrap(self.linear(x).square().sum())
+
+    model = get_peft_model(Model(), ChildTuningConfig(target_modules=["linear"]))
+    assert chosen(model, [{"x": torch.randn(2, 4)}])
+
+
+def test_a_loss_that_depends_on_no_target():
+    model = unchosen("linear")
+    batch = [batch_of("linear")]
+    with pytest.raises(ValueError, match="No score is positive"):
+        chosen(model, batch, loss_fn=lambda output, batch: output.loss * 0)
+    with pytest.raises(ValueError, match="loss of example 0 does not depend on any targeted weight"):
+        chosen(model, batch, loss_fn=lambda output, batch: output.loss.detach())
+    assert not child_of(model)
+
+
+def test_scoring_sees_the_base_whatever_other_adapters_target():
+    expected = scored(
+        get_peft_model(build("linear"), config_for("linear", target_modules=["body.0"])), [batch_of("linear")]
+    )
+    other = config_for("linear", target_modules=["body.2"], variant="random", init_weights=False)
+    model = get_peft_model(build("linear"), other, adapter_name="other")
+    model.add_adapter("second", config_for("linear", target_modules=["body.0"]))
+    model.base_model.set_adapter(["other", "second"])
+    assert_same(scored(model, [batch_of("linear")], adapter_name="second"), expected)
+    result = select_child_network(model, scores=expected, adapter_name="second")
+    assert result.dense == 0
+    model.merge_adapter(["other"])
+    with pytest.raises(ValueError, match="'other' is merged into the base model"):
+        scored(model, [batch_of("linear")], adapter_name="second")
+
+
+def test_a_refused_choice_keeps_the_record_of_the_last_one():
+    model = unchosen("linear")
+    chosen(model, [batch_of("linear")])
+    with pytest.raises(ValueError, match="exactly one tensor"):
+        select_child_network(model, scores={})
+    assert model.peft_config["default"].fisher_examples == 4
 
 
 def test_scores_can_be_kept_and_used_again(tmp_path):
@@ -307,12 +397,18 @@ def test_a_model_without_the_adapter():
         chosen(unchosen("linear"), [batch_of("linear")], adapter_name="other")
 
 
-def test_training_before_the_choice_is_refused_and_inference_is_not():
+def test_training_before_the_choice_is_refused_and_inference_is_not(tmp_path):
     model = unchosen("bert").train()
     with pytest.raises(RuntimeError, match="adapter 'default' has not been chosen: call select_child_network"):
         model(**bert_batch())
     with torch.no_grad():
         model(**bert_batch())
+    for refused in (model.merge_adapter, model.merge_and_unload, lambda: model.save_pretrained(tmp_path)):
+        with pytest.raises(RuntimeError, match=r"has not been chosen.*before (merging|saving)"):
+            refused()
+    read = unchosen("attention_output").train()
+    with pytest.raises(RuntimeError, match="has not been chosen"):
+        read(**batch_of("attention"))
     assert torch.equal(logits(model, batch_of("bert")), logits(model.unload(), batch_of("bert")))
 
 

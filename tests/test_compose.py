@@ -87,7 +87,9 @@ def test_no_composed_copy_is_kept_for_backward():
     compositions = linear_child(layer)
     x = torch.randn(3, 64, requires_grad=True)
     delta = compositions["weight"].children[0].delta
-    kept, result = saved_bytes(lambda: call_composed(layer, compositions, (x,), {}), [x, delta, *layer.parameters()])
+    kept, result = saved_bytes(
+        lambda: call_composed(layer, compositions, layer, (x,), {}), [x, delta, *layer.parameters()]
+    )
     assert kept == 0
     result.sum().backward()
     expected = torch.autograd.grad(
@@ -102,7 +104,7 @@ def test_a_change_between_forward_and_backward_is_noticed():
     layer = nn.Linear(8, 8).requires_grad_(False)
     compositions = linear_child(layer)
     x = torch.randn(3, 8, requires_grad=True)
-    result = call_composed(layer, compositions, (x,), {})
+    result = call_composed(layer, compositions, layer, (x,), {})
     with torch.no_grad():
         compositions["weight"].children[0].delta.add_(1)
     with pytest.raises(RuntimeError, match="changed in place between forward and backward"):
@@ -113,7 +115,7 @@ def test_the_module_gets_its_parameters_back_even_after_an_error():
     layer = nn.Linear(4, 4)
     weight = layer.weight
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        call_composed(layer, linear_child(layer), (torch.randn(3, 5),), {})
+        call_composed(layer, linear_child(layer), layer, (torch.randn(3, 5),), {})
     assert layer.weight is weight
     assert list(layer._parameters) == ["weight", "bias"]
 
@@ -124,7 +126,7 @@ def test_a_parameter_kept_in_the_instance_dictionary_is_swapped_too():
     compositions = linear_child(layer)
     x = torch.randn(2, 4)
     expected = torch.nn.functional.linear(x, compositions["weight"].tensor(), layer.bias)
-    assert torch.equal(call_composed(layer, compositions, (x,), {}), expected)
+    assert torch.equal(call_composed(layer, compositions, layer, (x,), {}), expected)
     assert layer.__dict__["weight"] is layer._parameters["weight"]
 
 
@@ -132,7 +134,7 @@ def test_hooks_of_the_module_run():
     layer = nn.Linear(4, 4)
     seen = []
     layer.register_forward_hook(lambda module, args, output: seen.append(output))
-    call_composed(layer, linear_child(layer), (torch.randn(2, 4),), {})
+    call_composed(layer, linear_child(layer), layer, (torch.randn(2, 4),), {})
     assert len(seen) == 1
 
 
@@ -140,7 +142,7 @@ def test_activation_hooks_around_the_call_still_see_activations():
     layer = nn.Linear(16, 16)
     compositions = linear_child(layer)
     x = torch.randn(3, 16, requires_grad=True)
-    kept, result = saved_bytes(lambda: call_composed(layer, compositions, (x,), {}), [])
+    kept, result = saved_bytes(lambda: call_composed(layer, compositions, layer, (x,), {}), [])
     assert kept == x.numel() * 4  # the input, and neither the composed weight nor the base
     result.sum().backward()
 
@@ -155,7 +157,7 @@ def test_threads_with_children_of_their_own_do_not_meet():
     def work(which):
         for _ in range(200):
             with lock_of(layer):
-                result = call_composed(layer, children[which], (x,), {})
+                result = call_composed(layer, children[which], layer, (x,), {})
             if not torch.equal(result, expected[which]):
                 wrong.append(which)
 

@@ -424,7 +424,7 @@ def test_what_is_not_supported_says_so():
     model = trained("llama", task_type="CAUSAL_LM")
     with pytest.raises(ValueError, match="does not support adapter_names="):
         model(**batch_of("llama"), adapter_names=["default"] * 4)
-    with pytest.raises(ValueError, match=r"not compatible with the `PeftMixedModel`|not supported|peft_type"):
+    with pytest.raises(ValueError, match=r"'PEFT_CHILD' is not compatible|PEFT_CHILD"):
         get_peft_model(build("llama"), config_for("llama"), mixed=True)
     with pytest.raises(ValueError, match="must not be the name of a parameter"):
         get_peft_model(build("llama"), config_for("llama"), adapter_name="weight")
@@ -437,7 +437,7 @@ def test_hotswap_is_refused(llama_folders):
 
     base, child, _ = llama_folders
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), child)
-    with pytest.raises(ValueError, match=r"only supports|LORA"):
+    with pytest.raises(ValueError, match=r"LORA"):
         hotswap_adapter(model, str(child), adapter_name="default")
 
 

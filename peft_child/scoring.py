@@ -1,0 +1,140 @@
+"""The Fisher pass: a model's loss on every example of the task's data, and the model put back as it was."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from peft_child.batches import batch_size, single_examples, to_device
+from peft_child.fisher import diagonal_fisher
+from peft_child.layer import child_tuning_layers
+
+
+Forward = Callable[[Any, Any], Any]
+
+
+@dataclass
+class FisherPass:
+    """One pass over the data; see `estimate_fisher` for the arguments.
+
+    Attributes:
+        by_batch: Score batches as they come, with dropout and clipping, as the authors' code does.
+        examples: Number of examples that were scored.
+    """
+
+    model: nn.Module
+    dataloader: Iterable[Any]
+    by_batch: bool
+    num_examples: int | None = None
+    forward_fn: Forward | None = None
+    loss_fn: Forward | None = None
+    split_batches: bool = True
+    progress_bar: bool = True
+    examples: int = 0
+
+    def scores(self, targets: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+        """Fisher information of the targets, float32, in their shapes."""
+        if self.num_examples is not None and self.num_examples < 1:
+            raise ValueError(f"num_examples must be positive or None, got {self.num_examples}.")
+        device = next(iter(targets.values())).device
+        with _scoring(self.model, targets.values(), training=self.by_batch):
+            return diagonal_fisher(targets, self._losses(device), max_norm=1.0 if self.by_batch else None)
+
+    def _losses(self, device: torch.device) -> Iterator[Tensor]:
+        total = _total(self.dataloader, self.num_examples) if self.split_batches else None
+        with tqdm(desc="Fisher information", unit=" examples", total=total, disable=not self.progress_bar) as bar:
+            for example, size in self._examples():
+                if self.num_examples is not None and self.examples >= self.num_examples:
+                    return
+                yield self._loss(to_device(example, device))
+                self.examples += size
+                bar.update(size)
+
+    def _examples(self) -> Iterator[tuple[Any, int]]:
+        for batch in self.dataloader:
+            if not self.split_batches:
+                yield batch, 1
+            elif self.by_batch:
+                yield batch, batch_size(batch)
+            else:
+                yield from ((example, 1) for example in single_examples(batch))
+
+    def _loss(self, example: Any) -> Tensor:
+        if self.forward_fn is not None:
+            output = self.forward_fn(self.model, example)
+        elif isinstance(example, Mapping):
+            output = self.model(**example)
+        else:
+            raise ValueError(
+                f"Batches must be mappings, got a {type(example).__name__}; pass a forward_fn for others."
+            )
+        loss = self.loss_fn(output, example) if self.loss_fn is not None else _loss_of(output)
+        if loss is None:
+            keys = f" (they have {', '.join(map(str, example))})" if isinstance(example, Mapping) else ""
+            raise ValueError(
+                f"The model returned no loss for example {self.examples}: batches need labels{keys}, or a loss_fn."
+            )
+        value = loss.item()
+        if not math.isfinite(value):
+            raise ValueError(f"The loss of every example must be finite; that of example {self.examples} is {value}.")
+        if not loss.requires_grad:
+            raise ValueError(f"The loss of example {self.examples} does not depend on any targeted weight.")
+        return loss
+
+
+def _loss_of(output: Any) -> Tensor | None:
+    """The loss in what a model returns, wherever the Trainer would find it as well."""
+    if isinstance(output, Tensor):
+        return output if not output.dim() else None
+    if isinstance(output, Mapping):
+        return output.get("loss")
+    if isinstance(output, tuple) and not hasattr(output, "loss") and output:
+        return output[0] if isinstance(output[0], Tensor) and not output[0].dim() else None
+    return getattr(output, "loss", None)
+
+
+def _total(dataloader: Iterable[Any], num_examples: int | None) -> int | None:
+    dataset = getattr(dataloader, "dataset", None)
+    available = len(dataset) if isinstance(dataset, Sized) else None
+    return min((size for size in (num_examples, available) if size is not None), default=None)
+
+
+@contextmanager
+def _scoring(model: nn.Module, targets: Iterable[nn.Parameter], training: bool) -> Iterator[None]:
+    """Let gradients flow to the targets alone, in the base model, and put everything back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()] if training else []
+    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 (collators use it)
+    with ExitStack() as stack:
+        for layer in child_tuning_layers(model).values():
+            stack.enter_context(layer.base_only())
+        stack.enter_context(torch.random.fork_rng())
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        try:
+            model.train(training)
+            for parameter, _, _ in parameters:
+                parameter.requires_grad_(False).grad = None
+            for parameter in targets:
+                parameter.requires_grad_(True)
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            for parameter, required, gradient in parameters:
+                parameter.requires_grad_(required).grad = gradient
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    buffer.copy_(value)
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)  # noqa: NPY002
