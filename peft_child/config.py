@@ -20,7 +20,7 @@ class ChildPeftType(str, enum.Enum):
     PEFT_CHILD = "PEFT_CHILD"
 
 
-VARIANTS = ("task_driven", "random", "task_free")
+VARIANTS = ("task_driven", "random", "task_free", "extracted")
 FISHER = ("per_example", "authors")
 CHECK_BASE = ("warn", "error", "off")
 
@@ -42,7 +42,8 @@ class ChildTuningConfig(PeftConfig):
             "help": (
                 "How the child network is chosen. 'task_driven' (Child-Tuning_D): the entries with the largest Fisher "
                 "information, by `select_child_network`. 'random': a fixed random one, drawn from `seed` and the "
-                "names of the parameters; needs no data. 'task_free' (Child-Tuning_F) is reserved."
+                "names of the parameters; needs no data. 'task_free' (Child-Tuning_F) is reserved. "
+                "'extracted': taken from the difference of checkpoints, or combined from adapters; only for loading."
             )
         },
     )

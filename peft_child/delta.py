@@ -29,6 +29,11 @@ class SparseDelta(NamedTuple):
     indices: Tensor
     values: Tensor
 
+    @property
+    def numel(self) -> int:
+        """Entries of the tensor."""
+        return math.prod(self.shape)
+
 
 class Overlap(NamedTuple):
     """How much two child networks in the same tensors share.
@@ -66,17 +71,17 @@ def apply_delta(base: Tensor, delta: SparseDelta) -> Tensor:
     """Add a delta to a tensor, in at least float32 and rounded once: the very values that merging writes.
 
     Args:
-        base: Tensor of the delta's shape, any floating dtype.
+        base: Tensor with as many entries as the delta's, any floating dtype.
         delta: The change.
 
     Returns:
         A new tensor, of the shape and dtype of `base`.
 
     Raises:
-        ValueError: If the shapes differ.
+        ValueError: If the numbers of entries differ.
     """
-    if tuple(base.shape) != delta.shape:
-        raise ValueError(f"A delta of shape {delta.shape} cannot be added to a tensor of shape {tuple(base.shape)}.")
+    if base.numel() != delta.numel:
+        raise ValueError(f"A delta of {delta.numel} entries cannot be added to a tensor of {base.numel()}.")
     with torch.no_grad():
         return Composition(base, (Child(delta.values, delta.indices),)).tensor()
 
@@ -226,7 +231,7 @@ def overlap(first: SparseDelta, second: SparseDelta) -> Overlap:
     """
     _check_shapes([first, second])
     shared = int(torch.isin(first.indices, second.indices, assume_unique=True).sum())
-    return Overlap(shared, first.indices.numel(), second.indices.numel(), math.prod(first.shape))
+    return Overlap(shared, first.indices.numel(), second.indices.numel(), first.numel)
 
 
 def _bits(tensor: Tensor) -> Tensor:

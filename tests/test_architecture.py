@@ -9,11 +9,11 @@ import peft_child
 
 
 LAYERS = [
-    {"compose", "codec", "selection", "fisher", "batches", "config"},
+    {"compose", "codec", "selection", "fisher", "batches", "config", "checkpoint"},
     {"delta", "sparse_file"},
     {"storage"},
-    {"layer"},
-    {"targets", "scoring", "files"},
+    {"layer", "adapter_folder"},
+    {"targets", "scoring", "files", "operations"},
     {"model", "choice"},
     {"registration"},
 ]

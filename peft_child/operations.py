@@ -1,0 +1,339 @@
+"""What can be done with adapters and checkpoints on disk, without a model: extract, merge, combine, compare, patch."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from peft_child.adapter_folder import PEFT_TYPE, SparseAdapter
+from peft_child.checkpoint import Checkpoint, copy_with_changes, replacing
+from peft_child.delta import (
+    Overlap,
+    SparseDelta,
+    apply_delta,
+    change,
+    check_combination,
+    combine_deltas,
+    extract_delta,
+    overlap,
+)
+from peft_child.selection import select_largest
+from peft_child.sparse_file import PREFIX, fingerprint_of
+
+
+FLOATING = ("F32", "BF16", "F16", "F64")
+
+Progress = Callable[[Sequence[str], str], Iterator[str]]
+
+
+def silent(names: Sequence[str], what: str) -> Iterator[str]:
+    """No progress bar."""
+    yield from names
+
+
+class NamesDifferError(ValueError):
+    """An adapter's parameters have other names in a checkpoint, which transformers renames on loading."""
+
+
+# Extract
+
+
+class _Changes(Mapping[str, Tensor]):
+    """Absolute changes between two checkpoints, computed when they are asked for."""
+
+    def __init__(self, base: Checkpoint, tuned: Checkpoint, names: Sequence[str], progress: Progress) -> None:
+        self.base, self.tuned, self.names, self.progress = base, tuned, names, progress
+
+    def __getitem__(self, name: str) -> Tensor:
+        return change(self.base[name], self.tuned[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return self.progress(self.names, "Comparing")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def extract_adapter(
+    base: Checkpoint, tuned: Checkpoint, density: float | None = None, progress: Progress = silent
+) -> SparseAdapter:
+    """Make an adapter of the difference between two checkpoints of the same shapes.
+
+    Without a density every entry that differs in a bit belongs to the child network, and merging the adapter into the
+    base gives the tuned checkpoint bit for bit. With a density the child network has exactly `round(density * n)` of
+    the n floating point entries, those that changed most. Tensors are read one at a time.
+
+    Args:
+        base: The checkpoint before fine-tuning.
+        tuned: The checkpoint after it.
+        density: Share of the entries to keep, in (0, 1], or None for all that differ.
+        progress: Wraps the loop over tensor names.
+
+    Raises:
+        ValueError: If the checkpoints have other tensors or shapes, nothing differs, or `density` is out of range.
+    """
+    if density is not None and not 0 < density <= 1:
+        raise ValueError(f"density must be in (0, 1], got {density!r}.")
+    names = _comparable(base, tuned)
+    chosen: Mapping[str, Tensor] = {}
+    if density is not None:
+        changes = _Changes(base, tuned, names, progress)
+        size = round(density * sum(_numel(base, name) for name in names))
+        chosen = select_largest(changes, size)
+    adapter = SparseAdapter({}, {})
+    for name in progress(names, "Extracting"):
+        before = base[name]
+        delta = extract_delta(before, tuned[name], chosen.get(name))
+        if delta.indices.numel():
+            matrix = (before.shape[0], -1) if before.dim() else (1, 1)
+            adapter.deltas[name] = delta._replace(shape=tuple(before.reshape(matrix).shape))
+            adapter.fingerprints[name] = fingerprint_of(before, delta.indices)
+    if not adapter.deltas:
+        raise ValueError(f"'{base.path}' and '{tuned.path}' do not differ in any floating point entry.")
+    for name in adapter.deltas:
+        if "." not in name:
+            raise ValueError(f"'{name}' belongs to the top-level module, which an adapter cannot reach.")
+    adapter.settings = {
+        "peft_type": PEFT_TYPE,
+        "variant": "extracted",
+        "density": density or _share(adapter, sum(_numel(base, name) for name in names)),
+        "target_parameters": list(adapter.deltas),
+        "base_model_name_or_path": str(base.path),
+    }
+    return adapter
+
+
+def _comparable(base: Checkpoint, tuned: Checkpoint) -> list[str]:
+    """Floating point tensors that both have, after a check that they have the same ones."""
+    for first, second in ((base, tuned), (tuned, base)):
+        missing = sorted(first.places.keys() - second.places.keys())
+        if missing:
+            raise ValueError(
+                f"'{second.path}' lacks {len(missing)} tensors of '{first.path}', such as '{missing[0]}'."
+            )
+    for name, place in base.places.items():
+        other = tuned.places[name]
+        if (place.dtype, place.shape) != (other.dtype, other.shape):
+            raise ValueError(
+                f"'{name}' is {place.dtype} {place.shape} in '{base.path}' and {other.dtype} {other.shape} in "
+                f"'{tuned.path}'; they must be the same."
+            )
+    return [name for name, place in base.places.items() if place.dtype in FLOATING and 0 not in place.shape]
+
+
+def _numel(checkpoint: Checkpoint, name: str) -> int:
+    numel = 1
+    for size in checkpoint.places[name].shape:
+        numel *= size
+    return numel
+
+
+def _share(adapter: SparseAdapter, numel: int) -> float:
+    return sum(delta.indices.numel() for delta in adapter.deltas.values()) / numel
+
+
+# Merge and patch
+
+
+class _Merged(Mapping[str, Tensor]):
+    """The tensors that an adapter changes, merged when they are asked for."""
+
+    def __init__(self, adapter: SparseAdapter, base: Checkpoint, progress: Progress) -> None:
+        self.adapter, self.base, self.progress = adapter, base, progress
+        self.names = [*adapter.deltas, *(key.removeprefix(PREFIX) for key in adapter.dense)]
+
+    def __getitem__(self, name: str) -> Tensor:
+        before = self.base[name]
+        dense = self.adapter.dense.get(f"{PREFIX}{name}")
+        return apply_delta(before, self.adapter.deltas[name]) if dense is None else dense.to(before.dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return self.progress(self.names, "Merging")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def merge_checkpoint(
+    adapter: SparseAdapter, base: Checkpoint, folder: str | Path, force: bool = False, progress: Progress = silent
+) -> None:
+    """Write a checkpoint with the adapter merged, in the files of the base and with everything beside them.
+
+    The values are those of `merge_and_unload()`, bit for bit. Memory is a few times the largest tensor.
+
+    Args:
+        adapter: The adapter.
+        base: The checkpoint of its base model.
+        folder: The folder to make.
+        force: Replace a folder that exists.
+        progress: Wraps the loop over tensor names.
+
+    Raises:
+        NamesDifferError: If the checkpoint has other names than the model, or lacks a module that was saved whole.
+        ValueError: If a tensor has another size.
+        FileExistsError: If the folder exists and `force` is not set.
+    """
+    check_fits(adapter, base)
+    with replacing(folder, force) as temporary:
+        copy_with_changes(base, temporary, _Merged(adapter, base, progress))
+
+
+def export_patch(
+    adapter: SparseAdapter, base: Checkpoint, file: str | Path, force: bool = False, progress: Progress = silent
+) -> None:
+    """Write the merged values of the child network as positions and absolute values of the checkpoint's tensors.
+
+    The safetensors file has two tensors for each changed one: `NAME.indices`, flat row-major positions, int32, or
+    int64 from 2**31 entries on; and `NAME.values`, what stands there after merging, in the dtype of the checkpoint.
+
+    Args:
+        adapter: The adapter, without modules saved whole.
+        base: The checkpoint of its base model.
+        file: The file to make.
+        force: Replace a file that exists.
+        progress: Wraps the loop over tensor names.
+
+    Raises:
+        NamesDifferError: If the checkpoint has other names than the model.
+        ValueError: If a tensor has another size, or the adapter has modules saved whole.
+        FileExistsError: If the file exists and `force` is not set.
+    """
+    if adapter.dense:
+        raise ValueError(f"A patch holds entries only; '{next(iter(adapter.dense))}' was saved whole.")
+    check_fits(adapter, base)
+    patch: dict[str, Tensor] = {}
+    for name in progress(list(adapter.deltas), "Merging"):
+        delta = adapter.deltas[name]
+        wide = delta.numel >= 1 << 31
+        patch[f"{name}.indices"] = delta.indices.to(torch.int64 if wide else torch.int32)
+        patch[f"{name}.values"] = apply_delta(base[name], delta).reshape(-1)[delta.indices]
+    with replacing(file, force) as temporary:
+        save_file(patch, temporary, metadata={"format": "pt"})
+
+
+def check_fits(adapter: SparseAdapter, base: Checkpoint, check_base: str = "warn") -> None:
+    """Check that an adapter belongs to a checkpoint: names, sizes and, with a warning, the base values.
+
+    Raises:
+        NamesDifferError: If the checkpoint lacks a tensor of the adapter.
+        ValueError: If a tensor has another size, or `check_base` is 'error' and a base value is another.
+    """
+    wanted = [*adapter.deltas, *(key.removeprefix(PREFIX) for key in adapter.dense)]
+    missing = [name for name in wanted if name not in base.places]
+    if missing:
+        raise NamesDifferError(
+            f"'{base.path}' has no tensor '{missing[0]}' ({len(missing)} of {len(wanted)} names are missing): the "
+            "model has other names than its checkpoint, or the adapter belongs to another model."
+        )
+    for name, delta in adapter.deltas.items():
+        if _numel(base, name) != delta.numel:
+            raise ValueError(
+                f"'{name}' has {_numel(base, name)} entries in '{base.path}', the adapter's has {delta.numel}."
+            )
+    strange = [name for name in adapter.deltas if check_base != "off" and not _is_at_home(adapter, base, name)]
+    if strange:
+        message = f"'{base.path}' has other weights than the adapter was made on, such as in '{strange[0]}'."
+        if check_base == "error":
+            raise ValueError(message)
+        warnings.warn(message, stacklevel=3)
+
+
+def _is_at_home(adapter: SparseAdapter, base: Checkpoint, name: str) -> bool:
+    there = adapter.fingerprints.get(name, 0)
+    here = fingerprint_of(base[name], adapter.deltas[name].indices) if there else 0
+    return not there or not here or there == here
+
+
+# Combine and compare
+
+
+def combine_adapters(
+    adapters: Sequence[SparseAdapter],
+    weights: Sequence[float],
+    *,
+    combination_type: str = "linear",
+    density: float = 1.0,
+    majority_sign_method: str = "total",
+    seed: int = 0,
+    progress: Progress = silent,
+) -> SparseAdapter:
+    """Combine adapters of one base model; see `combine_deltas` for what the arguments mean.
+
+    Raises:
+        ValueError: If an argument is out of range, an adapter has modules saved whole, or tensors differ in shape.
+    """
+    if not adapters or len(adapters) != len(weights):
+        raise ValueError(f"Every adapter needs one weight, got {len(adapters)} adapters and {len(weights)} weights.")
+    check_combination(combination_type, density, majority_sign_method)
+    for adapter in adapters:
+        if adapter.dense and len(adapters) > 1:
+            raise ValueError(f"Modules saved whole cannot be combined, and '{next(iter(adapter.dense))}' is one.")
+    combined = SparseAdapter(dict(adapters[0].settings), {}, dense=adapters[0].dense)
+    names = list(dict.fromkeys(name for adapter in adapters for name in adapter.deltas))
+    for name in progress(names, "Combining"):
+        parts = [
+            (adapter.deltas[name], weight)
+            for adapter, weight in zip(adapters, weights, strict=True)
+            if name in adapter.deltas
+        ]
+        combined.deltas[name] = combine_deltas(
+            [delta for delta, _ in parts],
+            [weight for _, weight in parts],
+            combination_type=combination_type,
+            density=density,
+            majority_sign_method=majority_sign_method,
+            generator=_generator(seed, name),
+        )
+        if len(parts) == 1 and combined.deltas[name].indices.equal(parts[0][0].indices):
+            holders = (adapter for adapter in adapters if name in adapter.deltas)
+            combined.fingerprints[name] = next(holders).fingerprints.get(name, 0)
+    if len(adapters) > 1:
+        combined.settings.update(_widest_targets(adapters, names))
+    return combined
+
+
+def compare_adapters(adapters: Sequence[SparseAdapter]) -> dict[tuple[int, int], dict[str, Overlap]]:
+    """Overlap of the child networks of every two adapters, by their positions, in every tensor that either changes."""
+    found: dict[tuple[int, int], dict[str, Overlap]] = {}
+    for first, second in combinations(range(len(adapters)), 2):
+        deltas = adapters[first].deltas, adapters[second].deltas
+        names = dict.fromkeys([*deltas[0], *deltas[1]])
+        found[first, second] = {name: _overlap(deltas[0].get(name), deltas[1].get(name)) for name in names}
+    return found
+
+
+def _overlap(first: SparseDelta | None, second: SparseDelta | None) -> Overlap:
+    if first is None or second is None:
+        some = first or second
+        assert some is not None
+        none = some._replace(indices=some.indices[:0], values=some.values[:0])
+        return overlap(first or none, second or none)
+    return overlap(first, second)
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+
+
+def _widest_targets(adapters: Sequence[SparseAdapter], names: list[str]) -> dict[str, Any]:
+    """Settings that name every parameter of a combination, and nothing of how its parts were chosen."""
+    share = max(float(adapter.settings.get("density", 1.0)) for adapter in adapters)
+    return {
+        "variant": "extracted",
+        "density": min(1.0, share),
+        "target_modules": None,
+        "target_parameters": names,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "exclude_modules": None,
+        "fisher_examples": None,
+    }

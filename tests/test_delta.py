@@ -1,0 +1,148 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peft_child.delta import COMBINATIONS, Overlap, SparseDelta, apply_delta, combine_deltas, extract_delta, overlap
+
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def delta_of(shape=(6, 5), count=8, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    numel = torch.Size(shape).numel()
+    indices = torch.randperm(numel, generator=generator)[:count].sort().values
+    return SparseDelta(shape, indices, torch.randn(count, generator=generator))
+
+
+def dense(delta):
+    return torch.zeros(delta.numel).index_put((delta.indices,), delta.values).view(delta.shape)
+
+
+def bits(tensor):
+    return tensor.contiguous().view(torch.uint8)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_extract_then_apply_is_exact_in_every_bit(dtype):
+    base = torch.randn(20, 30).to(dtype)
+    tuned = torch.where(torch.rand(20, 30) < 0.2, (base * (1 + torch.randn(20, 30) * 0.01)).to(dtype), base)
+    tuned[0, 0], tuned[0, 1], base[0, 2], tuned[0, 2] = 0.0, -5.0, 0.0, -0.0 + 1e-3
+    delta = extract_delta(base, tuned)
+    assert delta.indices.numel() < 200
+    assert torch.equal(bits(apply_delta(base, delta)), bits(tuned))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@given(data=st.data())
+def test_extract_then_apply_is_exact_for_any_low_precision_numbers(dtype, data):
+    finite = st.integers(0, 2**16 - 1).map(lambda pattern: pattern - 2**15)
+    patterns = data.draw(st.lists(st.tuples(finite, finite), min_size=1, max_size=20))
+    base, tuned = torch.tensor(patterns, dtype=torch.int16).view(dtype).unbind(1)
+    keep = base.isfinite() & tuned.isfinite() & ~((tuned == 0) & tuned.signbit())  # no sum is -0.0 but of zeros
+    keep &= (tuned == 0) | (tuned.double().abs() > base.double().abs() * 2.0**-40)  # a float64 has 53 bits
+    base, tuned = base[keep].contiguous(), tuned[keep].contiguous()
+    delta = extract_delta(base, tuned)
+    assert torch.equal(bits(apply_delta(base, delta)), bits(tuned))
+
+
+def test_a_change_that_no_difference_expresses_is_refused():
+    with pytest.raises(ValueError, match=r"change from 1.0 to .* at position 1 cannot be expressed"):
+        extract_delta(torch.tensor([2.0, 1.0]), torch.tensor([3.0, 1e-30]))
+
+
+def test_chosen_positions_keep_what_did_not_change():
+    base = torch.randn(4, 4)
+    tuned = base.clone()
+    tuned[0, 0] += 1
+    delta = extract_delta(base, tuned, torch.tensor([0, 7]))
+    assert delta.indices.tolist() == [0, 7]
+    assert delta.values[1] == 0
+    assert torch.equal(apply_delta(base, delta), tuned)
+
+
+def test_only_tensors_of_one_kind_are_compared():
+    with pytest.raises(ValueError, match=r"same shape and dtype, got torch.float32 \(2,\) and torch.float32 \(3,\)"):
+        extract_delta(torch.ones(2), torch.ones(3))
+    with pytest.raises(ValueError, match="same shape and dtype"):
+        extract_delta(torch.ones(2), torch.ones(2).double())
+    with pytest.raises(ValueError, match="delta of 30 entries cannot be added to a tensor of 4"):
+        apply_delta(torch.ones(4), delta_of())
+    with pytest.raises(ValueError, match=r"same shape, got \[\(5, 6\), \(6, 5\)\]"):
+        overlap(delta_of(), delta_of((5, 6)))
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS)
+def test_one_adapter_at_weight_one_comes_back_as_it_was(combination):
+    delta = delta_of()
+    combined = combine_deltas([delta], [1.0], combination_type=combination)
+    assert combined.indices is delta.indices
+    assert combined.values is delta.values
+
+
+def test_linear_is_the_weighted_sum_on_the_union_in_either_order():
+    first, second = delta_of(seed=0), delta_of(seed=1)
+    combined = combine_deltas([first, second], [0.3, -2.0])
+    torch.testing.assert_close(dense(combined), 0.3 * dense(first) - 2.0 * dense(second))
+    assert combined.indices.tolist() == sorted({*first.indices.tolist(), *second.indices.tolist()})
+    other = combine_deltas([second, first], [-2.0, 0.3])
+    assert torch.equal(other.indices, combined.indices)
+    torch.testing.assert_close(other.values, combined.values, rtol=1.2e-7, atol=0)
+
+
+def test_densities_are_shares_of_the_delta_not_of_the_tensor():
+    delta = delta_of((100, 100), 50)
+    pruned = combine_deltas([delta], [1.0], combination_type="magnitude_prune", density=0.5)
+    assert pruned.indices.numel() == 25
+    kept = delta.values.abs().sort(descending=True).values[:25]
+    assert torch.equal(pruned.values.abs().sort(descending=True).values, kept)
+    dropped = combine_deltas([delta], [1.0], combination_type="dare_linear", density=0.5)
+    assert dropped.indices.numel() == 25
+    assert torch.equal(dense(dropped)[dense(dropped) != 0], 2 * dense(delta)[dense(dropped) != 0])
+    again = [
+        combine_deltas([delta], [1.0], combination_type="dare_linear", density=0.5,
+                       generator=torch.Generator().manual_seed(seed))
+        for seed in (1, 1, 2)
+    ]  # fmt: skip
+    assert torch.equal(again[0].indices, again[1].indices)
+    assert not torch.equal(again[0].indices, again[2].indices)
+
+
+@pytest.mark.parametrize(("majority", "expected"), [("total", [-3.0, 2.0, 1.0]), ("frequency", [1.5, 2.0, 1.0])])
+def test_ties_averages_what_agrees_with_the_majority(majority, expected):
+    parts = [
+        SparseDelta((3,), torch.tensor([0, 1]), torch.tensor([1.0, 1.0])),
+        SparseDelta((3,), torch.tensor([0, 1]), torch.tensor([2.0, 3.0])),
+        SparseDelta((3,), torch.tensor([0, 2]), torch.tensor([-3.5, 1.0])),
+        SparseDelta((3,), torch.tensor([2]), torch.tensor([1.0])),
+    ]
+    parts[2].values[0] = -3.0 if majority == "frequency" else -3.0 - 1e-4
+    combined = combine_deltas(parts, [1.0] * 4, combination_type="ties", majority_sign_method=majority)
+    torch.testing.assert_close(combined.values, torch.tensor(expected), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"combination_type": "svd"}, "combination_type must be one of linear, ties.*got 'svd'"),
+        ({"density": 0}, r"density must be in \(0, 1\], got 0"),
+        ({"majority_sign_method": "all"}, "majority_sign_method must be one of total, frequency, got 'all'"),
+        ({"weights": [1.0]}, "Every delta needs one weight, got 2 deltas and 1 weights"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    weights = arguments.pop("weights", [1.0, 1.0])
+    with pytest.raises(ValueError, match=message):
+        combine_deltas([delta_of(), delta_of()], weights, **arguments)
+
+
+def test_overlap_with_itself_and_by_chance():
+    delta = delta_of((200, 100), 5000)
+    itself = overlap(delta, delta)
+    assert (itself.jaccard, itself.shared, itself.numel) == (1.0, 5000, 20_000)
+    other = overlap(delta, delta_of((200, 100), 5000, seed=1))
+    assert 0.9 < other.over_chance < 1.1
+    assert itself + other == Overlap(5000 + other.shared, 10_000, 10_000, 40_000)
+    nothing = delta._replace(indices=delta.indices[:0], values=delta.values[:0])
+    assert overlap(nothing, delta).jaccard == 0
