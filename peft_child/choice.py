@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from peft_child.config import ChildTuningConfig
+from peft_child.delta import fresh_delta
 from peft_child.layer import ChildTuningLayer, child_tuning_layers
 from peft_child.scoring import FisherPass, Forward
 from peft_child.selection import select_largest
@@ -103,8 +104,11 @@ def select_child_network(
     configs = cast(dict[str, ChildTuningConfig], model.peft_config)
     configs[adapter_name] = replace(config, fisher_examples=examples)  # the user may have other models with this one
     for layer in layers:
-        indices = {key: chosen[name] for key, name in layer.child_targets[adapter_name].items()}
-        layer.set_child(adapter_name, indices, config.init_weights, trainable=not config.inference_mode)
+        children = {
+            key: fresh_delta(targets[name], chosen[name], config.init_weights)
+            for key, name in layer.child_targets[adapter_name].items()
+        }
+        layer.set_child(adapter_name, children, trainable=not config.inference_mode)
     targeted = sum(parameter.numel() for parameter in targets.values())
     dense = sum(
         parameter.numel()

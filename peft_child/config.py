@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import re
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from peft import PeftConfig
@@ -22,6 +22,7 @@ class ChildPeftType(str, enum.Enum):
 
 VARIANTS = ("task_driven", "random", "task_free", "extracted")
 FISHER = ("per_example", "authors")
+DELTA_DTYPES = ("float32", "bfloat16", "float16")
 CHECK_BASE = ("warn", "error", "off")
 
 
@@ -114,6 +115,15 @@ class ChildTuningConfig(PeftConfig):
         default=True,
         metadata={"help": "True starts from the base model (deltas of zero), False from small random deltas (tests)."},
     )
+    delta_dtype: str = field(
+        default="float32",
+        metadata={
+            "help": (
+                "Dtype of the deltas in the file: 'float32' is exact, 'bfloat16' and 'float16' take half of the space "
+                "and round every delta, to 8 and 11 significant bits. In memory deltas are float32."
+            )
+        },
+    )
     check_base: str = field(
         default="warn",
         metadata={
@@ -141,6 +151,7 @@ class ChildTuningConfig(PeftConfig):
         self._check_numbers()
         _check_choice("variant", self.variant, VARIANTS)
         _check_choice("fisher", self.fisher, FISHER)
+        _check_choice("delta_dtype", self.delta_dtype, DELTA_DTYPES)
         _check_choice("check_base", self.check_base, CHECK_BASE)
         if self.variant == "task_free":
             raise ValueError(
@@ -163,6 +174,20 @@ class ChildTuningConfig(PeftConfig):
         if not size:
             raise ValueError(f"density={self.density} of {numel} targeted entries is an empty child network.")
         return size
+
+    def for_names(self, names: list[str]) -> ChildTuningConfig:
+        """Settings of an adapter whose child network was made of others', in the parameters of these names."""
+        return replace(
+            self,
+            variant="extracted",
+            target_modules=None,
+            target_parameters=names,
+            exclude_modules=None,
+            layers_to_transform=None,
+            layers_pattern=None,
+            fisher_examples=None,
+            child_sizes=None,
+        )
 
     @classmethod
     def describe(cls) -> str:

@@ -6,14 +6,22 @@ Everything here works on plain tensors, one at a time, so that checkpoints of an
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from peft_child.compose import Child, Composition
-from peft_child.selection import select_largest
+from peft_child.selection import seeded, select_largest
+
+
+Progress = Callable[[Sequence[str], str], Iterable[str]]  # wraps a loop over names, with a title
+
+
+def silent(names: Sequence[str], title: str) -> Iterable[str]:
+    """No progress bar."""
+    return names
 
 
 class SparseDelta(NamedTuple):
@@ -65,6 +73,12 @@ class Overlap(NamedTuple):
         if not isinstance(other, Overlap):
             return NotImplemented
         return Overlap(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+def fresh_delta(tensor: Tensor, indices: Tensor, init_weights: bool = True) -> SparseDelta:
+    """A delta to be trained, float32: of zeros, or of small random values if `init_weights` is False."""
+    values = torch.zeros(indices.numel()) if init_weights else torch.randn(indices.numel()) * 0.02
+    return SparseDelta(tuple(tensor.shape), indices, values)
 
 
 def apply_delta(base: Tensor, delta: SparseDelta) -> Tensor:
@@ -189,6 +203,49 @@ def combine_deltas(
         for row in rows[1:]:
             combined = combined + row
     return SparseDelta(deltas[0].shape, union, combined)
+
+
+def combine_named(
+    adapters: Sequence[Mapping[str, SparseDelta]],
+    weights: Sequence[float],
+    *,
+    combination_type: str = "linear",
+    density: float = 1.0,
+    majority_sign_method: str = "total",
+    seed: int = 0,
+    progress: Progress = silent,
+) -> dict[str, SparseDelta]:
+    """Combine the deltas of several adapters tensor by tensor, wherever one of them has a child; see `combine_deltas`.
+
+    Args:
+        adapters: Deltas by name of the tensor, of each adapter.
+        weights: One for each adapter.
+        combination_type: As in `combine_deltas`.
+        density: As in `combine_deltas`.
+        majority_sign_method: As in `combine_deltas`.
+        seed: For the random choices of DARE, which also depend on the name of the tensor.
+        progress: Wraps the loop over names.
+
+    Returns:
+        The combined deltas by name, float32 or wider.
+
+    Raises:
+        ValueError: If an argument is out of range, or tensors of one name differ in shape.
+    """
+    check_combination(combination_type, density, majority_sign_method)
+    names = list(dict.fromkeys(name for deltas in adapters for name in deltas))
+    combined = {}
+    for name in progress(names, "Combining"):
+        parts = [(deltas[name], weight) for deltas, weight in zip(adapters, weights, strict=True) if name in deltas]
+        combined[name] = combine_deltas(
+            [delta for delta, _ in parts],
+            [weight for _, weight in parts],
+            combination_type=combination_type,
+            density=density,
+            majority_sign_method=majority_sign_method,
+            generator=seeded(name, seed),
+        )
+    return combined
 
 
 def check_combination(combination_type: str, density: float, majority_sign_method: str) -> None:

@@ -12,12 +12,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
 from peft_child.config import ChildTuningConfig
+from peft_child.delta import SparseDelta, combine_named, fresh_delta
 from peft_child.files import fit_state_dict
 from peft_child.layer import ChildTuningLayer, child_tuning_layers
 from peft_child.selection import apportion, draw_random
@@ -149,11 +151,12 @@ class ChildTuningModel(BaseTuner):
         targets = layer.child_targets[adapter_name]
         counts = self._plan.counts
         if counts is not None:
-            children = {
-                parameter: draw_random(name, layer.base_parameter(parameter).numel(), counts[name], config.seed)
-                for parameter, name in targets.items()
-            }
-            layer.set_child(adapter_name, children, config.init_weights, trainable=False)
+            children = {}
+            for key, name in targets.items():
+                base = layer.base_parameter(key)
+                indices = draw_random(name, base.numel(), counts[name], config.seed)
+                children[key] = fresh_delta(base, indices, config.init_weights)
+            layer.set_child(adapter_name, children, trainable=False)
         known = config.child_sizes
         if known is not None and {name: known[name] for name in targets.values() if name in known} != layer.sizes(
             adapter_name
@@ -232,6 +235,65 @@ class ChildTuningModel(BaseTuner):
             if names:
                 layer.merge(adapter_names=names)
 
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+        density: float | None = None,
+        majority_sign_method: str = "total",
+        seed: int = 0,
+    ) -> None:
+        """Add an adapter that combines others on the union of their child networks; see `combine_deltas`.
+
+        Args:
+            adapters: Names of the adapters to combine.
+            weights: One for each.
+            adapter_name: Name of the new adapter; it is not active.
+            combination_type: 'linear', 'ties', 'dare_linear', 'dare_ties' or 'magnitude_prune'.
+            density: Share of each adapter's child network that is kept, in (0, 1]; by default all of it.
+            majority_sign_method: For the kinds of TIES, 'total' or 'frequency'.
+            seed: For the random choices of DARE.
+
+        Raises:
+            ValueError: If an adapter is unknown or has modules saved whole, the new name is taken, or an argument is
+                out of range.
+        """
+        if not adapters or len(adapters) != len(weights):
+            raise ValueError(
+                f"Every adapter needs one weight, got {len(adapters)} adapters and {len(weights)} weights."
+            )
+        for name in self._known(adapters):
+            if cast(ChildTuningConfig, self.peft_config[name]).modules_to_save:
+                raise ValueError(f"Modules saved whole cannot be combined, and adapter '{name}' has some.")
+        combined = combine_named(
+            [self._sparse_deltas(name) for name in adapters],
+            weights,
+            combination_type=combination_type,
+            density=1.0 if density is None else density,
+            majority_sign_method=majority_sign_method,
+            seed=seed,
+        )
+        config = cast(ChildTuningConfig, self.peft_config[adapters[0]])
+        _check_name_is_free(self.model, adapter_name)
+        self.peft_config[adapter_name] = config.for_names(list(combined))
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except Exception:
+            del self.peft_config[adapter_name]
+            raise
+        for layer in child_tuning_layers(self.model).values():
+            if adapter_name in layer.child_targets:
+                children = {key: combined[name] for key, name in layer.child_targets[adapter_name].items()}
+                layer.set_child(adapter_name, children, trainable=False)
+
+    def _sparse_deltas(self, adapter_name: str) -> dict[str, SparseDelta]:
+        found: dict[str, SparseDelta] = {}
+        for layer in child_tuning_layers(self.model).values():
+            found |= layer.sparse_deltas(adapter_name)
+        return found
+
     def _unload_and_optionally_merge(  # type: ignore[override]  # PEFT annotates None, and returns the model
         self,
         merge: bool = True,
@@ -277,7 +339,8 @@ class ChildTuningModel(BaseTuner):
             if adapter_name in layer.child_targets:
                 layer.check_is_chosen(adapter_name, "saving")
                 sizes |= layer.sizes(adapter_name)
-        cast(ChildTuningConfig, config).child_sizes = sizes
+        settings = cast(ChildTuningConfig, config)
+        settings.child_sizes = sizes
         for name in sorted(layers, key=len, reverse=True):
             if adapter_name not in layers[name].child_targets:  # another adapter's, which other models will not have
                 inside = f"{name}.base_layer."
@@ -285,7 +348,7 @@ class ChildTuningModel(BaseTuner):
                     f"{name}.{key.removeprefix(inside)}" if key.startswith(inside) else key: value
                     for key, value in selected.items()
                 }
-        return stamped(selected)
+        return stamped(selected, getattr(torch, settings.delta_dtype))
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -17,26 +16,20 @@ from peft_child.adapter_folder import PEFT_TYPE, SparseAdapter
 from peft_child.checkpoint import Checkpoint, copy_with_changes, replacing
 from peft_child.delta import (
     Overlap,
+    Progress,
     SparseDelta,
     apply_delta,
     change,
-    check_combination,
-    combine_deltas,
+    combine_named,
     extract_delta,
     overlap,
+    silent,
 )
 from peft_child.selection import select_largest
 from peft_child.sparse_file import PREFIX, fingerprint_of
 
 
 FLOATING = ("F32", "BF16", "F16", "F64")
-
-Progress = Callable[[Sequence[str], str], Iterator[str]]
-
-
-def silent(names: Sequence[str], what: str) -> Iterator[str]:
-    """No progress bar."""
-    yield from names
 
 
 class NamesDifferError(ValueError):
@@ -56,7 +49,7 @@ class _Changes(Mapping[str, Tensor]):
         return change(self.base[name], self.tuned[name])
 
     def __iter__(self) -> Iterator[str]:
-        return self.progress(self.names, "Comparing")
+        yield from self.progress(self.names, "Comparing")
 
     def __len__(self) -> int:
         return len(self.names)
@@ -156,7 +149,7 @@ class _Merged(Mapping[str, Tensor]):
         return apply_delta(before, self.adapter.deltas[name]) if dense is None else dense.to(before.dtype)
 
     def __iter__(self) -> Iterator[str]:
-        return self.progress(self.names, "Merging")
+        yield from self.progress(self.names, "Merging")
 
     def __len__(self) -> int:
         return len(self.names)
@@ -272,31 +265,25 @@ def combine_adapters(
     """
     if not adapters or len(adapters) != len(weights):
         raise ValueError(f"Every adapter needs one weight, got {len(adapters)} adapters and {len(weights)} weights.")
-    check_combination(combination_type, density, majority_sign_method)
     for adapter in adapters:
         if adapter.dense and len(adapters) > 1:
             raise ValueError(f"Modules saved whole cannot be combined, and '{next(iter(adapter.dense))}' is one.")
     combined = SparseAdapter(dict(adapters[0].settings), {}, dense=adapters[0].dense)
-    names = list(dict.fromkeys(name for adapter in adapters for name in adapter.deltas))
-    for name in progress(names, "Combining"):
-        parts = [
-            (adapter.deltas[name], weight)
-            for adapter, weight in zip(adapters, weights, strict=True)
-            if name in adapter.deltas
-        ]
-        combined.deltas[name] = combine_deltas(
-            [delta for delta, _ in parts],
-            [weight for _, weight in parts],
-            combination_type=combination_type,
-            density=density,
-            majority_sign_method=majority_sign_method,
-            generator=_generator(seed, name),
-        )
-        if len(parts) == 1 and combined.deltas[name].indices.equal(parts[0][0].indices):
-            holders = (adapter for adapter in adapters if name in adapter.deltas)
-            combined.fingerprints[name] = next(holders).fingerprints.get(name, 0)
+    combined.deltas = combine_named(
+        [adapter.deltas for adapter in adapters],
+        weights,
+        combination_type=combination_type,
+        density=density,
+        majority_sign_method=majority_sign_method,
+        seed=seed,
+        progress=progress,
+    )
+    for name, delta in combined.deltas.items():
+        for adapter in adapters:
+            if name in adapter.deltas and adapter.deltas[name].indices.equal(delta.indices):
+                combined.fingerprints[name] = adapter.fingerprints.get(name, 0)
     if len(adapters) > 1:
-        combined.settings.update(_widest_targets(adapters, names))
+        combined.settings.update(_widest_targets(adapters, list(combined.deltas)))
     return combined
 
 
@@ -317,11 +304,6 @@ def _overlap(first: SparseDelta | None, second: SparseDelta | None) -> Overlap:
         none = some._replace(indices=some.indices[:0], values=some.values[:0])
         return overlap(first or none, second or none)
     return overlap(first, second)
-
-
-def _generator(seed: int, name: str) -> torch.Generator:
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
 
 
 def _widest_targets(adapters: Sequence[SparseAdapter], names: list[str]) -> dict[str, Any]:

@@ -120,6 +120,10 @@ def draw_random(name: str, numel: int, count: int, seed: int) -> Tensor:
     """
     if not count:
         return torch.empty(0, dtype=torch.int64)
+    return select_largest({name: torch.rand(numel, generator=seeded(name, seed))}, count)[name]
+
+
+def seeded(name: str, seed: int) -> torch.Generator:
+    """A random generator of its own for every name and seed, the same in every process."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
-    return select_largest({name: torch.rand(numel, generator=generator)}, count)[name]
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))

@@ -66,15 +66,24 @@ def read_children(tensors: Mapping[str, Tensor]) -> tuple[dict[str, StoredChild]
     return {name: _checked(name, pair) for name, pair in pairs.items()}, others
 
 
-def stamped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of an adapter with the checksum of every delta written into its block, ready to be saved."""
+def stamped(tensors: Mapping[str, Tensor], delta_dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """The tensors of an adapter with the checksum of every delta written into its block, ready to be saved.
+
+    Args:
+        tensors: By their names in the file, or in a model.
+        delta_dtype: Round float32 deltas to this dtype; by default nothing is rounded.
+    """
     result = dict(tensors)
     for key, block in tensors.items():
         path, kind, rest = key.rpartition(f".{INDEX}.")
-        delta = tensors.get(f"{path}.{DELTA}.{rest}") if kind else None
-        if delta is not None and not delta.is_meta and bool(block.any()):
-            data = with_delta_checksum(block.cpu().numpy().data, checksum_of(delta))
-            result[key] = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(block.device)
+        delta_key = f"{path}.{DELTA}.{rest}"
+        delta = tensors.get(delta_key) if kind else None
+        if delta is None or delta.is_meta or not bool(block.any()):
+            continue
+        if delta_dtype is not None and delta.dtype == torch.float32:
+            result[delta_key] = delta.to(delta_dtype)
+        data = with_delta_checksum(block.cpu().numpy().data, checksum_of(result[delta_key]))
+        result[key] = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(block.device)
     return result
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from peft_child.codec import FormatError, decode, encode
 from peft_child.compose import Child, lock_of
+from peft_child.delta import SparseDelta
 from peft_child.sparse_file import fingerprint_of
 
 
@@ -73,26 +74,24 @@ class ChildStorage(nn.Module, BaseTunerLayer):
         assert parameter is not None
         return parameter
 
-    def set_child(self, adapter_name: str, indices: Mapping[str, Tensor], init_weights: bool, trainable: bool) -> None:
-        """Give an adapter its child network in this layer, with new deltas.
+    def set_child(self, adapter_name: str, children: Mapping[str, SparseDelta], trainable: bool) -> None:
+        """Give an adapter its child network in this layer.
 
         Args:
             adapter_name: An adapter of this layer.
-            indices: Strictly increasing flat indices, int64, shape `(k,)`, for every target; k may be 0.
-            init_weights: Deltas of zero, or small random ones.
+            children: For every target; those without an entry leave their parameter as it is.
             trainable: Whether the deltas take gradients.
         """
         self._clear(adapter_name)
         for parameter in self.child_targets[adapter_name]:
-            chosen = indices[parameter]
-            if not chosen.numel():
+            indices, values = children[parameter].indices, children[parameter].values
+            if not indices.numel():
                 continue  # an empty delta would only trouble optimizers and sharding
             base = self.base_parameter(parameter)
-            block = encode(chosen.cpu().numpy(), tuple(base.shape), fingerprint_of(base, chosen))
-            delta = torch.zeros(chosen.numel()) if init_weights else torch.randn(chosen.numel()) * 0.02
+            block = encode(indices.cpu().numpy(), tuple(base.shape), fingerprint_of(base, indices))
             stored = torch.frombuffer(bytearray(block), dtype=torch.uint8).to(base.device)
-            self._put(adapter_name, parameter, delta.to(base.device), stored, trainable)
-            self._remember(adapter_name, parameter, chosen.to(base.device))
+            self._put(adapter_name, parameter, values.detach().to(base.device, copy=True), stored, trainable)
+            self._remember(adapter_name, parameter, indices.to(base.device))
         self.child_chosen[adapter_name] = True
 
     def allocate(self, adapter_name: str, sizes: Mapping[str, tuple[int, int]], trainable: bool) -> None:
@@ -144,6 +143,16 @@ class ChildStorage(nn.Module, BaseTunerLayer):
             name: [self.base_parameter(key).numel(), self._deltas(adapter_name)[key].numel(), blocks[key].numel()]
             for key, name in self.child_targets[adapter_name].items()
             if key in blocks
+        }
+
+    def sparse_deltas(self, adapter_name: str) -> dict[str, SparseDelta]:
+        """The adapter's children here by name in the whole model."""
+        return {
+            name: SparseDelta(
+                tuple(self.base_parameter(key).shape), self.indices(adapter_name, key), self._deltas(adapter_name)[key]
+            )
+            for key, name in self.child_targets.get(adapter_name, {}).items()
+            if key in self._deltas(adapter_name)
         }
 
     def is_waiting(self, adapter_name: str) -> bool:

@@ -15,9 +15,10 @@ def test_density_out_of_range(density):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"variant": "d"}, "variant must be one of 'task_driven', 'random', 'task_free', got 'd'"),
+        ({"variant": "d"}, "variant must be one of 'task_driven', 'random', 'task_free', 'extracted', got 'd'"),
         ({"variant": "task_free"}, "task_free.* reserved and not available"),
         ({"fisher": "exact"}, "fisher must be one of 'per_example', 'authors', got 'exact'"),
+        ({"delta_dtype": "int8"}, "delta_dtype must be one of 'float32', 'bfloat16', 'float16', got 'int8'"),
         ({"check_base": "no"}, "check_base must be one of 'warn', 'error', 'off', got 'no'"),
         ({"seed": -1}, "seed must be a non-negative integer, got -1"),
         ({"seed": 1.5}, "seed must be a non-negative integer, got 1.5"),

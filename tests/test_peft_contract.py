@@ -277,6 +277,66 @@ def test_one_configuration_serves_many_models():
     assert config.child_sizes is None
 
 
+def two_adapters():
+    model = get_peft_model(build("llama"), config_for("llama", variant="random", init_weights=False))
+    other = config_for("llama", variant="random", init_weights=False, seed=1, target_modules=["q_proj", "v_proj"])
+    model.add_adapter("second", other)
+    return model
+
+
+def test_combining_adapters_of_a_model(tmp_path):
+    model = two_adapters()
+    batch = batch_of("llama")
+    model.base_model.set_adapter(["default", "second"])
+    both = logits(model, batch)
+    model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "sum")
+    model.add_weighted_adapter(["second"], [1.0], "same")
+    model.set_adapter("sum")
+    torch.testing.assert_close(logits(model, batch), both, rtol=1e-5, atol=1e-6)
+    result = logits(model, batch)
+    model.set_adapter("second")
+    second = logits(model, batch)
+    model.set_adapter("same")
+    assert torch.equal(logits(model, batch), second)
+    assert_same(child_of(model, "same"), child_of(model, "second"))
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    loaded = PeftModel.from_pretrained(build("llama"), tmp_path / "sum", check_base="error")
+    assert torch.equal(logits(loaded, batch), result)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((["default"], [1.0, 2.0], "x"), "Every adapter needs one weight, got 1 adapters and 2 weights"),
+        ((["default", "typo"], [1.0, 2.0], "x"), "There is no adapter 'typo'"),
+        ((["default"], [1.0], "second"), "already has a Child-Tuning adapter named 'second'"),
+        ((["default"], [1.0], "x", "svd"), "combination_type must be one of linear"),
+        ((["default"], [1.0], "x", "ties", 1.5), r"density must be in \(0, 1\], got 1.5"),
+    ],
+)
+def test_combinations_that_are_refused_change_nothing(arguments, message):
+    model = two_adapters()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        model.add_weighted_adapter(*arguments)
+    assert_same(snapshot(model), before)
+    assert list(model.peft_config) == ["default", "second"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_rounded_deltas_take_half_of_the_space(tmp_path, dtype):
+    model = trained("llama", delta_dtype=dtype)
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
+        deltas = {key: file.get_tensor(key) for key in file.keys() if "child_delta" in key}  # noqa: SIM118
+    assert {delta.dtype for delta in deltas.values()} == {getattr(torch, dtype)}
+    loaded = PeftModel.from_pretrained(build("llama"), tmp_path)
+    for key, value in loaded.state_dict().items():
+        if "child_delta" in key:
+            assert value.dtype == torch.float32
+            assert torch.equal(value, model.state_dict()[key].to(getattr(torch, dtype)).float())
+
+
 def test_merging_twice_or_an_unknown_adapter_is_refused():
     model = trained("linear")
     model.merge_adapter()
