@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 from peft_child.checkpoint import replacing
 from peft_child.codec import FormatError, encode
 from peft_child.delta import SparseDelta
-from peft_child.sparse_file import DELTA, INDEX, PREFIX, read_children, stamped
+from peft_child.sparse_file import DELTA, INDEX, PREFIX, StoredChild, read_children, stamped
 
 
 CONFIG_NAME = "adapter_config.json"
@@ -67,6 +68,7 @@ def read_adapter(folder: str | Path) -> SparseAdapter:
         raise FormatError(f"'{folder}' is an adapter of type {kind!r}, not of Child-Tuning ({PEFT_TYPE!r}).")
 
     children, dense = read_children(tensors)
+    _check_recorded(settings.get("child_sizes"), children)
     adapter = SparseAdapter(settings, {}, dense=dense)
     for name, child in sorted(children.items()):
         shape = (child.header.numel // child.header.width, child.header.width)
@@ -77,6 +79,21 @@ def read_adapter(folder: str | Path) -> SparseAdapter:
         adapter.fingerprints[name] = child.header.fingerprint
         adapter.num_bytes[name] = child.block.numel()
     return adapter
+
+
+def _check_recorded(sizes: Any, children: Mapping[str, StoredChild]) -> None:
+    """Compare the file with what the settings say of it, before anything of a claimed size is reserved."""
+    if sizes is None:
+        return
+    if not isinstance(sizes, dict) or sizes.keys() != children.keys():
+        raise FormatError(f"child_sizes of '{CONFIG_NAME}' names other parameters than '{WEIGHTS_NAME}' has.")
+    for name, child in children.items():
+        found = [child.header.numel, child.header.size, child.block.numel()]
+        if sizes[name] != found:
+            raise FormatError(
+                f"The child of '{name}' cannot be loaded. The settings say {sizes[name]} entries, chosen entries and "
+                f"bytes of it, the file {found}."
+            )
 
 
 def write_adapter(folder: str | Path, adapter: SparseAdapter, force: bool = False) -> None:
