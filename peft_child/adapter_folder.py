@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from peft_child.checkpoint import replacing
 from peft_child.codec import FormatError, encode
 from peft_child.delta import SparseDelta
-from peft_child.sparse_file import DELTA, INDEX, PREFIX, StoredChild, read_children, stamped
+from peft_child.sparse_file import DELTA, INDEX, PREFIX, checked_child, child_keys, claimed_sizes, stamped
 
 
 CONFIG_NAME = "adapter_config.json"
@@ -30,29 +30,61 @@ class SparseAdapter:
 
     Attributes:
         settings: What `adapter_config.json` holds.
-        deltas: Sparse deltas by name of the parameter in the base model; their shape is that of a matrix with the
-            tensor's rows, since the file knows no more.
-        fingerprints: Of the base values at the chosen positions, by name; 0 if unknown.
+        deltas: Sparse deltas by name of the parameter in the base model. Those of a folder have the shape of a matrix
+            with the tensor's rows, since the file knows no more.
         dense: Tensors saved whole (`modules_to_save`), by name in the file.
-        num_bytes: Bytes of each index block, by name.
+        sizes: Entries, chosen entries, and bytes of the index block, by name of the parameter.
     """
 
     settings: dict[str, Any]
-    deltas: dict[str, SparseDelta]
-    fingerprints: dict[str, int] = field(default_factory=dict)
+    deltas: Mapping[str, SparseDelta]
     dense: dict[str, Tensor] = field(default_factory=dict)
-    num_bytes: dict[str, int] = field(default_factory=dict)
+    sizes: dict[str, list[int]] = field(default_factory=dict)
 
 
-def read_adapter(folder: str | Path) -> SparseAdapter:
-    """Read and check an adapter folder.
+class _StoredDeltas(Mapping[str, SparseDelta]):
+    """The deltas of a file, each read and checked when it is asked for."""
+
+    def __init__(self, file: Path, keys: Mapping[str, Mapping[str, str]], sizes: Mapping[str, list[int]]) -> None:
+        self.file, self.keys_of, self.sizes = file, keys, sizes
+
+    def __getitem__(self, name: str) -> SparseDelta:
+        keys = self.keys_of[name]
+        with safe_open(self.file, framework="pt") as file:
+            child = checked_child(name, {kind: file.get_tensor(key) for kind, key in keys.items()})
+        found = [child.header.numel, child.header.size, child.block.numel()]
+        if self.sizes[name] != found:
+            raise FormatError(
+                f"The child of '{name}' cannot be loaded. The settings say {self.sizes[name]} entries, chosen entries "
+                f"and bytes of it, the file {found}."
+            )
+        try:
+            indices = child.indices()
+        except FormatError as error:
+            raise FormatError(f"The child of '{name}' cannot be loaded. {error}") from error
+        shape = (child.header.numel // child.header.width, child.header.width)
+        return SparseDelta(shape, indices, child.delta, child.header.fingerprint)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.keys_of
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys_of)
+
+    def __len__(self) -> int:
+        return len(self.keys_of)
+
+
+def open_adapter(folder: str | Path) -> SparseAdapter:
+    """Open an adapter folder; every delta is read and checked when it is asked for.
 
     Args:
         folder: A folder with `adapter_config.json` and `adapter_model.safetensors`.
 
     Raises:
         FileNotFoundError: If one of the files is missing.
-        FormatError: If it is an adapter of another PEFT method, or a file is damaged.
+        FormatError: If it is an adapter of another PEFT method, or a file cannot be one of ours. Asking for a delta
+            raises it as well, if that is damaged.
     """
     folder = Path(folder)
     for name in (CONFIG_NAME, WEIGHTS_NAME):
@@ -60,40 +92,38 @@ def read_adapter(folder: str | Path) -> SparseAdapter:
             raise FileNotFoundError(f"'{folder}' is no folder of an adapter: it has no '{name}'.")
     try:
         settings = json.loads((folder / CONFIG_NAME).read_text())
-        tensors = load_file(folder / WEIGHTS_NAME)
+        _check_method(folder, settings)
+        with safe_open(folder / WEIGHTS_NAME, framework="pt") as file:
+            keys, others = child_keys(file.keys())
+            dense = {key: file.get_tensor(key) for key in others}
+            blocks = {name: file.get_slice(pair[INDEX]) for name, pair in keys.items() if INDEX in pair}
+            found = {name: claimed_sizes(name, block) for name, block in blocks.items()}
     except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise FormatError(f"The adapter in '{folder}' cannot be read: {error}.") from error
-    kind = settings.get("peft_type") if isinstance(settings, dict) else None
-    if kind != PEFT_TYPE:
-        raise FormatError(f"'{folder}' is an adapter of type {kind!r}, not of Child-Tuning ({PEFT_TYPE!r}).")
+    recorded = settings.get("child_sizes")
+    sizes = found if recorded is None else recorded
+    if not isinstance(sizes, dict) or sizes.keys() != keys.keys():
+        raise FormatError(f"child_sizes of '{CONFIG_NAME}' names other parameters than '{WEIGHTS_NAME}' has.")
+    return SparseAdapter(settings, _StoredDeltas(folder / WEIGHTS_NAME, keys, sizes), dense, sizes)
 
-    children, dense = read_children(tensors)
-    _check_recorded(settings.get("child_sizes"), children)
-    adapter = SparseAdapter(settings, {}, dense=dense)
-    for name, child in sorted(children.items()):
-        shape = (child.header.numel // child.header.width, child.header.width)
-        try:
-            adapter.deltas[name] = SparseDelta(shape, child.indices(), child.delta)
-        except FormatError as error:
-            raise FormatError(f"The child of '{name}' cannot be loaded. {error}") from error
-        adapter.fingerprints[name] = child.header.fingerprint
-        adapter.num_bytes[name] = child.block.numel()
+
+def read_adapter(folder: str | Path) -> SparseAdapter:
+    """Open an adapter folder and check all of it, one tensor at a time.
+
+    Raises:
+        FileNotFoundError: If one of the files is missing.
+        FormatError: If it is an adapter of another PEFT method, or a file is damaged.
+    """
+    adapter = open_adapter(folder)
+    for name in adapter.deltas:
+        adapter.deltas[name]
     return adapter
 
 
-def _check_recorded(sizes: Any, children: Mapping[str, StoredChild]) -> None:
-    """Compare the file with what the settings say of it, before anything of a claimed size is reserved."""
-    if sizes is None:
-        return
-    if not isinstance(sizes, dict) or sizes.keys() != children.keys():
-        raise FormatError(f"child_sizes of '{CONFIG_NAME}' names other parameters than '{WEIGHTS_NAME}' has.")
-    for name, child in children.items():
-        found = [child.header.numel, child.header.size, child.block.numel()]
-        if sizes[name] != found:
-            raise FormatError(
-                f"The child of '{name}' cannot be loaded. The settings say {sizes[name]} entries, chosen entries and "
-                f"bytes of it, the file {found}."
-            )
+def _check_method(folder: Path, settings: object) -> None:
+    kind = settings.get("peft_type") if isinstance(settings, dict) else None
+    if kind != PEFT_TYPE:
+        raise FormatError(f"'{folder}' is an adapter of type {kind!r}, not of Child-Tuning ({PEFT_TYPE!r}).")
 
 
 def write_adapter(folder: str | Path, adapter: SparseAdapter, force: bool = False) -> None:
@@ -113,7 +143,7 @@ def write_adapter(folder: str | Path, adapter: SparseAdapter, force: bool = Fals
         if not delta.indices.numel():
             continue
         path, _, parameter = name.rpartition(".")
-        block = encode(delta.indices.cpu().numpy(), delta.shape, adapter.fingerprints.get(name, 0))
+        block = encode(delta.indices.cpu().numpy(), delta.shape, delta.fingerprint)
         tensors[f"{PREFIX}{path}.{DELTA}.{parameter}"] = delta.values.contiguous()
         tensors[f"{PREFIX}{path}.{INDEX}.{parameter}"] = torch.frombuffer(bytearray(block), dtype=torch.uint8)
         sizes[name] = [delta.numel, delta.indices.numel(), len(block)]

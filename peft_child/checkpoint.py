@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -102,27 +103,44 @@ def replacing(target: str | Path, force: bool) -> Iterator[Path]:
         _remove(temporary)
 
 
-def copy_with_changes(checkpoint: Checkpoint, folder: Path, changes: Mapping[str, Tensor]) -> None:
-    """Copy a checkpoint and everything beside it, with other values for some tensors.
+class Change(NamedTuple):
+    """New values of some entries of a tensor, or of all.
+
+    Attributes:
+        name: The tensor.
+        indices: Flat positions, int64, shape `(k,)`, or None for all entries.
+        values: New values in the dtype that the checkpoint has, shape `(k,)`, or that of the tensor.
+    """
+
+    name: str
+    indices: Tensor | None
+    values: Tensor
+
+
+def copy_with_changes(checkpoint: Checkpoint, folder: Path, changes: Iterable[Change]) -> None:
+    """Copy a checkpoint and everything beside it, with other values for some entries.
 
     Args:
         checkpoint: The checkpoint to copy.
         folder: A folder that does not exist yet.
-        changes: New values by name, in the shape and dtype that the checkpoint has; asked for one at a time.
+        changes: Taken one at a time, so they may be computed lazily.
     """
     if checkpoint.path.is_dir():
         shutil.copytree(checkpoint.path, folder)
     else:
         folder.mkdir()
         shutil.copyfile(checkpoint.path, folder / checkpoint.path.name)
-    for name in changes:
-        place = checkpoint.places[name]
-        data = changes[name].contiguous().reshape(-1).view(torch.uint8).numpy()
+    for change in changes:
+        place = checkpoint.places[change.name]
+        values = change.values.contiguous().reshape(-1)
+        bits = values.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()])
         copied = folder / place.file.name
         copied.chmod(copied.stat().st_mode | 0o200)
-        with copied.open("r+b") as file:
-            file.seek(place.offset)
-            file.write(data.data)
+        entries = np.memmap(
+            copied, bits.numpy().dtype, "r+", place.offset, (place.num_bytes // values.element_size(),)
+        )
+        entries[... if change.indices is None else change.indices.numpy()] = bits.numpy()
+        entries.flush()
 
 
 def _weight_files(path: Path) -> list[Path]:

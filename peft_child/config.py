@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import enum
 import re
+import warnings
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from peft import PeftConfig
+
+from peft_child.card import complete_card
 
 
 class ChildPeftType(str, enum.Enum):
@@ -200,6 +203,21 @@ class ChildTuningConfig(PeftConfig):
         settings = super().to_dict()
         del settings["check_base"]
         return {name: sorted(value) if isinstance(value, set) else value for name, value in settings.items()}
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As PEFT's; completes the model card in the folder if the sizes of a child network are recorded.
+
+        Args:
+            save_directory: The folder for the configuration and the card.
+            kwargs: As PEFT's.
+        """
+        super().save_pretrained(save_directory, **kwargs)
+        if self.child_sizes:
+            auto_mapping = kwargs.get("auto_mapping_dict") or self.auto_mapping
+            try:
+                complete_card(save_directory, {**self.to_dict(), "auto_mapping": auto_mapping})
+            except ValueError as error:  # a card that cannot be read is no reason to lose a checkpoint
+                warnings.warn(f"The adapter is saved, but its model card is not up to date. {error}", stacklevel=2)
 
     def _check_numbers(self) -> None:
         # A bool is an int for Python, but never meant as a number here.

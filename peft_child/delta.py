@@ -31,11 +31,13 @@ class SparseDelta(NamedTuple):
         shape: Shape of the tensor.
         indices: Flat row-major positions, int64, shape `(k,)`, strictly increasing.
         values: What is added there, floating point, shape `(k,)`; zeros belong to the child network as well.
+        fingerprint: Of the base values at the positions, 32 bits; 0 if unknown.
     """
 
     shape: tuple[int, ...]
     indices: Tensor
     values: Tensor
+    fingerprint: int = 0
 
     @property
     def numel(self) -> int:
@@ -98,6 +100,12 @@ def apply_delta(base: Tensor, delta: SparseDelta) -> Tensor:
         raise ValueError(f"A delta of {delta.numel} entries cannot be added to a tensor of {base.numel()}.")
     with torch.no_grad():
         return Composition(base, (Child(delta.values, delta.indices),)).tensor()
+
+
+def merged_values(base: Tensor, delta: SparseDelta) -> Tensor:
+    """What `apply_delta` gives at the positions of the delta, shape `(k,)`, for the base values at these positions."""
+    precise = torch.promote_types(torch.promote_types(base.dtype, torch.float32), delta.values.dtype)
+    return (base.to(precise) + delta.values.to(precise)).to(base.dtype)
 
 
 def extract_delta(base: Tensor, tuned: Tensor, indices: Tensor | None = None) -> SparseDelta:
@@ -191,6 +199,7 @@ def combine_deltas(
         return deltas[0]
     kept = [_thin(delta, combination_type, density, generator) for delta in deltas]
     union = torch.cat([delta.indices for delta in kept]).unique()
+    same = [delta.fingerprint for delta in kept if delta.indices.equal(union)]
     rows = []
     for delta, weight in zip(kept, weights, strict=True):
         values = delta.values.to(torch.promote_types(delta.values.dtype, torch.float32))
@@ -202,7 +211,7 @@ def combine_deltas(
         combined = rows[0]
         for row in rows[1:]:
             combined = combined + row
-    return SparseDelta(deltas[0].shape, union, combined)
+    return SparseDelta(deltas[0].shape, union, combined, same[0] if same else 0)
 
 
 def combine_named(
@@ -264,14 +273,14 @@ def _thin(delta: SparseDelta, combination_type: str, density: float, generator: 
     if combination_type == "linear" or count == delta.indices.numel():
         return delta
     if not count:
-        return delta._replace(indices=delta.indices[:0], values=delta.values[:0])
+        return delta._replace(indices=delta.indices[:0], values=delta.values[:0], fingerprint=0)
     if combination_type.startswith("dare"):
         scores = torch.rand(delta.indices.numel(), generator=generator)
         delta = delta._replace(values=delta.values / density)
     else:
         scores = delta.values.abs().float()
     kept = select_largest({"delta": scores}, count)["delta"].to(delta.indices.device)
-    return delta._replace(indices=delta.indices[kept], values=delta.values[kept])
+    return delta._replace(indices=delta.indices[kept], values=delta.values[kept], fingerprint=0)
 
 
 def _agreeing_mean(rows: Tensor, majority_sign_method: str) -> Tensor:

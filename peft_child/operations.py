@@ -13,20 +13,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from peft_child.adapter_folder import PEFT_TYPE, SparseAdapter
-from peft_child.checkpoint import Checkpoint, copy_with_changes, replacing
+from peft_child.checkpoint import Change, Checkpoint, copy_with_changes, replacing
 from peft_child.delta import (
     Overlap,
     Progress,
     SparseDelta,
-    apply_delta,
     change,
     combine_named,
     extract_delta,
+    merged_values,
     overlap,
     silent,
 )
 from peft_child.selection import select_largest
-from peft_child.sparse_file import PREFIX, fingerprint_of
+from peft_child.sparse_file import PREFIX, fingerprint_of, fingerprint_of_values
 
 
 FLOATING = ("F32", "BF16", "F16", "F64")
@@ -81,27 +81,28 @@ def extract_adapter(
         changes = _Changes(base, tuned, names, progress)
         size = round(density * sum(_numel(base, name) for name in names))
         chosen = select_largest(changes, size)
-    adapter = SparseAdapter({}, {})
+    deltas: dict[str, SparseDelta] = {}
     for name in progress(names, "Extracting"):
         before = base[name]
         delta = extract_delta(before, tuned[name], chosen.get(name))
         if delta.indices.numel():
             matrix = (before.shape[0], -1) if before.dim() else (1, 1)
-            adapter.deltas[name] = delta._replace(shape=tuple(before.reshape(matrix).shape))
-            adapter.fingerprints[name] = fingerprint_of(before, delta.indices)
-    if not adapter.deltas:
+            shape = tuple(before.reshape(matrix).shape)
+            deltas[name] = delta._replace(shape=shape, fingerprint=fingerprint_of(before, delta.indices))
+    if not deltas:
         raise ValueError(f"'{base.path}' and '{tuned.path}' do not differ in any floating point entry.")
-    for name in adapter.deltas:
+    for name in deltas:
         if "." not in name:
             raise ValueError(f"'{name}' belongs to the top-level module, which an adapter cannot reach.")
-    adapter.settings = {
+    numel = sum(_numel(base, name) for name in names)
+    settings = {
         "peft_type": PEFT_TYPE,
         "variant": "extracted",
-        "density": density or _share(adapter, sum(_numel(base, name) for name in names)),
-        "target_parameters": list(adapter.deltas),
+        "density": density or sum(delta.indices.numel() for delta in deltas.values()) / numel,
+        "target_parameters": list(deltas),
         "base_model_name_or_path": str(base.path),
     }
-    return adapter
+    return SparseAdapter(settings, deltas)
 
 
 def _comparable(base: Checkpoint, tuned: Checkpoint) -> list[str]:
@@ -129,30 +130,7 @@ def _numel(checkpoint: Checkpoint, name: str) -> int:
     return numel
 
 
-def _share(adapter: SparseAdapter, numel: int) -> float:
-    return sum(delta.indices.numel() for delta in adapter.deltas.values()) / numel
-
-
 # Merge and patch
-
-
-class _Merged(Mapping[str, Tensor]):
-    """The tensors that an adapter changes, merged when they are asked for."""
-
-    def __init__(self, adapter: SparseAdapter, base: Checkpoint, progress: Progress) -> None:
-        self.adapter, self.base, self.progress = adapter, base, progress
-        self.names = [*adapter.deltas, *(key.removeprefix(PREFIX) for key in adapter.dense)]
-
-    def __getitem__(self, name: str) -> Tensor:
-        before = self.base[name]
-        dense = self.adapter.dense.get(f"{PREFIX}{name}")
-        return apply_delta(before, self.adapter.deltas[name]) if dense is None else dense.to(before.dtype)
-
-    def __iter__(self) -> Iterator[str]:
-        yield from self.progress(self.names, "Merging")
-
-    def __len__(self) -> int:
-        return len(self.names)
 
 
 def merge_checkpoint(
@@ -175,8 +153,31 @@ def merge_checkpoint(
         FileExistsError: If the folder exists and `force` is not set.
     """
     check_fits(adapter, base)
+    dense = [key.removeprefix(PREFIX) for key in adapter.dense]
+
+    def changes() -> Iterator[Change]:
+        for name in progress([*adapter.deltas, *dense], "Merging"):
+            if name in adapter.deltas:
+                delta = adapter.deltas[name]
+                yield Change(name, delta.indices, _merged(name, delta, base))
+            else:
+                yield Change(name, None, adapter.dense[f"{PREFIX}{name}"].to(base[name].dtype))
+
     with replacing(folder, force) as temporary:
-        copy_with_changes(base, temporary, _Merged(adapter, base, progress))
+        copy_with_changes(base, temporary, changes())
+
+
+def _merged(name: str, delta: SparseDelta, base: Checkpoint) -> Tensor:
+    """The merged values of a child network; warns if the base has others than it was made on."""
+    values = base[name].reshape(-1)[delta.indices]
+    here = fingerprint_of_values(values)
+    if delta.fingerprint and here and delta.fingerprint != here:
+        warnings.warn(_strange(base, name), stacklevel=4)
+    return merged_values(values, delta)
+
+
+def _strange(base: Checkpoint, name: str) -> str:
+    return f"'{base.path}' has other weights than the adapter was made on, such as in '{name}'."
 
 
 def export_patch(
@@ -207,17 +208,17 @@ def export_patch(
         delta = adapter.deltas[name]
         wide = delta.numel >= 1 << 31
         patch[f"{name}.indices"] = delta.indices.to(torch.int64 if wide else torch.int32)
-        patch[f"{name}.values"] = apply_delta(base[name], delta).reshape(-1)[delta.indices]
+        patch[f"{name}.values"] = _merged(name, delta, base)
     with replacing(file, force) as temporary:
         save_file(patch, temporary, metadata={"format": "pt"})
 
 
-def check_fits(adapter: SparseAdapter, base: Checkpoint, check_base: str = "warn") -> None:
-    """Check that an adapter belongs to a checkpoint: names, sizes and, with a warning, the base values.
+def check_fits(adapter: SparseAdapter, base: Checkpoint) -> None:
+    """Check that a checkpoint has the tensors that an adapter changes, with as many entries.
 
     Raises:
         NamesDifferError: If the checkpoint lacks a tensor of the adapter.
-        ValueError: If a tensor has another size, or `check_base` is 'error' and a base value is another.
+        ValueError: If a tensor has another size.
     """
     wanted = [*adapter.deltas, *(key.removeprefix(PREFIX) for key in adapter.dense)]
     missing = [name for name in wanted if name not in base.places]
@@ -226,23 +227,24 @@ def check_fits(adapter: SparseAdapter, base: Checkpoint, check_base: str = "warn
             f"'{base.path}' has no tensor '{missing[0]}' ({len(missing)} of {len(wanted)} names are missing): the "
             "model has other names than its checkpoint, or the adapter belongs to another model."
         )
-    for name, delta in adapter.deltas.items():
-        if _numel(base, name) != delta.numel:
-            raise ValueError(
-                f"'{name}' has {_numel(base, name)} entries in '{base.path}', the adapter's has {delta.numel}."
-            )
-    strange = [name for name in adapter.deltas if check_base != "off" and not _is_at_home(adapter, base, name)]
-    if strange:
-        message = f"'{base.path}' has other weights than the adapter was made on, such as in '{strange[0]}'."
-        if check_base == "error":
-            raise ValueError(message)
-        warnings.warn(message, stacklevel=3)
+    numels = {name: size[0] for name, size in adapter.sizes.items()}
+    numels |= {key.removeprefix(PREFIX): tensor.numel() for key, tensor in adapter.dense.items()}
+    for name, numel in numels.items():
+        if _numel(base, name) != numel:
+            raise ValueError(f"'{name}' has {_numel(base, name)} entries in '{base.path}', the adapter's has {numel}.")
 
 
-def _is_at_home(adapter: SparseAdapter, base: Checkpoint, name: str) -> bool:
-    there = adapter.fingerprints.get(name, 0)
-    here = fingerprint_of(base[name], adapter.deltas[name].indices) if there else 0
-    return not there or not here or there == here
+def check_weights(adapter: SparseAdapter, base: Checkpoint, progress: Progress = silent) -> None:
+    """Check that a checkpoint has the values that an adapter was made on, as far as the adapter knows them.
+
+    Raises:
+        ValueError: If a base value is another.
+    """
+    for name in progress(list(adapter.deltas), "Checking"):
+        delta = adapter.deltas[name]
+        here = fingerprint_of(base[name], delta.indices)
+        if delta.fingerprint and here and delta.fingerprint != here:
+            raise ValueError(_strange(base, name))
 
 
 # Combine and compare
@@ -278,10 +280,6 @@ def combine_adapters(
         seed=seed,
         progress=progress,
     )
-    for name, delta in combined.deltas.items():
-        for adapter in adapters:
-            if name in adapter.deltas and adapter.deltas[name].indices.equal(delta.indices):
-                combined.fingerprints[name] = adapter.fingerprints.get(name, 0)
     if len(adapters) > 1:
         combined.settings.update(_widest_targets(adapters, list(combined.deltas)))
     return combined

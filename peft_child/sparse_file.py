@@ -6,13 +6,21 @@ The format is written down in docs/format.md.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from peft_child.codec import FormatError, Header, decode, read_header, with_delta_checksum
+from peft_child.codec import (
+    HEADER_SIZE,
+    FormatError,
+    Header,
+    decode,
+    read_header,
+    unchecked_header,
+    with_delta_checksum,
+)
 
 
 DELTA, INDEX = "child_delta", "child_index"
@@ -55,15 +63,43 @@ def read_children(tensors: Mapping[str, Tensor]) -> tuple[dict[str, StoredChild]
     Raises:
         FormatError: If a tensor is damaged, of another kind, or alone.
     """
-    pairs: dict[str, dict[str, Tensor]] = {}
-    others: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
+    keys, others = child_keys(tensors)
+    children = {
+        name: checked_child(name, {kind: tensors[key] for kind, key in pair.items()}) for name, pair in keys.items()
+    }
+    return children, {key: tensors[key] for key in others}
+
+
+def child_keys(keys: Iterable[str]) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """Names of the tensors of each child network by kind, by name of the parameter; and all other names."""
+    pairs: dict[str, dict[str, str]] = {}
+    others = []
+    for key in keys:
         path, kind, parameter = _split(key)
         if kind:
-            pairs.setdefault(f"{path}.{parameter}", {})[kind] = tensor
+            pairs.setdefault(f"{path}.{parameter}", {})[kind] = key
         else:
-            others[key] = tensor
-    return {name: _checked(name, pair) for name, pair in pairs.items()}, others
+            others.append(key)
+    return pairs, others
+
+
+def claimed_sizes(name: str, block: Any) -> list[int]:
+    """Entries, chosen entries and bytes of the block, as a block's header says, unchecked.
+
+    Args:
+        name: Name of the parameter.
+        block: A uint8 tensor, or a slice of one in a file.
+    """
+    shape = block.get_shape() if hasattr(block, "get_shape") else list(block.shape)
+    if len(shape) != 1 or shape[0] < HEADER_SIZE:
+        raise FormatError(
+            f"The index block of '{name}' must be 1-D and have at least {HEADER_SIZE} bytes, got {shape}."
+        )
+    head = block[:HEADER_SIZE]
+    if head.dtype != torch.uint8:
+        raise FormatError(f"The index block of '{name}' must be uint8, got {head.dtype}.")
+    header = unchecked_header(head.numpy().data)
+    return [header.numel, header.size, shape[0]]
 
 
 def stamped(tensors: Mapping[str, Tensor], delta_dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -93,13 +129,16 @@ def checksum_of(delta: Tensor) -> int:
 
 
 def fingerprint_of(base: Tensor, indices: Tensor) -> int:
-    """32 bits of the base values at some positions, the same whether a checkpoint is loaded as float32 or bfloat16.
+    """The fingerprint of the base values at some flat positions; see `fingerprint_of_values`."""
+    return 0 if base.is_meta else fingerprint_of_values(base.detach().reshape(-1)[indices.to(base.device)])
+
+
+def fingerprint_of_values(values: Tensor) -> int:
+    """32 bits of base values, the same whether a checkpoint is loaded as float32 or bfloat16.
 
     Never 0, which stands for an unknown one: that of a float16 tensor, whose values have been rounded otherwise.
     """
-    if base.dtype == torch.float16 or base.is_meta:
-        return 0
-    return checksum_of(base.detach().reshape(-1)[indices.to(base.device)].to(torch.bfloat16))
+    return 0 if values.dtype == torch.float16 else checksum_of(values.to(torch.bfloat16))
 
 
 def _split(key: str) -> tuple[str, str, str]:
@@ -114,7 +153,8 @@ def _split(key: str) -> tuple[str, str, str]:
     return key, "", ""
 
 
-def _checked(name: str, pair: Mapping[str, Tensor]) -> StoredChild:
+def checked_child(name: str, pair: Mapping[str, Tensor]) -> StoredChild:
+    """The index block and the delta of a parameter, by kind, checked against each other."""
     for kind in KINDS:
         if kind not in pair:
             raise FormatError(

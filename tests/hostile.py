@@ -35,8 +35,8 @@ def valid_adapter():
     deltas = {}
     for name, (rows, columns, density) in shapes.items():
         indices = (torch.rand(rows * columns) < density).nonzero().flatten()
-        deltas[name] = SparseDelta((rows, columns), indices, torch.randn(len(indices)))
-    return SparseAdapter({"peft_type": "PEFT_CHILD"}, deltas, dict.fromkeys(deltas, 7))
+        deltas[name] = SparseDelta((rows, columns), indices, torch.randn(len(indices)), 7)
+    return SparseAdapter({"peft_type": "PEFT_CHILD"}, deltas)
 
 
 def flip(data, rng):

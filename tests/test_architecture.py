@@ -9,13 +9,15 @@ import peft_child
 
 
 LAYERS = [
+    {"plot"},
+    {"card"},
     {"compose", "codec", "selection", "fisher", "batches", "config", "checkpoint"},
     {"delta", "sparse_file"},
     {"storage"},
     {"layer", "adapter_folder"},
-    {"targets", "scoring", "files", "operations"},
-    {"model", "choice"},
-    {"registration"},
+    {"targets", "scoring", "files", "operations", "locate", "summary", "whole_model"},
+    {"model", "choice", "terminal"},
+    {"registration", "cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 SOURCES = sorted(Path(peft_child.__file__).parent.glob("[!_]*.py"))

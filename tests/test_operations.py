@@ -174,7 +174,7 @@ def test_combining_and_comparing_folders(tmp_path):
 
 
 def test_adapters_that_cannot_be_combined(tmp_path):
-    adapter = SparseAdapter({}, {}, dense={"x": torch.ones(1)})
+    adapter = SparseAdapter({}, {}, {"x": torch.ones(1)})
     with pytest.raises(ValueError, match="Every adapter needs one weight, got 1 adapters and 2 weights"):
         combine_adapters([adapter], [1.0, 2.0])
     with pytest.raises(ValueError, match="Modules saved whole cannot be combined, and 'x' is one"):
@@ -247,7 +247,7 @@ def test_reading_an_adapter_gives_what_the_model_has(tmp_path):
     adapter = read_adapter(tmp_path / "child")
     assert_same({name: delta.indices for name, delta in adapter.deltas.items()}, child_of(model))
     assert adapter.settings["density"] == config_for("llama").density
-    assert {name: size[2] for name, size in adapter.settings["child_sizes"].items()} == adapter.num_bytes
+    assert adapter.settings["child_sizes"] == adapter.sizes
 
 
 KILLED = """
@@ -256,6 +256,7 @@ from peft_child.adapter_folder import read_adapter
 from peft_child.checkpoint import Checkpoint
 from peft_child.operations import merge_checkpoint
 adapter, base = read_adapter(sys.argv[1]), Checkpoint(sys.argv[2])
+merge_checkpoint(adapter, base, sys.argv[3], force=True)
 print("ready", flush=True)
 while True:
     merge_checkpoint(adapter, base, sys.argv[3], force=True)
@@ -269,7 +270,7 @@ def test_a_killed_merge_leaves_the_whole_output_or_none(tmp_path):
     expected = bits(tensors_of(tmp_path / "expected"))
     arguments = [sys.executable, "-c", KILLED, tmp_path / "child", base, tmp_path / "merged"]
     left = set()
-    for moment in (0.0, 0.004, 0.013, 0.027):
+    for moment in (0.0, 0.013, 0.1):
         with subprocess.Popen(arguments, stdout=subprocess.PIPE) as process:
             assert process.stdout.readline() == b"ready\n"
             time.sleep(moment)
