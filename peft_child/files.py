@@ -1,7 +1,7 @@
-"""Fits the child networks of a loaded adapter file to the layers of a model.
+"""Between the layers of a model and an adapter file: what is saved, and how a loaded file is fitted to the layers.
 
-Everything is checked before anything changes: a file that is damaged, or belongs to another base model, leaves the
-model as it was.
+When loading, everything is checked before anything changes: a file that is damaged, or belongs to another base model,
+leaves the model as it was.
 """
 
 from __future__ import annotations
@@ -14,7 +14,37 @@ from torch import Tensor, nn
 from peft_child.codec import FormatError, with_delta_checksum
 from peft_child.config import ChildTuningConfig
 from peft_child.layer import ChildTuningLayer, child_tuning_layers
-from peft_child.sparse_file import DELTA, INDEX, StoredChild, fingerprint_of, read_children
+from peft_child.sparse_file import DELTA, INDEX, StoredChild, fingerprint_of, read_children, stamped
+
+
+def tensors_to_save(
+    model: nn.Module, config: ChildTuningConfig, adapter_name: str, selected: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """The tensors of an adapter as its file has them, but for the adapter's name.
+
+    Args:
+        model: A model whose layers have the adapter.
+        config: The adapter's configuration, which is saved next; the sizes of the child network are recorded in it.
+        adapter_name: The adapter.
+        selected: The adapter's tensors by their names in the model.
+
+    Raises:
+        RuntimeError: If no child network was chosen.
+    """
+    layers = child_tuning_layers(model)
+    config.child_sizes = {}
+    for layer in layers.values():
+        if adapter_name in layer.child_targets:
+            layer.check_is_chosen(adapter_name, "saving")
+            config.child_sizes |= layer.sizes(adapter_name)
+    for name in sorted(layers, key=len, reverse=True):
+        if adapter_name not in layers[name].child_targets:  # another adapter's, which other models will not have
+            inside = f"{name}.base_layer."
+            selected = {
+                f"{name}.{key.removeprefix(inside)}" if key.startswith(inside) else key: value
+                for key, value in selected.items()
+            }
+    return stamped(selected, getattr(torch, config.delta_dtype))
 
 
 def fit_state_dict(

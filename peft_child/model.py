@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
-import torch
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -20,10 +19,16 @@ from torch import Tensor, nn
 
 from peft_child.config import ChildTuningConfig
 from peft_child.delta import SparseDelta, combine_named, fresh_delta
-from peft_child.files import fit_state_dict
+from peft_child.files import fit_state_dict, tensors_to_save
 from peft_child.layer import ChildTuningLayer, child_tuning_layers
 from peft_child.selection import apportion, draw_random
-from peft_child.sparse_file import stamped
+from peft_child.surgery import (
+    check_adapter_name,
+    check_name_is_free,
+    check_sizes,
+    remove_adapter,
+    replace_module,
+)
 from peft_child.targets import Owner, Target, all_linear, find_targets, names_parameter
 
 
@@ -63,18 +68,19 @@ class ChildTuningModel(BaseTuner):
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        _check_name_is_free(model, adapter_name)  # PEFT would first replace the configuration of the other adapter
+        check_name_is_free(model, adapter_name)  # PEFT would first replace the configuration of the other adapter
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
     # Injection
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As PEFT's; an adapter that is refused leaves nothing behind."""
-        _check_name_is_free(model, adapter_name)
+        check_name_is_free(model, adapter_name)
+        self._injected = adapter_name
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
-            _remove(model, adapter_name)
+            remove_adapter(model, adapter_name)
             raise
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
@@ -87,7 +93,8 @@ class ChildTuningModel(BaseTuner):
         if isinstance(peft_config.target_modules, str) and peft_config.target_modules.lower() == "all-linear":
             peft_config.target_modules = all_linear(model, peft_config)
         targets = find_targets(model, peft_config)
-        _check_sizes(peft_config, targets)
+        check_adapter_name(self._injected, targets)
+        check_sizes(peft_config, targets)
 
         entries: dict[str, list[tuple[Target, Owner]]] = {}
         for target in targets:
@@ -123,7 +130,6 @@ class ChildTuningModel(BaseTuner):
         for planned, owner in self._plan.entries[current_key]:
             by_module.setdefault(id(owner.module), []).append((planned, owner))
         for pairs in by_module.values():
-            _check_adapter_name(adapter_name, pairs)
             layer = self._layer_around(pairs[0][1].module)
             self._add_to_layer(layer, adapter_name, pairs)
             self._fill(layer, adapter_name, peft_config)
@@ -133,7 +139,7 @@ class ChildTuningModel(BaseTuner):
         if layer is None:
             layer = self._plan.layers[id(module)] = ChildTuningLayer(module)
             layer.train(module.training)
-            _replace(self.model, module, layer)
+            replace_module(self.model, module, layer)
         return layer
 
     def _add_to_layer(self, layer: ChildTuningLayer, adapter_name: str, pairs: list[tuple[Target, Owner]]) -> None:
@@ -276,7 +282,7 @@ class ChildTuningModel(BaseTuner):
             seed=seed,
         )
         config = cast(ChildTuningConfig, self.peft_config[adapters[0]])
-        _check_name_is_free(self.model, adapter_name)
+        check_name_is_free(self.model, adapter_name)
         self.peft_config[adapter_name] = config.for_names(list(combined))
         try:
             self.inject_adapter(self.model, adapter_name)
@@ -310,7 +316,7 @@ class ChildTuningModel(BaseTuner):
                 if layer.merged:
                     layer.unmerge()
         for layer in layers:
-            _replace(self.model, layer, layer.base_layer)
+            replace_module(self.model, layer, layer.base_layer)
         super()._unload_and_optionally_merge(merge, progressbar)
         model: nn.Module = self.model
         return model
@@ -331,24 +337,10 @@ class ChildTuningModel(BaseTuner):
         The sizes of the child network are recorded in the configuration, which is saved next.
         """
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        layers = child_tuning_layers(model)
-        sizes: dict[str, list[int]] = {}
-        for name, layer in layers.items():
+        for name, layer in child_tuning_layers(model).items():
             for parameter in layer.base_layer._parameters:
                 state_dict.pop(f"{name}.base_layer.{parameter}", None)  # PEFT's own filtered copy
-            if adapter_name in layer.child_targets:
-                layer.check_is_chosen(adapter_name, "saving")
-                sizes |= layer.sizes(adapter_name)
-        settings = cast(ChildTuningConfig, config)
-        settings.child_sizes = sizes
-        for name in sorted(layers, key=len, reverse=True):
-            if adapter_name not in layers[name].child_targets:  # another adapter's, which other models will not have
-                inside = f"{name}.base_layer."
-                selected = {
-                    f"{name}.{key.removeprefix(inside)}" if key.startswith(inside) else key: value
-                    for key, value in selected.items()
-                }
-        return stamped(selected, getattr(torch, settings.delta_dtype))
+        return tensors_to_save(model, cast(ChildTuningConfig, config), adapter_name, selected)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -366,51 +358,3 @@ class ChildTuningModel(BaseTuner):
                 else:
                     model.unload()
             raise
-
-
-def _check_name_is_free(model: nn.Module, adapter_name: str) -> None:
-    if not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict(), adapter_name):
-        raise ValueError(
-            f"adapter_name must be a name that a module can have: not empty, without dots, and not that of a method; "
-            f"got '{adapter_name}'."
-        )
-    if any(adapter_name in layer.child_targets for layer in child_tuning_layers(model).values()):
-        raise ValueError(
-            f"The base model already has a Child-Tuning adapter named '{adapter_name}'; choose another adapter_name, "
-            "or unload() the first model."
-        )
-
-
-def _check_adapter_name(adapter_name: str, pairs: list[tuple[Target, Owner]]) -> None:
-    if any(adapter_name == owner.parameter for _, owner in pairs):
-        raise ValueError(
-            f"adapter_name must not be the name of a parameter of a targeted module, got '{adapter_name}'."
-        )
-
-
-def _check_sizes(config: ChildTuningConfig, targets: list[Target]) -> None:
-    numels = {target.name: target.parameter.numel() for target in targets}
-    for name, (numel, _, _) in (config.child_sizes or {}).items():
-        if numels.get(name) != numel:
-            here = f"{numels[name]} entries" if name in numels else "no such target"
-            raise ValueError(
-                f"The adapter does not fit the base model: its '{name}' has {numel} entries, the model has {here}."
-            )
-
-
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put `new` in every place of the model where `old` stands, but not inside `new` itself."""
-    for module in list(model.modules()):
-        if module is not new:
-            for name, child in module._modules.items():
-                if child is old:
-                    module._modules[name] = new
-
-
-def _remove(model: nn.Module, adapter_name: str) -> None:
-    """Take an adapter out of the layers of a model, and out the layers that have no other one."""
-    for layer in child_tuning_layers(model).values():
-        if adapter_name in layer.child_targets:
-            layer.delete_adapter(adapter_name)
-        if not layer.child_targets:
-            _replace(model, layer, layer.base_layer)

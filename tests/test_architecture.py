@@ -16,7 +16,8 @@ LAYERS = [
     {"storage"},
     {"layer", "adapter_folder"},
     {"targets", "scoring", "files", "operations", "locate", "summary", "whole_model"},
-    {"model", "choice", "terminal"},
+    {"surgery", "choice", "terminal"},
+    {"model"},
     {"registration", "cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

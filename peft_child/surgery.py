@@ -1,0 +1,60 @@
+"""Puts Child-Tuning layers into a model and takes them out again, and checks what would go wrong."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from peft_child.config import ChildTuningConfig
+from peft_child.layer import child_tuning_layers
+from peft_child.targets import Target
+
+
+def check_name_is_free(model: nn.Module, adapter_name: str) -> None:
+    """Raise a `ValueError` if a model cannot have another adapter of this name."""
+    if not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict(), adapter_name):
+        raise ValueError(
+            f"adapter_name must be a name that a module can have: not empty, without dots, and not that of a method; "
+            f"got '{adapter_name}'."
+        )
+    if any(adapter_name in layer.child_targets for layer in child_tuning_layers(model).values()):
+        raise ValueError(
+            f"The base model already has a Child-Tuning adapter named '{adapter_name}'; choose another adapter_name, "
+            "or unload() the first model."
+        )
+
+
+def check_adapter_name(adapter_name: str, targets: list[Target]) -> None:
+    """Raise a `ValueError` if an adapter has the name of a parameter, which PEFT would confuse in state dicts."""
+    if any(adapter_name == owner.parameter for target in targets for owner in target.owners):
+        raise ValueError(
+            f"adapter_name must not be the name of a parameter of a targeted module, got '{adapter_name}'."
+        )
+
+
+def check_sizes(config: ChildTuningConfig, targets: list[Target]) -> None:
+    """Raise a `ValueError` if the recorded sizes of a child network are not those of the targets."""
+    numels = {target.name: target.parameter.numel() for target in targets}
+    for name, (numel, _, _) in (config.child_sizes or {}).items():
+        if numels.get(name) != numel:
+            here = f"{numels[name]} entries" if name in numels else "no such target"
+            raise ValueError(
+                f"The adapter does not fit the base model: its '{name}' has {numel} entries, the model has {here}."
+            )
+
+
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put `new` in every place of the model where `old` stands, but not inside `new` itself."""
+    for module in list(model.modules()):
+        if module is not new:
+            for name, child in module._modules.items():
+                if child is old:
+                    module._modules[name] = new
+
+
+def remove_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Take an adapter out of the layers of a model, and out the layers that have no other one."""
+    for layer in child_tuning_layers(model).values():
+        if adapter_name in layer.child_targets:
+            layer.delete_adapter(adapter_name)
+        if not layer.child_targets:
+            replace_module(model, layer, layer.base_layer)
