@@ -102,7 +102,8 @@ def open_adapter(folder: str | Path) -> SparseAdapter:
         raise FormatError(f"The adapter in '{folder}' cannot be read: {error}.") from error
     recorded = settings.get("child_sizes")
     sizes = found if recorded is None else recorded
-    if not isinstance(sizes, dict) or sizes.keys() != keys.keys():
+    whole = isinstance(sizes, dict) and all(isinstance(size, list) and len(size) == 3 for size in sizes.values())
+    if not whole or sizes.keys() != keys.keys():
         raise FormatError(f"child_sizes of '{CONFIG_NAME}' names other parameters than '{WEIGHTS_NAME}' has.")
     return SparseAdapter(settings, _StoredDeltas(folder / WEIGHTS_NAME, keys, sizes), dense, sizes)
 
@@ -151,4 +152,5 @@ def write_adapter(folder: str | Path, adapter: SparseAdapter, force: bool = Fals
     with replacing(folder, force) as temporary:
         temporary.mkdir()
         save_file(stamped(tensors), temporary / WEIGHTS_NAME, metadata={"format": "pt"})
+        (temporary / WEIGHTS_NAME).chmod(0o644)  # safetensors writes for the owner alone
         (temporary / CONFIG_NAME).write_text(json.dumps(settings, indent=2, sort_keys=True))

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 
@@ -148,7 +148,12 @@ def _weight_files(path: Path) -> list[Path]:
         return [path]
     index = path / INDEX_NAME
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"'{index}' is no index of a checkpoint: it needs a 'weight_map' of file names."
+            ) from error
         if any(Path(name).name != name for name in names):
             raise ValueError(f"'{index}' names files outside its own folder.")
         return [path / name for name in names]
@@ -159,8 +164,11 @@ def _weight_files(path: Path) -> list[Path]:
 
 def _read_places(file: Path) -> dict[str, Place]:
     """The header of a safetensors file; the library checks it, but does not tell the offsets."""
-    with safe_open(file, framework="pt"):
-        pass
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"'{file}' is no safetensors file: {error}.") from error
     with file.open("rb") as data:
         length = int.from_bytes(data.read(8), "little")
         header = json.loads(data.read(length))

@@ -120,7 +120,13 @@ def _comparable(base: Checkpoint, tuned: Checkpoint) -> list[str]:
                 f"'{name}' is {place.dtype} {place.shape} in '{base.path}' and {other.dtype} {other.shape} in "
                 f"'{tuned.path}'; they must be the same."
             )
-    return [name for name, place in base.places.items() if place.dtype in FLOATING and 0 not in place.shape]
+    names = [name for name, place in base.places.items() if place.dtype in FLOATING and 0 not in place.shape]
+    for name in base.places.keys() - set(names):
+        if not torch.equal(base[name], tuned[name]):
+            raise ValueError(
+                f"'{name}' differs and is {base.places[name].dtype}; only floating point changes can be kept."
+            )
+    return names
 
 
 def _numel(checkpoint: Checkpoint, name: str) -> int:
@@ -154,26 +160,33 @@ def merge_checkpoint(
     """
     check_fits(adapter, base)
     dense = [key.removeprefix(PREFIX) for key in adapter.dense]
+    strange: list[str] = []
 
     def changes() -> Iterator[Change]:
         for name in progress([*adapter.deltas, *dense], "Merging"):
             if name in adapter.deltas:
                 delta = adapter.deltas[name]
-                yield Change(name, delta.indices, _merged(name, delta, base))
+                yield Change(name, delta.indices, _merged(name, delta, base, strange))
             else:
                 yield Change(name, None, adapter.dense[f"{PREFIX}{name}"].to(base[name].dtype))
 
     with replacing(folder, force) as temporary:
         copy_with_changes(base, temporary, changes())
+    _warn_of(strange, base)
 
 
-def _merged(name: str, delta: SparseDelta, base: Checkpoint) -> Tensor:
-    """The merged values of a child network; warns if the base has others than it was made on."""
+def _merged(name: str, delta: SparseDelta, base: Checkpoint, strange: list[str]) -> Tensor:
+    """The merged values of a child network; adds the name to `strange` if the base has other values than it had."""
     values = base[name].reshape(-1)[delta.indices]
     here = fingerprint_of_values(values)
     if delta.fingerprint and here and delta.fingerprint != here:
-        warnings.warn(_strange(base, name), stacklevel=4)
+        strange.append(name)
     return merged_values(values, delta)
+
+
+def _warn_of(strange: list[str], base: Checkpoint) -> None:
+    if strange:
+        warnings.warn(_strange(base, strange[0]), stacklevel=3)
 
 
 def _strange(base: Checkpoint, name: str) -> str:
@@ -204,13 +217,16 @@ def export_patch(
         raise ValueError(f"A patch holds entries only; '{next(iter(adapter.dense))}' was saved whole.")
     check_fits(adapter, base)
     patch: dict[str, Tensor] = {}
+    strange: list[str] = []
     for name in progress(list(adapter.deltas), "Merging"):
         delta = adapter.deltas[name]
         wide = delta.numel >= 1 << 31
         patch[f"{name}.indices"] = delta.indices.to(torch.int64 if wide else torch.int32)
-        patch[f"{name}.values"] = _merged(name, delta, base)
+        patch[f"{name}.values"] = _merged(name, delta, base, strange)
     with replacing(file, force) as temporary:
         save_file(patch, temporary, metadata={"format": "pt"})
+        temporary.chmod(0o644)  # safetensors writes for the owner alone; a serving engine may be another user
+    _warn_of(strange, base)
 
 
 def check_fits(adapter: SparseAdapter, base: Checkpoint) -> None:
@@ -280,8 +296,8 @@ def combine_adapters(
         seed=seed,
         progress=progress,
     )
-    if len(adapters) > 1:
-        combined.settings.update(_widest_targets(adapters, list(combined.deltas)))
+    if len(adapters) > 1 and combined.deltas:
+        combined.settings.update(_targets_of(combined.deltas))
     return combined
 
 
@@ -291,27 +307,31 @@ def compare_adapters(adapters: Sequence[SparseAdapter]) -> dict[tuple[int, int],
     for first, second in combinations(range(len(adapters)), 2):
         deltas = adapters[first].deltas, adapters[second].deltas
         names = dict.fromkeys([*deltas[0], *deltas[1]])
-        found[first, second] = {name: _overlap(deltas[0].get(name), deltas[1].get(name)) for name in names}
+        found[first, second] = {name: _overlap(name, deltas[0].get(name), deltas[1].get(name)) for name in names}
     return found
 
 
-def _overlap(first: SparseDelta | None, second: SparseDelta | None) -> Overlap:
+def _overlap(name: str, first: SparseDelta | None, second: SparseDelta | None) -> Overlap:
     if first is None or second is None:
         some = first or second
         assert some is not None
         none = some._replace(indices=some.indices[:0], values=some.values[:0])
         return overlap(first or none, second or none)
+    if first.numel != second.numel:
+        raise ValueError(f"'{name}' has {first.numel} entries in one adapter and {second.numel} in another.")
     return overlap(first, second)
 
 
-def _widest_targets(adapters: Sequence[SparseAdapter], names: list[str]) -> dict[str, Any]:
+def _targets_of(deltas: Mapping[str, SparseDelta]) -> dict[str, Any]:
     """Settings that name every parameter of a combination, and nothing of how its parts were chosen."""
-    share = max(float(adapter.settings.get("density", 1.0)) for adapter in adapters)
+    chosen, numel = (
+        sum(sizes) for sizes in zip(*((d.indices.numel(), d.numel) for d in deltas.values()), strict=True)
+    )
     return {
         "variant": "extracted",
-        "density": min(1.0, share),
+        "density": chosen / numel,
         "target_modules": None,
-        "target_parameters": names,
+        "target_parameters": list(deltas),
         "layers_to_transform": None,
         "layers_pattern": None,
         "exclude_modules": None,

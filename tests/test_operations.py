@@ -127,6 +127,11 @@ def test_checkpoints_that_cannot_be_compared(tmp_path):
         compare({**tensors, name: tensors[name].bfloat16()})
     with pytest.raises(ValueError, match="do not differ in any floating point entry"):
         compare(tensors)
+    step = {"step": torch.tensor([1])}
+    save_file({**tensors, **step}, tmp_path / "first.safetensors")
+    save_file({**tensors, "step": torch.tensor([2])}, tmp_path / "second.safetensors")
+    with pytest.raises(ValueError, match="'step' differs and is I64; only floating point changes can be kept"):
+        extract_adapter(Checkpoint(tmp_path / "first.safetensors"), Checkpoint(tmp_path / "second.safetensors"))
     with pytest.raises(ValueError, match=r"density must be in \(0, 1\], got 2"):
         compare(tensors, density=2)
 
@@ -189,8 +194,9 @@ def test_another_base_is_noticed(tmp_path):
     adapter = read_adapter(tmp_path / "child")
     torch.manual_seed(5)
     tiny_llama().save_pretrained(tmp_path / "other")
-    with pytest.warns(UserWarning, match="other weights than the adapter was made on"):
+    with pytest.warns(UserWarning, match="other weights than the adapter was made on") as warned:
         merge_checkpoint(adapter, Checkpoint(tmp_path / "other"), tmp_path / "merged")
+    assert len(warned) == 1
     sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2}
     LlamaForCausalLM(LlamaConfig(num_attention_heads=2, **sizes)).save_pretrained(tmp_path / "wide")
     with pytest.raises(ValueError, match=r"entries in .*wide', the adapter's has"):
@@ -215,6 +221,12 @@ def test_what_is_no_adapter_or_checkpoint(tmp_path):
         read_adapter(tmp_path / "child")
     with pytest.raises(FileNotFoundError, match="is no safetensors file, and no folder with"):
         Checkpoint(tmp_path / "child")
+    (tmp_path / "text.safetensors").write_text("no tensors")
+    with pytest.raises(ValueError, match=r"text.safetensors' is no safetensors file"):
+        Checkpoint(tmp_path / "text.safetensors")
+    (tmp_path / "base/model.safetensors.index.json").write_text('{"weight_map": []}')
+    with pytest.raises(ValueError, match="is no index of a checkpoint: it needs a 'weight_map'"):
+        Checkpoint(tmp_path / "base")
     (tmp_path / "base/model.safetensors.index.json").write_text('{"weight_map": {"a": "../x.safetensors"}}')
     with pytest.raises(ValueError, match="names files outside its own folder"):
         Checkpoint(tmp_path / "base")
