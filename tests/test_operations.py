@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -262,32 +263,47 @@ def test_reading_an_adapter_gives_what_the_model_has(tmp_path):
     assert adapter.settings["child_sizes"] == adapter.sizes
 
 
-KILLED = """
+PREPARED = """
 import sys
-from peft_child.adapter_folder import read_adapter
+from peft_child.adapter_folder import read_adapter, write_adapter
 from peft_child.checkpoint import Checkpoint
-from peft_child.operations import merge_checkpoint
-adapter, base = read_adapter(sys.argv[1]), Checkpoint(sys.argv[2])
-merge_checkpoint(adapter, base, sys.argv[3], force=True)
+from peft_child.operations import combine_adapters, export_patch, extract_adapter, merge_checkpoint
+child, base, expected, output = sys.argv[1:]
+"""
+REPEATED = """
 print("ready", flush=True)
 while True:
-    merge_checkpoint(adapter, base, sys.argv[3], force=True)
+    run(output)
 """
+RUNS = {
+    "merge": "merge_checkpoint(read_adapter(child), Checkpoint(base), path, force=True)",
+    "extract": "write_adapter(path, extract_adapter(Checkpoint(base), Checkpoint(child + '-merged')), force=True)",
+    "combine": "write_adapter(path, combine_adapters([read_adapter(child)] * 2, [0.5, 1.0]), force=True)",
+    "patch": "export_patch(read_adapter(child), Checkpoint(base), path, force=True)",
+}
 
 
-def test_a_killed_merge_leaves_the_whole_output_or_none(tmp_path):
+def content(path):
+    files = [path] if path.is_file() else sorted(path.iterdir())
+    return {file.name if path.is_dir() else "file": file.read_bytes() for file in files}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", RUNS)
+def test_killed_at_any_moment_the_output_is_whole_or_none(tmp_path, kind):
     base = saved_base(tmp_path / "base", shard_size="4KB")
     saved_adapter(base, tmp_path / "child")
-    merge_checkpoint(read_adapter(tmp_path / "child"), Checkpoint(base), tmp_path / "expected")
-    expected = bits(tensors_of(tmp_path / "expected"))
-    arguments = [sys.executable, "-c", KILLED, tmp_path / "child", base, tmp_path / "merged"]
-    left = set()
-    for moment in (0.0, 0.013, 0.1):
+    merge_checkpoint(read_adapter(tmp_path / "child"), Checkpoint(base), tmp_path / "child-merged")
+    code = f"{PREPARED}\ndef run(path): {RUNS[kind]}\nrun(expected); run(output)\n{REPEATED}"
+    expected, output = tmp_path / "expected", tmp_path / "output"
+    arguments = [sys.executable, "-c", code, tmp_path / "child", base, expected, output]
+    found = 0
+    for moment in (0.0, random.uniform(0, 0.03), random.uniform(0, 0.1)):
         with subprocess.Popen(arguments, stdout=subprocess.PIPE) as process:
             assert process.stdout.readline() == b"ready\n"
             time.sleep(moment)
             os.kill(process.pid, signal.SIGKILL)
-        left.add((tmp_path / "merged").exists())
-        if (tmp_path / "merged").exists():
-            assert_same(bits(tensors_of(tmp_path / "merged")), expected)
-    assert True in left
+        if output.exists():
+            found += 1
+            assert content(output) == content(expected)
+    assert found
