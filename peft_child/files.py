@@ -15,6 +15,7 @@ from peft_child.codec import FormatError, with_delta_checksum
 from peft_child.config import ChildTuningConfig
 from peft_child.layer import ChildTuningLayer, child_tuning_layers
 from peft_child.sparse_file import DELTA, INDEX, StoredChild, fingerprint_of, read_children, stamped
+from peft_child.storage import Room
 
 
 def tensors_to_save(
@@ -67,11 +68,11 @@ def fit_state_dict(
     """
     children, remapped = read_children(state_dict)
     layers = {path: layer for path, layer in child_tuning_layers(model).items() if adapter_name in layer.child_targets}
-    rooms: list[tuple[ChildTuningLayer, dict[str, tuple[int, int]]]] = []
+    rooms: list[tuple[ChildTuningLayer, dict[str, Room]]] = []
     sizes: dict[str, list[int]] = {}
     strange: list[str] = []
     for path, layer in layers.items():
-        room: dict[str, tuple[int, int]] = {}
+        room: dict[str, Room] = {}
         for parameter, name in layer.child_targets[adapter_name].items():
             child = children.pop(name, None)
             if child is None:
@@ -79,9 +80,10 @@ def fit_state_dict(
             indices = _fitting_indices(name, child, layer.base_parameter(parameter))
             if not layer.merged and not _is_at_home(child, layer.base_parameter(parameter), indices):
                 strange.append(name)
-            room[parameter] = (child.delta.numel(), child.block.numel())
-            sizes[name] = [child.header.numel, *room[parameter]]
-            remapped[f"{path}.{DELTA}.{adapter_name}.{parameter}"] = child.delta.float()
+            delta = child.delta if child.delta.dtype == torch.float64 else child.delta.float()
+            room[parameter] = Room(delta.numel(), child.block.numel(), delta.dtype)
+            sizes[name] = [child.header.numel, delta.numel(), child.block.numel()]
+            remapped[f"{path}.{DELTA}.{adapter_name}.{parameter}"] = delta
             remapped[f"{path}.{INDEX}.{adapter_name}.{parameter}"] = _unsealed(child.block)
         rooms.append((layer, room))
     if not sizes:

@@ -22,6 +22,7 @@ from peft_child.delta import SparseDelta, combine_named, fresh_delta
 from peft_child.files import fit_state_dict, tensors_to_save
 from peft_child.layer import ChildTuningLayer, child_tuning_layers
 from peft_child.selection import apportion, draw_random
+from peft_child.storage import Room
 from peft_child.surgery import (
     check_adapter_name,
     check_name_is_free,
@@ -167,8 +168,8 @@ class ChildTuningModel(BaseTuner):
         if known is not None and {name: known[name] for name in targets.values() if name in known} != layer.sizes(
             adapter_name
         ):
-            room = {key: (known[name][1], known[name][2]) for key, name in targets.items() if name in known}
-            layer.allocate(adapter_name, room, trainable=False)
+            rooms = {key: Room(known[name][1], known[name][2]) for key, name in targets.items() if name in known}
+            layer.allocate(adapter_name, rooms, trainable=False)
 
     def _inject_parameters(
         self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool

@@ -24,6 +24,20 @@ class _Decoded(NamedTuple):
     indices: Tensor
 
 
+class Room(NamedTuple):
+    """What the child of one parameter takes.
+
+    Attributes:
+        size: Chosen entries.
+        num_bytes: Bytes of the index block.
+        dtype: Dtype of the delta; float32 but for changes that only float64 can express.
+    """
+
+    size: int
+    num_bytes: int
+    dtype: torch.dtype = torch.float32
+
+
 class ChildStorage(nn.Module, BaseTunerLayer):
     """The child networks of the adapters of one base layer, as ordinary tensors that every loader can read.
 
@@ -94,25 +108,27 @@ class ChildStorage(nn.Module, BaseTunerLayer):
             self._remember(adapter_name, parameter, indices.to(base.device))
         self.child_chosen[adapter_name] = True
 
-    def allocate(self, adapter_name: str, sizes: Mapping[str, tuple[int, int]], trainable: bool) -> None:
+    def allocate(self, adapter_name: str, rooms: Mapping[str, Room], trainable: bool) -> None:
         """Make deltas and blocks of the given sizes, to be filled by a loader.
 
         Deltas that have their size already stay the objects they are, for optimizers that hold them.
 
         Args:
             adapter_name: An adapter of this layer.
-            sizes: Chosen entries and bytes of the block by parameter, for the parameters with a child.
+            rooms: By parameter, for the parameters with a child.
             trainable: Whether new deltas take gradients.
         """
         deltas, blocks = self._deltas(adapter_name), self._blocks(adapter_name)
-        if {name: (delta.numel(), blocks[name].numel()) for name, delta in deltas.items()} != dict(sizes):
+        present = {key: Room(delta.numel(), blocks[key].numel(), delta.dtype) for key, delta in deltas.items()}
+        if present != dict(rooms):
             self._clear(adapter_name)
             for parameter in self.child_targets[adapter_name]:
-                if parameter in sizes:
+                if parameter in rooms:
+                    count, num_bytes, dtype = rooms[parameter]
                     device = self.base_parameter(parameter).device
-                    count, num_bytes = sizes[parameter]
                     block = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
-                    self._put(adapter_name, parameter, torch.zeros(count, device=device), block, trainable)
+                    delta = torch.zeros(count, dtype=dtype, device=device)
+                    self._put(adapter_name, parameter, delta, block, trainable)
         self.child_chosen[adapter_name] = True
 
     def indices(self, adapter_name: str, parameter: str) -> Tensor:

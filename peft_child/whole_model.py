@@ -19,18 +19,11 @@ from peft import PeftModel
 from transformers.utils import logging
 
 from peft_child.adapter_folder import open_adapter
+from peft_child.card import AUTO_CLASSES
 from peft_child.checkpoint import INDEX_NAME, replacing
 from peft_child.sparse_file import PREFIX
 
 
-CLASS_OF_TASK = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "FEATURE_EXTRACTION": "AutoModel",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-}
 CONFIG_NAME = "config.json"
 
 
@@ -88,7 +81,7 @@ def _model_class(settings: Mapping[str, Any], base: Path) -> Any:
     """By the adapter's task, else by the class that it was made on, else by the one that saved the checkpoint."""
     if not (base / CONFIG_NAME).is_file():
         raise ValueError(f"To be loaded as a model, '{base}' must be a folder with '{CONFIG_NAME}'.")
-    task = CLASS_OF_TASK.get(str(settings.get("task_type")))
+    task = AUTO_CLASSES.get(str(settings.get("task_type")))
     if task:
         return getattr(transformers, task)
     name = _class_name(settings.get("auto_mapping"), json.loads((base / CONFIG_NAME).read_text()))

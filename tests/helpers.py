@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from peft import get_peft_model
 
@@ -68,7 +66,3 @@ def assert_same(first, second):
     assert first.keys() == second.keys()
     different = [name for name in first if not torch.equal(first[name], second[name])]
     assert not different
-
-
-def copy_of(model):
-    return copy.deepcopy(model)

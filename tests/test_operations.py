@@ -87,8 +87,11 @@ def test_what_is_extracted_gives_the_tuned_checkpoint_back(tmp_path, dtype):
     for tensor in tuned.values():
         moved = torch.rand(tensor.shape) < 0.1
         tensor[moved] = (tensor[moved] * (1 + 0.1 * torch.randn(int(moved.sum())))).to(dtype)
+    tuned["model.norm.weight"][:3] = torch.tensor([1.2345e-5, 0.0, -3.21e-4]).to(dtype)  # far from 1
     save_file(tuned, tmp_path / "tuned.safetensors", metadata={"format": "pt"})
     adapter = extract_adapter(Checkpoint(base), Checkpoint(tmp_path / "tuned.safetensors"))
+    wide = adapter.deltas["model.norm.weight"].values.dtype
+    assert wide == (torch.float64 if dtype == torch.float32 else torch.float32)
     write_adapter(tmp_path / "child", adapter)
     merge_checkpoint(read_adapter(tmp_path / "child"), Checkpoint(base), tmp_path / "merged")
     assert_same(bits(tensors_of(tmp_path / "merged")), bits(tuned))
@@ -98,6 +101,7 @@ def test_what_is_extracted_gives_the_tuned_checkpoint_back(tmp_path, dtype):
     )
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert torch.equal(logits(model, batch_of("llama")), logits(merged, batch_of("llama")))
+    assert_same(bits(model.merge_and_unload().state_dict()), bits(merged.state_dict()))
 
 
 def test_extracting_at_a_density_takes_the_largest_changes(tmp_path):
