@@ -104,11 +104,10 @@ OF_TENSORS = [swap, drop, forge, forge, forge, poison]
 
 
 def same(first, second):
-    """Whether two adapters are equal in every bit that matters."""
-    return first.deltas.keys() == second.deltas.keys() and all(
-        torch.equal(delta.indices, second.deltas[name].indices)
-        and torch.equal(delta.values, second.deltas[name].values)
-        for name, delta in first.deltas.items()
+    """Whether two sets of deltas are equal in every bit that matters."""
+    return first.keys() == second.keys() and all(
+        torch.equal(delta.indices, second[name].indices) and torch.equal(delta.values, second[name].values)
+        for name, delta in first.items()
     )
 
 
@@ -132,13 +131,13 @@ def attack(folder, original, rng):
         result = f"{type(error).__name__}: {error}"
     else:
         other = "another" if mutate is forge else "DIFFERENT"
-        result = "the same" if same(read, original.adapter) else other
+        result = "the same" if same(read.deltas, original.deltas) else other
     if tracemalloc.get_traced_memory()[1] > MOST_MEMORY:
         result += ", TOO MUCH MEMORY"
     return mutate.__name__, result
 
 
-Original = collections.namedtuple("Original", ["adapter", "bytes"])
+Original = collections.namedtuple("Original", ["deltas", "bytes"])
 
 
 def run(mutations, seed, progress=True):
@@ -149,7 +148,8 @@ def run(mutations, seed, progress=True):
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "adapter"
         write_adapter(folder, valid_adapter())
-        original = Original(read_adapter(folder), (folder / "adapter_model.safetensors").read_bytes())
+        deltas = dict(read_adapter(folder).deltas)  # now: they are read from the file, which is damaged later
+        original = Original(deltas, (folder / "adapter_model.safetensors").read_bytes())
         tracemalloc.start()
         for _ in tqdm(range(mutations), disable=not progress):
             counts[attack(folder, original, rng)] += 1
