@@ -29,6 +29,18 @@ DELTA_DTYPES = ("float32", "bfloat16", "float16")
 CHECK_BASE = ("warn", "error", "off")
 
 
+# Settings of an adapter that was made of others: nothing of how theirs were chosen.
+OF_OTHERS: dict[str, Any] = {
+    "variant": "extracted",
+    "target_modules": None,
+    "exclude_modules": None,
+    "layers_to_transform": None,
+    "layers_pattern": None,
+    "fisher_examples": None,
+    "child_sizes": None,
+}
+
+
 @dataclass
 class ChildTuningConfig(PeftConfig):
     """Configuration of Child-Tuning (Xu et al., "Raise a Child in Large Language Model", EMNLP 2021).
@@ -180,17 +192,7 @@ class ChildTuningConfig(PeftConfig):
 
     def for_names(self, names: list[str]) -> ChildTuningConfig:
         """Settings of an adapter whose child network was made of others', in the parameters of these names."""
-        return replace(
-            self,
-            variant="extracted",
-            target_modules=None,
-            target_parameters=names,
-            exclude_modules=None,
-            layers_to_transform=None,
-            layers_pattern=None,
-            fisher_examples=None,
-            child_sizes=None,
-        )
+        return replace(self, **OF_OTHERS, target_parameters=names)
 
     @classmethod
     def describe(cls) -> str:

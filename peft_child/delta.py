@@ -241,6 +241,8 @@ def combine_named(
     Raises:
         ValueError: If an argument is out of range, or tensors of one name differ in shape.
     """
+    if not adapters or len(adapters) != len(weights):
+        raise ValueError(f"Every adapter needs one weight, got {len(adapters)} adapters and {len(weights)} weights.")
     check_combination(combination_type, density, majority_sign_method)
     names = list(dict.fromkeys(name for deltas in adapters for name in deltas))
     combined = {}

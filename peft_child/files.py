@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from peft_child.codec import FormatError, with_delta_checksum
 from peft_child.config import ChildTuningConfig
 from peft_child.layer import ChildTuningLayer, child_tuning_layers
-from peft_child.sparse_file import DELTA, INDEX, StoredChild, fingerprint_of, read_children, stamped
+from peft_child.sparse_file import (
+    DELTA,
+    INDEX,
+    StoredChild,
+    fingerprint_of,
+    fingerprints_differ,
+    read_children,
+    stamped,
+)
 from peft_child.storage import Room
 
 
@@ -114,8 +122,7 @@ def _fitting_indices(name: str, child: StoredChild, base: Tensor) -> Tensor:
 
 def _is_at_home(child: StoredChild, base: Tensor, indices: Tensor) -> bool:
     """Whether the base has the values that it had where the child network was chosen, as far as is known."""
-    here = fingerprint_of(base, indices)
-    return child.header.fingerprint in (0, here) or not here
+    return not fingerprints_differ(child.header.fingerprint, fingerprint_of(base, indices))
 
 
 def _check_base(check_base: str, strange: list[str], count: int) -> None:

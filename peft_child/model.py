@@ -267,10 +267,6 @@ class ChildTuningModel(BaseTuner):
             ValueError: If an adapter is unknown or has modules saved whole, the new name is taken, or an argument is
                 out of range.
         """
-        if not adapters or len(adapters) != len(weights):
-            raise ValueError(
-                f"Every adapter needs one weight, got {len(adapters)} adapters and {len(weights)} weights."
-            )
         for name in self._known(adapters):
             if cast(ChildTuningConfig, self.peft_config[name]).modules_to_save:
                 raise ValueError(f"Modules saved whole cannot be combined, and adapter '{name}' has some.")

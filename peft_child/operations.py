@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from peft_child.adapter_folder import PEFT_TYPE, SparseAdapter
 from peft_child.checkpoint import Change, Checkpoint, copy_with_changes, replacing
+from peft_child.config import OF_OTHERS
 from peft_child.delta import (
     Overlap,
     Progress,
@@ -26,7 +26,7 @@ from peft_child.delta import (
     silent,
 )
 from peft_child.selection import select_largest
-from peft_child.sparse_file import PREFIX, fingerprint_of, fingerprint_of_values
+from peft_child.sparse_file import PREFIX, fingerprint_of, fingerprint_of_values, fingerprints_differ
 
 
 FLOATING = ("F32", "BF16", "F16", "F64")
@@ -178,8 +178,7 @@ def merge_checkpoint(
 def _merged(name: str, delta: SparseDelta, base: Checkpoint, strange: list[str]) -> Tensor:
     """The merged values of a child network; adds the name to `strange` if the base has other values than it had."""
     values = base[name].reshape(-1)[delta.indices]
-    here = fingerprint_of_values(values)
-    if delta.fingerprint and here and delta.fingerprint != here:
+    if fingerprints_differ(delta.fingerprint, fingerprint_of_values(values)):
         strange.append(name)
     return merged_values(values, delta)
 
@@ -258,8 +257,7 @@ def check_weights(adapter: SparseAdapter, base: Checkpoint, progress: Progress =
     """
     for name in progress(list(adapter.deltas), "Checking"):
         delta = adapter.deltas[name]
-        here = fingerprint_of(base[name], delta.indices)
-        if delta.fingerprint and here and delta.fingerprint != here:
+        if fingerprints_differ(delta.fingerprint, fingerprint_of(base[name], delta.indices)):
             raise ValueError(_strange(base, name))
 
 
@@ -281,13 +279,10 @@ def combine_adapters(
     Raises:
         ValueError: If an argument is out of range, an adapter has modules saved whole, or tensors differ in shape.
     """
-    if not adapters or len(adapters) != len(weights):
-        raise ValueError(f"Every adapter needs one weight, got {len(adapters)} adapters and {len(weights)} weights.")
     for adapter in adapters:
         if adapter.dense and len(adapters) > 1:
             raise ValueError(f"Modules saved whole cannot be combined, and '{next(iter(adapter.dense))}' is one.")
-    combined = SparseAdapter(dict(adapters[0].settings), {}, dense=adapters[0].dense)
-    combined.deltas = combine_named(
+    deltas = combine_named(
         [adapter.deltas for adapter in adapters],
         weights,
         combination_type=combination_type,
@@ -296,9 +291,12 @@ def combine_adapters(
         seed=seed,
         progress=progress,
     )
-    if len(adapters) > 1 and combined.deltas:
-        combined.settings.update(_targets_of(combined.deltas))
-    return combined
+    settings = dict(adapters[0].settings)
+    if len(adapters) > 1 and deltas:
+        sizes = [(delta.indices.numel(), delta.numel) for delta in deltas.values()]
+        chosen, numel = (sum(column) for column in zip(*sizes, strict=True))
+        settings |= {**OF_OTHERS, "density": chosen / numel, "target_parameters": list(deltas)}
+    return SparseAdapter(settings, deltas, adapters[0].dense)
 
 
 def compare_adapters(adapters: Sequence[SparseAdapter]) -> dict[tuple[int, int], dict[str, Overlap]]:
@@ -320,20 +318,3 @@ def _overlap(name: str, first: SparseDelta | None, second: SparseDelta | None) -
     if first.numel != second.numel:
         raise ValueError(f"'{name}' has {first.numel} entries in one adapter and {second.numel} in another.")
     return overlap(first, second)
-
-
-def _targets_of(deltas: Mapping[str, SparseDelta]) -> dict[str, Any]:
-    """Settings that name every parameter of a combination, and nothing of how its parts were chosen."""
-    chosen, numel = (
-        sum(sizes) for sizes in zip(*((d.indices.numel(), d.numel) for d in deltas.values()), strict=True)
-    )
-    return {
-        "variant": "extracted",
-        "density": chosen / numel,
-        "target_modules": None,
-        "target_parameters": list(deltas),
-        "layers_to_transform": None,
-        "layers_pattern": None,
-        "exclude_modules": None,
-        "fisher_examples": None,
-    }

@@ -65,11 +65,8 @@ def shares_by_place(sizes: Mapping[str, Sequence[int]]) -> dict[Place, Share]:
     Returns:
         Shares by place: by layer, what is outside the layers last, then by kind.
     """
-    parts = {name: _parts(name) for name in sizes}
-    stacks = {stack for stack, layer, _ in parts.values() if layer is not None}
     shares: dict[Place, Share] = {}
-    for name, (stack, layer, kind) in parts.items():
-        place = Place(layer, f"{stack}.*.{kind}" if layer is not None and len(stacks) > 1 else kind)
+    for name, place in places_of(sizes).items():
         tensors, numel, chosen = shares.get(place, (0, 0, 0))
         shares[place] = Share(tensors + 1, numel + sizes[name][0], chosen + sizes[name][1])
     return {place: shares[place] for place in sorted(shares, key=lambda place: (_rank(place.layer), place.kind))}

@@ -141,6 +141,11 @@ def fingerprint_of_values(values: Tensor) -> int:
     return 0 if values.dtype == torch.float16 else checksum_of(values.to(torch.bfloat16))
 
 
+def fingerprints_differ(known: int, here: int) -> bool:
+    """Whether two fingerprints are both known, and not the same."""
+    return bool(known and here and known != here)
+
+
 def _split(key: str) -> tuple[str, str, str]:
     """Path of the module in the base model, kind, and name of the parameter; no kind for other tensors.
 
