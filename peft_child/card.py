@@ -34,6 +34,7 @@ AUTOMATIC = re.compile(rf"\s*|{VERSIONS}|- PEFT \S+|This is the model card of a 
 VARIANTS = {
     "task_driven": "the entries with the largest Fisher information on the task (Child-Tuning_D)",
     "random": "a fixed random choice",
+    "task_free": "every weight, through random gradient masks (Child-Tuning_F)",
     "extracted": "taken from checkpoints or from other adapters",
 }
 AUTO_CLASSES = {
@@ -203,8 +204,9 @@ def _facts(settings: Mapping[str, Any], sizes: Mapping[str, Sequence[int]]) -> s
         "Density": f"{settings.get('density')} of all targeted entries"
         if variant in ("task_driven", "random")
         else "",
+        "Gradient mask": _gradient_mask(settings),
         "Fisher information": _fisher(settings) if variant == "task_driven" else "",
-        "Seed": str(settings.get("seed", "")) if variant == "random" else "",
+        "Seed": str(settings.get("seed", "")) if variant in ("random", "task_free") else "",
         "Chosen entries": (
             f"{whole.chosen:,} in {whole.tensors} tensors, {whole.percent:.3g} % of their {whole.numel:,} entries; "
             "targeted tensors without any are not counted"
@@ -213,6 +215,13 @@ def _facts(settings: Mapping[str, Any], sizes: Mapping[str, Sequence[int]]) -> s
         "Trained and saved whole": ", ".join(map(_code, settings.get("modules_to_save") or [])),
     }
     return "### Settings\n\n" + "\n".join(f"- **{name}:** {fact}" for name, fact in facts.items() if fact)
+
+
+def _gradient_mask(settings: Mapping[str, Any]) -> str:
+    density = settings.get("density" if settings.get("variant") == "task_free" else "gradient_density") or 1
+    every = settings.get("resample_every") or 1
+    often = "every optimizer step" if every == 1 else f"every {every} optimizer steps"
+    return f"each gradient kept with probability {density}, drawn anew at {often}" if density < 1 else ""
 
 
 def _fisher(settings: Mapping[str, Any]) -> str:

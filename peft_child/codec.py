@@ -20,7 +20,7 @@ import torch
 
 MAGIC = b"PCHI"
 VERSION = 1
-BITMAP, GAPS = 1, 2
+BITMAP, GAPS, ALL = 1, 2, 3
 ROWS, COLUMNS = 0, 1
 
 _HEADER = struct.Struct("<4sBBBxQQQIII")  # magic, version, the fields of Header, and a CRC-32 of everything else
@@ -41,7 +41,7 @@ class Header(NamedTuple):
     """What a block says of itself.
 
     Attributes:
-        encoding: How the positions are written, `BITMAP` or `GAPS`.
+        encoding: How the positions are written, `BITMAP` or `GAPS`, or `ALL` if there is nothing to write.
         order: The order that they are written in, `ROWS` or `COLUMNS`.
         numel: Number of entries of the tensor.
         width: Entries of a row; a divisor of `numel`.
@@ -76,6 +76,8 @@ def encode(indices: Indices, shape: tuple[int, ...], fingerprint: int = 0) -> by
     numel = int(np.prod(shape, dtype=np.int64))
     width = numel // shape[0] if shape else 1
     _check_indices(indices, numel, ValueError)
+    if indices.size == numel:
+        return _sealed(Header(ALL, ROWS, numel, width, numel, fingerprint, 0), b"")
     encoding = GAPS if _SPARSE * indices.size < numel else BITMAP
     write = _write_gaps if encoding == GAPS else _write_bitmap
     orders = [ROWS] if width in (1, numel) else [ROWS, COLUMNS]
@@ -121,7 +123,7 @@ def read_header(block: Block) -> Header:
     if zlib.crc32(block[_HEADER.size :], zlib.crc32(head)) != checksum or head[7]:
         raise FormatError("The checksum of the child index block does not match its content.")
     header = Header(*fields)
-    if header.encoding not in (BITMAP, GAPS) or header.order not in (ROWS, COLUMNS):
+    if header.encoding not in (BITMAP, GAPS, ALL) or header.order not in (ROWS, COLUMNS):
         raise FormatError(f"Unknown encoding {header.encoding} or order {header.order} of a child index block.")
     if not 1 <= header.size <= header.numel < 1 << 63:
         raise FormatError(
@@ -144,7 +146,7 @@ def decode(block: Block) -> Indices:
         FormatError: If the block is not what `encode` writes.
     """
     header = read_header(block)
-    read = _read_gaps if header.encoding == GAPS else _read_bitmap
+    read = {BITMAP: _read_bitmap, GAPS: _read_gaps, ALL: _read_all}[header.encoding]
     indices = read(block[_HEADER.size :], header)
     if indices.size != header.size:
         raise FormatError(f"A child index block says {header.size} positions and holds {indices.size}.")
@@ -237,6 +239,12 @@ def _read_gaps(payload: Block, header: Header) -> Indices:
         _check_indices(positions, header.numel, FormatError)
         positions = np.sort(positions % height * header.width + positions // height)
     return positions
+
+
+def _read_all(payload: Block, header: Header) -> Indices:
+    if len(payload) or header.size != header.numel or header.order != ROWS:
+        raise FormatError("A child index block of all positions has no payload, says so, and is in the order of rows.")
+    return np.arange(header.numel, dtype=np.int64)
 
 
 def _decompress(payload: Block, size: int, exact: bool = True) -> bytes:

@@ -18,17 +18,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from peft_child.mask import MaskUse
+
 
 class Child(NamedTuple):
     """One adapter's child network in one tensor.
 
     Attributes:
         delta: Change of the chosen entries, float, shape `(k,)`.
-        indices: Flat row-major positions of the chosen entries, int64, shape `(k,)`, strictly increasing.
+        indices: Flat row-major positions of the chosen entries, int64, shape `(k,)`, strictly increasing; None for
+            all entries of the tensor.
+        mask: The mask of the delta's gradient, if it has one.
     """
 
     delta: Tensor
-    indices: Tensor
+    indices: Tensor | None
+    mask: MaskUse | None = None
 
 
 class Composition(NamedTuple):
@@ -44,8 +49,8 @@ class Composition(NamedTuple):
 
     def tensor(self) -> Tensor:
         """The composed tensor, shape and dtype of the base, differentiable in the base and in every delta."""
-        deltas, indices = zip(*self.children, strict=True)
-        composed: Tensor = _Compose.apply(self.base, indices, *deltas)  # type: ignore[no-untyped-call]
+        deltas, indices, masks = zip(*self.children, strict=True)
+        composed: Tensor = _Compose.apply(self.base, indices, masks, *deltas)  # type: ignore[no-untyped-call]
         return composed
 
     def requires_grad(self) -> bool:
@@ -61,7 +66,10 @@ class Composition(NamedTuple):
 
 class _Compose(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, base: Tensor, indices: tuple[Tensor, ...], *deltas: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, base: Tensor, indices: tuple[Tensor | None, ...], masks: tuple[MaskUse | None, ...], *deltas: Tensor
+    ) -> Tensor:
+        ctx.masks = masks
         ctx.indices = indices  # constants: `save_for_backward` would let offloading hooks copy them at every step
         ctx.dtypes = [delta.dtype for delta in deltas]
         return _composed(base, deltas, indices)
@@ -73,13 +81,21 @@ class _Compose(torch.autograd.Function):
             gradient = gradient.to_dense()
         flat = gradient.reshape(-1)
         gathered = [
-            flat.index_select(0, index).to(dtype) if needed else None
-            for index, dtype, needed in zip(ctx.indices, ctx.dtypes, ctx.needs_input_grad[2:], strict=True)
+            _of_delta(flat, index, mask, dtype) if needed else None
+            for index, mask, dtype, needed in zip(
+                ctx.indices, ctx.masks, ctx.dtypes, ctx.needs_input_grad[3:], strict=True
+            )
         ]
-        return gradient if ctx.needs_input_grad[0] else None, None, *gathered
+        return gradient if ctx.needs_input_grad[0] else None, None, None, *gathered
 
 
-def _composed(base: Tensor, deltas: Sequence[Tensor], indices: Sequence[Tensor]) -> Tensor:
+def _of_delta(gradient: Tensor, indices: Tensor | None, mask: MaskUse | None, dtype: torch.dtype) -> Tensor:
+    """What the gradient of a tensor, flat, is for a delta."""
+    gathered = (gradient if indices is None else gradient.index_select(0, indices)).to(dtype)
+    return gathered if mask is None else mask.apply(gathered)
+
+
+def _composed(base: Tensor, deltas: Sequence[Tensor], indices: Sequence[Tensor | None]) -> Tensor:
     """A contiguous copy of `base` with the deltas added in at least float32 and rounded once to its dtype."""
     precise = torch.promote_types(base.dtype, torch.float32)
     for delta in deltas:
@@ -87,8 +103,13 @@ def _composed(base: Tensor, deltas: Sequence[Tensor], indices: Sequence[Tensor])
     if base.dtype == precise or len(deltas) > 1:
         total = base.to(precise, copy=True, memory_format=torch.contiguous_format)
         for delta, index in zip(deltas, indices, strict=True):
-            total.view(-1).index_add_(0, index, delta.to(precise))
+            if index is None:
+                total.view(-1).add_(delta)
+            else:
+                total.view(-1).index_add_(0, index, delta.to(precise))
         return total.to(base.dtype)
+    if indices[0] is None:
+        return (base.reshape(-1).to(precise) + deltas[0]).to(base.dtype).view(base.shape)
     # One child in low precision: only the k chosen entries need the wider type.
     total = base.clone(memory_format=torch.contiguous_format)
     chosen = total.view(-1).index_select(0, indices[0]).to(precise) + deltas[0]

@@ -12,6 +12,7 @@ from typing import Any
 from peft import PeftConfig
 
 from peft_child.card import complete_card
+from peft_child.mask import GradientMask
 
 
 class ChildPeftType(str, enum.Enum):
@@ -29,6 +30,8 @@ DELTA_DTYPES = ("float32", "bfloat16", "float16")
 CHECK_BASE = ("warn", "error", "off")
 
 
+NO_MASK: dict[str, Any] = {"gradient_density": 1.0, "resample_every": 1}
+
 # Settings of an adapter that was made of others: nothing of how theirs were chosen.
 OF_OTHERS: dict[str, Any] = {
     "variant": "extracted",
@@ -36,6 +39,7 @@ OF_OTHERS: dict[str, Any] = {
     "exclude_modules": None,
     "layers_to_transform": None,
     "layers_pattern": None,
+    **NO_MASK,
     "fisher_examples": None,
     "child_sizes": None,
 }
@@ -58,7 +62,9 @@ class ChildTuningConfig(PeftConfig):
             "help": (
                 "How the child network is chosen. 'task_driven' (Child-Tuning_D): the entries with the largest Fisher "
                 "information, by `select_child_network`. 'random': a fixed random one, drawn from `seed` and the "
-                "names of the parameters; needs no data. 'task_free' (Child-Tuning_F) is reserved. "
+                "names of the parameters; needs no data. 'task_free' (Child-Tuning_F): all entries, but each keeps "
+                "its gradient only with probability `density`, drawn anew for every optimizer step, scaled by "
+                "1/density; needs no data, and its delta is dense. "
                 "'extracted': taken from the difference of checkpoints, or combined from adapters; only for loading."
             )
         },
@@ -68,9 +74,23 @@ class ChildTuningConfig(PeftConfig):
         metadata={
             "help": (
                 "Share of the entries of all targeted parameters together that belong to the child network, in "
-                "(0, 1]. Exactly round(density * n) of n entries are chosen. Called p_D or reserve_p elsewhere."
+                "(0, 1]. Exactly round(density * n) of n entries are chosen. Called p_D or reserve_p elsewhere. For "
+                "'task_free' the probability to keep a gradient, p_F."
             )
         },
+    )
+    gradient_density: float = field(
+        default=1.0,
+        metadata={
+            "help": (
+                "Task-free Child-Tuning on top of a fixed child network: the probability, in (0, 1], with which each "
+                "of its entries keeps its gradient at an optimizer step, scaled by its inverse. 1.0 keeps all."
+            )
+        },
+    )
+    resample_every: int = field(
+        default=1,
+        metadata={"help": "Optimizer steps after which the random gradient mask is drawn anew, a positive integer."},
     )
     target_modules: list[str] | str | None = field(
         default=None,
@@ -109,7 +129,9 @@ class ChildTuningConfig(PeftConfig):
     )
     seed: int = field(
         default=0,
-        metadata={"help": "Seed of the random child network, a non-negative integer."},
+        metadata={
+            "help": "Seed of the random child network and of the gradient masks, an integer from 0 to 2**63 - 1."
+        },
     )
     fisher: str = field(
         default="per_example",
@@ -168,10 +190,10 @@ class ChildTuningConfig(PeftConfig):
         _check_choice("fisher", self.fisher, FISHER)
         _check_choice("delta_dtype", self.delta_dtype, DELTA_DTYPES)
         _check_choice("check_base", self.check_base, CHECK_BASE)
-        if self.variant == "task_free":
+        if self.variant == "task_free" and self.gradient_density != 1:
             raise ValueError(
-                "variant='task_free' (Child-Tuning_F) is reserved and not available in this version; "
-                "use 'task_driven' or 'random'."
+                f"gradient_density is for a fixed child network; for variant='task_free' set density instead, got "
+                f"gradient_density={self.gradient_density!r}."
             )
         for name in ("target_modules", "target_parameters", "exclude_modules", "modules_to_save", "layers_pattern"):
             _check_names(name, getattr(self, name), allow_text=name != "modules_to_save")
@@ -185,10 +207,15 @@ class ChildTuningConfig(PeftConfig):
         Raises:
             ValueError: If that rounds to none.
         """
-        size = round(self.density * numel)
+        size = numel if self.variant == "task_free" else round(self.density * numel)
         if not size:
             raise ValueError(f"density={self.density} of {numel} targeted entries is an empty child network.")
         return size
+
+    def gradient_mask(self) -> GradientMask | None:
+        """The mask of the deltas' gradients as training starts, or None if all are kept."""
+        density = self.density if self.variant == "task_free" else self.gradient_density
+        return GradientMask(float(density), self.seed, self.resample_every) if density < 1 else None
 
     def for_names(self, names: list[str]) -> ChildTuningConfig:
         """Settings of an adapter whose child network was made of others', in the parameters of these names."""
@@ -223,11 +250,14 @@ class ChildTuningConfig(PeftConfig):
 
     def _check_numbers(self) -> None:
         # A bool is an int for Python, but never meant as a number here.
-        density = self.density
-        if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0 < density <= 1:  # NaN as well
-            raise ValueError(f"density must be a number in (0, 1], got {density!r}.")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise ValueError(f"seed must be a non-negative integer, got {self.seed!r}.")
+        for name in ("density", "gradient_density"):
+            share = getattr(self, name)
+            if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:  # NaN as well
+                raise ValueError(f"{name} must be a number in (0, 1], got {share!r}.")
+        if type(self.seed) is not int or not 0 <= self.seed < 1 << 63:
+            raise ValueError(f"seed must be an integer from 0 to 2**63 - 1, got {self.seed!r}.")
+        if type(self.resample_every) is not int or self.resample_every < 1:
+            raise ValueError(f"resample_every must be a positive integer, got {self.resample_every!r}.")
         if not isinstance(self.init_weights, bool):
             raise ValueError(f"init_weights must be True or False, got {self.init_weights!r}.")
         examples = self.fisher_examples

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from peft_child.codec import FormatError, with_delta_checksum
 from peft_child.config import ChildTuningConfig
 from peft_child.layer import ChildTuningLayer, child_tuning_layers
+from peft_child.mask import GradientMask
 from peft_child.sparse_file import (
     DELTA,
     INDEX,
+    MASK,
     StoredChild,
     fingerprint_of,
     fingerprints_differ,
@@ -79,6 +81,7 @@ def fit_state_dict(
     rooms: list[tuple[ChildTuningLayer, dict[str, Room]]] = []
     sizes: dict[str, list[int]] = {}
     strange: list[str] = []
+    mask = config.gradient_mask()
     for path, layer in layers.items():
         room: dict[str, Room] = {}
         for parameter, name in layer.child_targets[adapter_name].items():
@@ -90,6 +93,9 @@ def fit_state_dict(
                 strange.append(name)
             delta = child.delta if child.delta.dtype == torch.float64 else child.delta.float()
             room[parameter] = Room(delta.numel(), child.block.numel(), delta.dtype)
+            if mask is not None:
+                _check_mask(name, mask, child.mask)
+                remapped[f"{path}.{MASK}.{adapter_name}.{parameter}"] = (child.mask or mask).pack()
             sizes[name] = [child.header.numel, delta.numel(), child.block.numel()]
             remapped[f"{path}.{DELTA}.{adapter_name}.{parameter}"] = delta
             remapped[f"{path}.{INDEX}.{adapter_name}.{parameter}"] = _unsealed(child.block)
@@ -118,6 +124,14 @@ def _fitting_indices(name: str, child: StoredChild, base: Tensor) -> Tensor:
         return child.indices()
     except FormatError as error:
         raise FormatError(f"The child of '{name}' cannot be loaded. {error}") from error
+
+
+def _check_mask(name: str, mask: GradientMask, stored: GradientMask | None) -> None:
+    if stored is not None and stored._replace(step=mask.step) != mask:
+        raise ValueError(
+            f"The gradient mask of '{name}' must be the one that the adapter was trained with, {stored.describe()}; "
+            f"this configuration says {mask.describe()}."
+        )
 
 
 def _is_at_home(child: StoredChild, base: Tensor, indices: Tensor) -> bool:

@@ -25,7 +25,7 @@ class _Replaced(NamedTuple):
     """Base values that a merge overwrote."""
 
     parameter: str
-    indices: Tensor
+    indices: Tensor | None
     values: Tensor
 
 
@@ -222,24 +222,33 @@ class ChildTuningLayer(ChildStorage):
     def _write(self, adapter_names: list[str]) -> None:
         for parameter, base, children in self._held(adapter_names):
             composed = Composition(base.detach(), children).tensor().view(-1)
-            indices = torch.cat([child.indices for child in children]) if len(children) > 1 else children[0].indices
+            indices = _union(children)
             self._replaced.append(_Replaced(parameter, indices, _values_at(base, indices)))
-            _set_values_at(base, indices, composed[indices])
+            _set_values_at(base, indices, composed if indices is None else composed[indices])
 
     @torch.no_grad()
     def _restore(self) -> None:
         for parameter, indices, values in self._replaced:
             base = self.base_parameter(parameter)
-            _set_values_at(base, indices.to(base.device), values.to(base.device))
+            _set_values_at(base, None if indices is None else indices.to(base.device), values.to(base.device))
         self._replaced = []
 
 
-def _values_at(base: Tensor, indices: Tensor) -> Tensor:
-    return base.detach().reshape(-1)[indices]
+def _union(children: tuple[Child, ...]) -> Tensor | None:
+    """Positions of all children, some of them repeatedly, or None for all entries."""
+    indices = [child.indices for child in children if child.indices is not None]
+    return torch.cat(indices) if len(indices) == len(children) else None
 
 
-def _set_values_at(base: Tensor, indices: Tensor, values: Tensor) -> None:
-    if base.is_contiguous():
+def _values_at(base: Tensor, indices: Tensor | None) -> Tensor:
+    flat = base.detach().reshape(-1)
+    return flat.clone() if indices is None else flat[indices]
+
+
+def _set_values_at(base: Tensor, indices: Tensor | None, values: Tensor) -> None:
+    if indices is None:
+        base.detach().copy_(values.view(base.shape))
+    elif base.is_contiguous():
         base.detach().view(-1).index_copy_(0, indices, values)
     else:
         base.detach().copy_(base.detach().reshape(-1).index_copy(0, indices, values).view(base.shape))

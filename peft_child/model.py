@@ -21,6 +21,7 @@ from peft_child.config import ChildTuningConfig
 from peft_child.delta import SparseDelta, combine_named, fresh_delta
 from peft_child.files import fit_state_dict, tensors_to_save
 from peft_child.layer import ChildTuningLayer, child_tuning_layers
+from peft_child.mask import GradientMask
 from peft_child.selection import apportion, draw_random
 from peft_child.storage import Room
 from peft_child.surgery import (
@@ -33,6 +34,18 @@ from peft_child.surgery import (
 from peft_child.targets import Owner, Target, all_linear, find_targets, names_parameter
 
 
+def next_gradient_mask(model: nn.Module) -> None:
+    """Count one optimizer step on all deltas of a model, so that random gradient masks are drawn anew.
+
+    Only for engines whose optimizer is no `torch.optim.Optimizer`; steps of those are counted by themselves.
+
+    Args:
+        model: A model with Child-Tuning adapters; call this once after each optimizer step.
+    """
+    for layer in child_tuning_layers(model).values():
+        layer.count_step()
+
+
 @dataclass
 class _Plan:
     """What one injection is to do.
@@ -40,7 +53,7 @@ class _Plan:
     Attributes:
         entries: Targets and owners by the name under which PEFT's loop comes across the owner.
         layers: The Child-Tuning layers by the identity of their base layers.
-        counts: Sizes of the random child networks to draw by name of the target, if they are to be drawn.
+        counts: Sizes of the child networks to draw by name of the target, if they need no data.
     """
 
     entries: dict[str, list[tuple[Target, Owner]]]
@@ -102,7 +115,7 @@ class ChildTuningModel(BaseTuner):
             for owner in target.owners:
                 entries.setdefault(owner.entry, []).append((target, owner))
         counts = None
-        if peft_config.variant == "random" and targets:
+        if peft_config.variant in ("random", "task_free") and targets:
             sizes = {target.name: target.parameter.numel() for target in targets}
             counts = apportion(sizes, peft_config.child_size(sum(sizes.values())))
         layers = {id(layer.base_layer): layer for layer in child_tuning_layers(model).values()}
@@ -132,7 +145,7 @@ class ChildTuningModel(BaseTuner):
             by_module.setdefault(id(owner.module), []).append((planned, owner))
         for pairs in by_module.values():
             layer = self._layer_around(pairs[0][1].module)
-            self._add_to_layer(layer, adapter_name, pairs)
+            self._add_to_layer(layer, adapter_name, pairs, peft_config.gradient_mask())
             self._fill(layer, adapter_name, peft_config)
 
     def _layer_around(self, module: nn.Module) -> ChildTuningLayer:
@@ -143,7 +156,13 @@ class ChildTuningModel(BaseTuner):
             replace_module(self.model, module, layer)
         return layer
 
-    def _add_to_layer(self, layer: ChildTuningLayer, adapter_name: str, pairs: list[tuple[Target, Owner]]) -> None:
+    def _add_to_layer(
+        self,
+        layer: ChildTuningLayer,
+        adapter_name: str,
+        pairs: list[tuple[Target, Owner]],
+        mask: GradientMask | None,
+    ) -> None:
         targets, ties = {}, {}
         for target, owner in pairs:
             first = target.owners[0]
@@ -151,10 +170,10 @@ class ChildTuningModel(BaseTuner):
                 targets[owner.parameter] = target.name
             else:
                 ties[owner.parameter] = (self._layer_around(first.module), first.parameter)
-        layer.add_adapter(adapter_name, targets, ties)
+        layer.add_adapter(adapter_name, targets, ties, mask)
 
     def _fill(self, layer: ChildTuningLayer, adapter_name: str, config: ChildTuningConfig) -> None:
-        """Give an adapter its random child, or room for the one that will be loaded."""
+        """Give an adapter a child network that needs no data, or room for the one that will be loaded."""
         targets = layer.child_targets[adapter_name]
         counts = self._plan.counts
         if counts is not None:

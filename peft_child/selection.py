@@ -118,8 +118,8 @@ def draw_random(name: str, numel: int, count: int, seed: int) -> Tensor:
     Returns:
         Strictly increasing flat indices, int64, shape `(count,)`, on the CPU.
     """
-    if not count:
-        return torch.empty(0, dtype=torch.int64)
+    if count in (0, numel):
+        return torch.arange(count)
     return select_largest({name: torch.rand(numel, generator=seeded(name, seed))}, count)[name]
 
 

@@ -21,9 +21,10 @@ from peft_child.codec import (
     unchecked_header,
     with_delta_checksum,
 )
+from peft_child.mask import GradientMask
 
 
-DELTA, INDEX = "child_delta", "child_index"
+DELTA, INDEX, MASK = "child_delta", "child_index", "child_mask"
 KINDS = (DELTA, INDEX)
 PREFIX = "base_model.model."
 DELTA_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -36,11 +37,13 @@ class StoredChild(NamedTuple):
         delta: Change of the chosen entries, floating point, shape `(k,)`.
         block: Their encoded positions, uint8, shape `(bytes,)`.
         header: What the block says of itself.
+        mask: The mask that the delta's gradient had when training ended, if it had one.
     """
 
     delta: Tensor
     block: Tensor
     header: Header
+    mask: GradientMask | None = None
 
     def indices(self) -> Tensor:
         """Flat row-major positions, int64, shape `(k,)`.
@@ -151,7 +154,7 @@ def _split(key: str) -> tuple[str, str, str]:
 
     Names of other adapters' layers, which may stand in between, are no part of the base model's names.
     """
-    for kind in KINDS:
+    for kind in (*KINDS, MASK):
         path, found, parameter = key.rpartition(f".{kind}.")
         if found and "." not in parameter:
             return f"{path}.".removeprefix(PREFIX).replace(".base_layer.", ".")[:-1], kind, parameter
@@ -159,7 +162,7 @@ def _split(key: str) -> tuple[str, str, str]:
 
 
 def checked_child(name: str, pair: Mapping[str, Tensor]) -> StoredChild:
-    """The index block and the delta of a parameter, by kind, checked against each other."""
+    """The index block and the delta of a parameter, by kind, checked against each other, and its mask, if any."""
     for kind in KINDS:
         if kind not in pair:
             raise FormatError(
@@ -178,7 +181,11 @@ def checked_child(name: str, pair: Mapping[str, Tensor]) -> StoredChild:
     problem = _problem(header, delta)
     if problem:
         raise FormatError(f"The child of '{name}' cannot be loaded. {problem}")
-    return StoredChild(delta, block, header)
+    try:
+        mask = GradientMask.unpack(pair[MASK]) if MASK in pair else None
+    except ValueError as error:
+        raise FormatError(f"The child of '{name}' cannot be loaded. {error}") from error
+    return StoredChild(delta, block, header, mask)
 
 
 def _problem(header: Header, delta: Tensor) -> str:

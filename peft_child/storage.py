@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Container, Iterator, Mapping
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from peft_child.codec import FormatError, decode, encode
 from peft_child.compose import Child, lock_of
 from peft_child.delta import SparseDelta
+from peft_child.mask import GradientMask, MaskUse, watch
 from peft_child.sparse_file import fingerprint_of
 
 
@@ -22,6 +23,14 @@ class _Decoded(NamedTuple):
     block: Tensor
     version: int
     indices: Tensor
+
+
+class _Unpacked(NamedTuple):
+    """The mask that was read from a buffer, and what tells whether the buffer is still the same."""
+
+    packed: Tensor
+    version: int
+    mask: GradientMask
 
 
 class Room(NamedTuple):
@@ -48,25 +57,35 @@ class ChildStorage(nn.Module, BaseTunerLayer):
         child_targets: By adapter, the targeted parameters of the base layer with their names in the whole model.
         child_delta: By adapter and parameter, the trained change of the chosen entries, float32, shape `(k,)`.
         child_index: By adapter and parameter, the encoded flat indices of these entries, uint8.
+        child_mask: By adapter and parameter, the packed mask of the delta's gradient, int64, if it is masked.
+        child_masking: By adapter, the mask that new deltas start with, or None.
         child_chosen: By adapter, whether its child network has been chosen or loaded.
         child_ties: Parameters of this layer whose tensor also belongs to an earlier layer, which holds its delta.
     """
 
     adapter_layer_names = ("child_delta",)
-    other_param_names = ("child_index", "child_targets", "child_chosen")
+    other_param_names = ("child_index", "child_mask", "child_masking", "child_targets", "child_chosen")
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.child_delta = nn.ModuleDict()
         self.child_index = nn.ModuleDict()
+        self.child_mask = nn.ModuleDict()
+        self.child_masking: dict[str, GradientMask | None] = {}
         self.child_targets: dict[str, dict[str, str]] = {}
         self.child_chosen: dict[str, bool] = {}
         self.child_ties: dict[str, tuple[ChildStorage, str]] = {}
         self._decoded: dict[tuple[str, str], _Decoded] = {}
+        self._unpacked: dict[tuple[str, str], _Unpacked] = {}
+        self._number = watch(self)
 
     def add_adapter(
-        self, adapter_name: str, targets: Mapping[str, str], ties: Mapping[str, tuple[ChildStorage, str]]
+        self,
+        adapter_name: str,
+        targets: Mapping[str, str],
+        ties: Mapping[str, tuple[ChildStorage, str]],
+        mask: GradientMask | None = None,
     ) -> None:
         """Make room for an adapter whose child network is chosen or loaded later.
 
@@ -74,9 +93,12 @@ class ChildStorage(nn.Module, BaseTunerLayer):
             adapter_name: The new adapter.
             targets: Targeted parameters of the base layer and their names in the whole model.
             ties: Parameters that are tied to those of an earlier layer, with that layer and the name there.
+            mask: Mask of the gradients of the deltas, as it starts; by default they are not masked.
         """
         self.child_delta[adapter_name] = nn.ParameterDict()
         self.child_index[adapter_name] = BufferDict(persistent=True)
+        self.child_mask[adapter_name] = BufferDict(persistent=True)
+        self.child_masking[adapter_name] = mask
         self.child_targets[adapter_name] = dict(targets)
         self.child_chosen[adapter_name] = not targets
         self.child_ties.update(ties)
@@ -150,7 +172,49 @@ class ChildStorage(nn.Module, BaseTunerLayer):
         holder, held = self.child_ties.get(parameter, (self, parameter))
         for adapter in holder.child_delta:  # in one order, so that the sum does not depend on that of the names
             if adapter in adapter_names and held in holder._deltas(adapter):
-                yield Child(holder._deltas(adapter)[held], holder.indices(adapter, held))
+                yield holder._child(adapter, held)
+
+    def _child(self, adapter_name: str, parameter: str) -> Child:
+        delta, base = self._deltas(adapter_name)[parameter], self.base_layer._parameters[parameter]
+        assert base is not None
+        is_whole = delta.numel() == base.numel()
+        is_masked = parameter in self._packed_masks(adapter_name)
+        return Child(
+            delta,
+            None if is_whole else self.indices(adapter_name, parameter),
+            MaskUse(self._number, f"{adapter_name}.{parameter}") if is_masked else None,
+        )
+
+    # Gradient masks
+
+    def named_mask(self, key: str) -> tuple[str, GradientMask]:
+        """Name in the whole model and present mask of a parameter, by `ADAPTER.PARAMETER`."""
+        adapter, parameter = key.split(".")
+        return self.child_targets[adapter][parameter], self.gradient_mask(adapter, parameter)
+
+    def gradient_mask(self, adapter_name: str, parameter: str) -> GradientMask:
+        """The present mask of the gradient of a delta, read again only if something else wrote the buffer."""
+        packed = self._packed_masks(adapter_name)[parameter]
+        known = self._unpacked.get((adapter_name, parameter))
+        if known is None or known.packed is not packed or known.version != _version(packed):
+            known = _Unpacked(packed, _version(packed), GradientMask.unpack(packed))
+            self._unpacked[adapter_name, parameter] = known
+        return known.mask
+
+    @torch.no_grad()
+    def count_step(self, stepped: Container[int] | None = None) -> None:
+        """Go on to the masks of the next optimizer step.
+
+        Args:
+            stepped: Identities of the parameters that the optimizer has; by default all deltas were updated.
+        """
+        for adapter in self.child_mask:
+            for parameter, packed in self._packed_masks(adapter).items():
+                if stepped is None or id(self._deltas(adapter)[parameter]) in stepped:
+                    mask = self.gradient_mask(adapter, parameter)
+                    packed[:1].add_(1)
+                    following = mask._replace(step=mask.step + 1)
+                    self._unpacked[adapter, parameter] = _Unpacked(packed, _version(packed), following)
 
     def sizes(self, adapter_name: str) -> dict[str, list[int]]:
         """Entries, chosen entries and bytes of the block of the parameters with a child, by name in the model."""
@@ -171,6 +235,29 @@ class ChildStorage(nn.Module, BaseTunerLayer):
             if key in self._deltas(adapter_name)
         }
 
+    def named_deltas(self, adapter_name: str) -> dict[str, Tensor]:
+        """The values of the adapter's deltas here by name in the whole model, shape `(k,)`, without gradients."""
+        deltas = self._deltas(adapter_name)
+        return {name: deltas[key].detach() for key, name in self.child_targets[adapter_name].items() if key in deltas}
+
+    def keep(self, adapter_name: str, chosen: Mapping[str, Tensor]) -> None:
+        """Keep a part of an adapter's child network here, no longer with masked gradients.
+
+        Args:
+            adapter_name: An adapter of this layer.
+            chosen: Which values of its deltas to keep, by name in the whole model, int64, strictly increasing.
+        """
+        trainable = any(delta.requires_grad for delta in self._deltas(adapter_name).values())
+        kept = {
+            name: delta._replace(indices=delta.indices[chosen[name]], values=delta.values[chosen[name]])
+            for name, delta in self.sparse_deltas(adapter_name).items()
+        }
+        none = torch.empty(0, dtype=torch.int64)
+        empty = SparseDelta((0,), none, none.float())
+        self.child_masking[adapter_name] = None
+        targets = self.child_targets[adapter_name]
+        self.set_child(adapter_name, {key: kept.get(name, empty) for key, name in targets.items()}, trainable)
+
     def is_waiting(self, adapter_name: str) -> bool:
         """Whether the adapter has room here for a file that was not loaded."""
         return any(not bool(block.any()) for block in self._blocks(adapter_name).values())
@@ -186,14 +273,21 @@ class ChildStorage(nn.Module, BaseTunerLayer):
     def _blocks(self, adapter_name: str) -> BufferDict:
         return cast(BufferDict, self.child_index[adapter_name])
 
+    def _packed_masks(self, adapter_name: str) -> BufferDict:
+        return cast(BufferDict, self.child_mask[adapter_name])
+
     def _clear(self, adapter_name: str) -> None:
         self._deltas(adapter_name).clear()
         self._blocks(adapter_name).clear()
+        self._packed_masks(adapter_name).clear()
         self._forget(adapter_name)
 
     def _put(self, adapter_name: str, parameter: str, delta: Tensor, block: Tensor, trainable: bool) -> None:
         self._deltas(adapter_name)[parameter] = nn.Parameter(delta, requires_grad=trainable)
         self._blocks(adapter_name)[parameter] = block
+        mask = self.child_masking[adapter_name]
+        if mask is not None:
+            self._packed_masks(adapter_name)[parameter] = mask.pack().to(block.device)
 
     def _remember(self, adapter_name: str, parameter: str, indices: Tensor) -> _Decoded:
         block = self._blocks(adapter_name)[parameter]
@@ -202,10 +296,16 @@ class ChildStorage(nn.Module, BaseTunerLayer):
 
     def _forget(self, adapter_name: str) -> None:
         self._decoded = {key: known for key, known in self._decoded.items() if key[0] != adapter_name}
+        self._unpacked = {key: known for key, known in self._unpacked.items() if key[0] != adapter_name}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles decode their indices again."""
-        return {**self.__dict__, "_decoded": {}}
+        """Copies and pickles decode their indices again, and count steps on their own."""
+        return {**self.__dict__, "_decoded": {}, "_unpacked": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As torch's."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._number = watch(self)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """As PEFT's."""
@@ -221,8 +321,8 @@ class ChildStorage(nn.Module, BaseTunerLayer):
         """As PEFT's, but deltas keep their precision whatever the dtype of the base."""
         if adapter_name in self.child_delta and not any(delta.is_meta for delta in self.child_delta.parameters()):
             device = device or next(self.base_layer.parameters()).device
-            self.child_delta[adapter_name].to(device)
-            self.child_index[adapter_name].to(device)
+            for held in (self.child_delta, self.child_index, self.child_mask):
+                held[adapter_name].to(device)
 
 
 def _is_same(known: _Decoded) -> bool:

@@ -30,7 +30,7 @@ def largest(scores, size):
     return {name: part.nonzero().flatten() for name, part in zip(scores, parts, strict=True)}
 
 
-def masked_training(model, child, batches, make_optimizer, accumulation=1):
+def masked_training(model, child, batches, make_optimizer, accumulation=1, draw=None):
     """Full fine-tuning of a plain model with the gradient set to zero outside the child network.
 
     Args:
@@ -39,6 +39,7 @@ def masked_training(model, child, batches, make_optimizer, accumulation=1):
         batches: One for each forward pass.
         make_optimizer: From a list of parameters.
         accumulation: Forward passes for each optimizer step.
+        draw: What to multiply the gradient with besides, by optimizer step, name and number of entries.
     """
     model = copy.deepcopy(model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -47,13 +48,16 @@ def masked_training(model, child, batches, make_optimizer, accumulation=1):
         parameter.requires_grad_(False)
     for name, indices in child.items():
         parameter = parameters[name].requires_grad_(True)
-        trained.append((parameter, torch.zeros_like(parameter).view(-1).index_fill(0, indices, 1).view_as(parameter)))
-    optimizer = make_optimizer([parameter for parameter, _ in trained])
+        mask = torch.zeros_like(parameter).view(-1).index_fill(0, indices, 1).view_as(parameter)
+        trained.append((name, parameter, mask))
+    optimizer = make_optimizer([parameter for _, parameter, _ in trained])
     for step, batch in enumerate(batches, start=1):
         (model(**batch).loss / accumulation).backward()
         if step % accumulation == 0:
-            for parameter, mask in trained:
+            for name, parameter, mask in trained:
                 parameter.grad *= mask
+                if draw is not None:
+                    parameter.grad *= draw(step // accumulation - 1, name, parameter.numel()).view_as(parameter)
             optimizer.step()
             optimizer.zero_grad()
     return model

@@ -11,8 +11,9 @@ import peft_child
 LAYERS = [
     {"plot"},
     {"card"},
-    {"compose", "codec", "selection", "fisher", "batches", "config", "checkpoint"},
-    {"delta", "sparse_file"},
+    {"mask", "codec", "selection", "fisher", "batches", "checkpoint"},
+    {"compose", "config", "hooks", "sparse_file"},
+    {"delta"},
     {"storage"},
     {"layer", "adapter_folder"},
     {"targets", "scoring", "files", "operations", "locate", "summary", "whole_model"},
@@ -45,7 +46,7 @@ def test_every_module_has_a_layer():
     assert {path.stem for path in SOURCES} == set(RANK)
 
 
-@pytest.mark.parametrize("name", ["compose", "codec", "selection", "fisher", "delta", "sparse_file"])
+@pytest.mark.parametrize("name", ["compose", "codec", "fisher", "delta", "mask", "selection", "sparse_file"])
 def test_tensor_functions_know_neither_peft_nor_transformers(name):
     source = Path(peft_child.__file__).with_name(f"{name}.py").read_text()
     assert "import peft" not in source

@@ -21,7 +21,7 @@ def by_definition(base, children):
     """Entry by entry: the sum in at least float32, rounded once."""
     precise = torch.promote_types(base.dtype, torch.float32)
     flat = base.detach().to(precise).flatten().clone()
-    for delta, indices in children:
+    for delta, indices, _ in children:
         for value, index in zip(delta.detach().tolist(), indices.tolist(), strict=True):
             flat[index] += torch.tensor(value, dtype=torch.float32).to(precise)
     return flat.to(base.dtype).view(base.shape)
@@ -58,7 +58,7 @@ def test_gradients_are_the_chosen_entries_of_the_dense_gradient(dtype):
     upstream = torch.randn(5, 7).to(dtype)
     (Composition(base, children).tensor() * upstream).sum().backward()
     assert torch.equal(base.grad, upstream)
-    for delta, indices in children:
+    for delta, indices, _ in children:
         assert torch.equal(delta.grad, upstream.flatten()[indices].float())
 
 

@@ -1,0 +1,193 @@
+"""The gradient mask of task-free Child-Tuning: 0 or 1/p for every entry, drawn anew at every optimizer step.
+
+The mask of a tensor is a pure function of a seed, the number of optimizer steps done, and the tensor's name. So all
+micro-batches of a step and all processes have the same one, nothing has to be kept, and a resumed run goes on with the
+masks that the interrupted one would have had. Steps are noticed by a hook that torch calls after every optimizer's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import struct
+from collections.abc import Container
+from functools import cache
+from typing import Any, NamedTuple, Protocol
+from weakref import WeakValueDictionary
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+
+PACKED_SIZE = 4
+
+
+class GradientMask(NamedTuple):
+    """A Bernoulli mask over gradients, scaled to keep their mean (Child-Tuning_F; Xu et al., 2021).
+
+    A gradient g of one entry becomes `g * M / p`, with M = 1 with probability p, else 0. Let the gradient of a batch
+    of B examples have the mean mu and the variance s^2 / B. The update of SGD with learning rate lr has the mean
+
+        -lr * mu
+
+    as without a mask, since E[M] / p = 1; and, since E[M^2] = p and hence E[(g M / p)^2] = (mu^2 + s^2 / B) / p, the
+    variance
+
+        lr^2 * (s^2 / (B * p) + (1 - p) / p * mu^2)
+
+    which is Theorem 1 of the paper: the mask adds noise, most of all where the gradient is large.
+
+    Attributes:
+        density: The probability p, in (0, 1].
+        seed: Non-negative, below 2**63.
+        every: Optimizer steps with the same mask.
+        step: Optimizer steps done.
+    """
+
+    density: float
+    seed: int = 0
+    every: int = 1
+    step: int = 0
+
+    def draw(self, name: str, numel: int, device: torch.device | str = "cpu") -> Tensor:
+        """Draw which entries keep their gradient at the present step.
+
+        Args:
+            name: Name of the tensor, so that tensors of equal shape have different masks.
+            numel: Its entries.
+            device: Where the mask is drawn; the random numbers of CPUs and of GPUs differ.
+
+        Returns:
+            bool, shape `(numel,)`.
+        """
+        text = f"{self.seed}:{self.step // self.every}:{name}"
+        seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+        device = torch.device(device)
+        if device.type == "cpu":
+            return _draw_on_cpu(numel, self.density, seed)
+        generator = torch.Generator(device).manual_seed(seed)
+        return torch.empty(numel, dtype=torch.bool, device=device).bernoulli_(self.density, generator=generator)
+
+    def apply(self, name: str, gradient: Tensor) -> Tensor:
+        """The masked and scaled gradient, a new tensor of the same shape and dtype."""
+        kept = self.draw(name, gradient.numel(), gradient.device).view(gradient.shape)
+        return kept.to(gradient.dtype).mul_(gradient).div_(self.density)
+
+    def pack(self) -> Tensor:
+        """Everything about the mask as a tensor, int64, shape `(4,)`: steps done, steps per mask, seed, density."""
+        (density,) = struct.unpack("<q", struct.pack("<d", self.density))
+        return torch.tensor([self.step, self.every, self.seed, density], dtype=torch.int64)
+
+    @classmethod
+    def unpack(cls, packed: Tensor) -> GradientMask:
+        """Read what `pack` wrote.
+
+        Raises:
+            ValueError: If it is something else.
+        """
+        if packed.shape != (PACKED_SIZE,) or packed.dtype != torch.int64:
+            raise ValueError(
+                f"A gradient mask is int64 of shape ({PACKED_SIZE},), got {packed.dtype} {tuple(packed.shape)}."
+            )
+        step, every, seed, bits = packed.tolist()
+        (density,) = struct.unpack("<d", struct.pack("<q", bits))
+        if step < 0 or every < 1 or seed < 0 or not 0 < density <= 1:
+            raise ValueError(
+                f"A gradient mask has a step and a seed from 0, steps per mask from 1 and a density in (0, 1]; got "
+                f"step {step}, seed {seed}, {every} steps per mask, density {density}."
+            )
+        return cls(density, seed, every, step)
+
+    def describe(self) -> str:
+        """The settings, without the step."""
+        return f"density {self.density}, seed {self.seed}, a new mask every {self.every} steps"
+
+
+def _draw_on_cpu(numel: int, density: float, seed: int) -> Tensor:
+    """One random byte decides for most entries; the few that it leaves undecided get 64 bits more."""
+    source = np.random.SFC64(seed)
+    threshold = int(density * 256)
+    random = source.random_raw((numel + 7) // 8).astype("<u8", copy=False).view(np.uint8)[:numel]
+    kept = random < threshold
+    undecided = np.flatnonzero(random == threshold)
+    rest = np.uint64((density * 256 - threshold) * 2.0**64)
+    kept[undecided] = source.random_raw(undecided.size) < rest
+    return torch.from_numpy(kept)
+
+
+# Who counts the steps
+
+
+class MaskOwner(Protocol):
+    """Whoever knows the masks of some parameters, and counts the optimizer steps that were done on them."""
+
+    def named_mask(self, key: str) -> tuple[str, GradientMask]:
+        """The name of a tensor and its mask at the present step."""
+        ...
+
+    def count_step(self, stepped: Container[int] | None = None) -> None:
+        """Count one optimizer step on the parameters with these ids, by default on all."""
+        ...
+
+
+class MaskUse(NamedTuple):
+    """The mask of an owner, looked up when a gradient arrives.
+
+    Attributes:
+        owner: As `watch` numbered it.
+        key: The owner's key of the tensor.
+    """
+
+    owner: int
+    key: str
+
+    def apply(self, gradient: Tensor) -> Tensor:
+        """The masked and scaled gradient."""
+        if torch.compiler.is_compiling():  # the step must not become a constant of the compiled program
+            masked: Tensor = torch.ops.peft_child.mask_gradient(gradient, self.owner, self.key)
+            return masked
+        return _mask_gradient(gradient, self.owner, self.key)
+
+
+_OWNERS: WeakValueDictionary[int, MaskOwner] = WeakValueDictionary()
+_NUMBERS = itertools.count()
+
+
+def watch(owner: MaskOwner) -> int:
+    """Let an owner count optimizer steps from now on, as long as it lives; returns its number."""
+    _start_watching()
+    number = next(_NUMBERS)
+    _OWNERS[number] = owner
+    return number
+
+
+def _mask_gradient(gradient: Tensor, owner: int, key: str) -> Tensor:
+    name, mask = _OWNERS[owner].named_mask(key)
+    return mask.apply(name, gradient)
+
+
+_operator = torch.library.custom_op(
+    "peft_child::mask_gradient",
+    _mask_gradient,
+    mutates_args=(),
+    schema="(Tensor gradient, int owner, str key) -> Tensor",
+)
+_operator.register_fake(lambda gradient, owner, key: torch.empty_like(gradient))
+
+
+@cache
+def _start_watching() -> None:
+    register_optimizer_step_post_hook(_count_step)
+
+
+def _count_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    if not _OWNERS:
+        return
+    found_inf = getattr(optimizer, "found_inf", None)  # a fused optimizer under GradScaler skips the step by itself
+    if found_inf is not None and bool(found_inf):
+        return
+    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for owner in list(_OWNERS.values()):
+        owner.count_step(stepped)
