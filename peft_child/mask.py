@@ -163,8 +163,13 @@ def watch(owner: MaskOwner) -> int:
     return number
 
 
+def owner_of(number: int) -> MaskOwner:
+    """The owner that `watch` gave a number."""
+    return _OWNERS[number]
+
+
 def _mask_gradient(gradient: Tensor, owner: int, key: str) -> Tensor:
-    name, mask = _OWNERS[owner].named_mask(key)
+    name, mask = owner_of(owner).named_mask(key)
     return mask.apply(name, gradient)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from peft_child.codec import FormatError, decode, encode
 from peft_child.compose import Child, lock_of
 from peft_child.delta import SparseDelta
-from peft_child.mask import GradientMask, MaskUse, watch
+from peft_child.mask import GradientMask, MaskUse, owner_of, watch
 from peft_child.sparse_file import fingerprint_of
 
 
@@ -151,13 +151,20 @@ class ChildStorage(nn.Module, BaseTunerLayer):
                     block = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
                     delta = torch.zeros(count, dtype=dtype, device=device)
                     self._put(adapter_name, parameter, delta, block, trainable)
+        self._forget(adapter_name)
         self.child_chosen[adapter_name] = True
 
     def indices(self, adapter_name: str, parameter: str) -> Tensor:
         """Flat indices of the child in a parameter, int64, shape `(k,)`, on the device of the delta."""
-        block = self._blocks(adapter_name)[parameter]
+        if torch.compiler.is_compiling():  # it cannot decode, nor ask whether something was loaded since
+            _decode_now(self._number)
+            return self._decoded[adapter_name, parameter].indices
+        return self._up_to_date(adapter_name, parameter).indices
+
+    def _up_to_date(self, adapter_name: str, parameter: str) -> _Decoded:
         known = self._decoded.get((adapter_name, parameter))
-        if known is None or known.block is not block or not _is_same(known):
+        block = self._blocks(adapter_name)[parameter]
+        if known is None or known.block is not block or known.version != _version(block):
             with torch.inference_mode(False):  # else it could never be used in training
                 try:
                     indices = torch.from_numpy(decode(block.cpu().numpy().data))
@@ -165,7 +172,7 @@ class ChildStorage(nn.Module, BaseTunerLayer):
                     name = self.child_targets[adapter_name][parameter]
                     raise FormatError(f"The child of '{name}' (adapter '{adapter_name}'). {error}") from error
                 known = self._remember(adapter_name, parameter, indices.to(block.device))
-        return known.indices
+        return known
 
     def children_of(self, parameter: str, adapter_names: Collection[str]) -> Iterator[Child]:
         """The children of some adapters in one parameter of the base layer, those of tied parameters included."""
@@ -298,6 +305,11 @@ class ChildStorage(nn.Module, BaseTunerLayer):
         self._decoded = {key: known for key, known in self._decoded.items() if key[0] != adapter_name}
         self._unpacked = {key: known for key, known in self._unpacked.items() if key[0] != adapter_name}
 
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """As torch's; what is loaded is decoded anew, which compiled code notices by its absence."""
+        self._decoded = {}
+        super()._load_from_state_dict(*args)
+
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles decode their indices again, and count steps on their own."""
         return {**self.__dict__, "_decoded": {}, "_unpacked": {}}
@@ -325,10 +337,15 @@ class ChildStorage(nn.Module, BaseTunerLayer):
                 held[adapter_name].to(device)
 
 
-def _is_same(known: _Decoded) -> bool:
-    """Whether nothing was loaded into the block since; the compiler cannot ask, and traces what it was given."""
-    return torch.compiler.is_compiling() or known.version == _version(known.block)
-
-
 def _version(block: Tensor) -> int:
     return 0 if block.is_inference() else block._version
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _decode_now(number: int) -> bool:
+    """Decode all indices of a layer while the compiler traces it; it can pass a number, but not the layer."""
+    layer = cast(ChildStorage, owner_of(number))
+    for adapter in layer.child_index:
+        for parameter in layer._blocks(adapter):
+            layer._up_to_date(adapter, parameter)
+    return True
