@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -94,13 +95,39 @@ def complete_card(folder: str | Path, settings: Mapping[str, Any]) -> None:
     """
     path = Path(folder) / CARD_NAME
     card = path.read_bytes().decode("utf-8-sig") if path.exists() else ""
-    try:
-        front, body = _front_and_body(card, settings)
-    except Exception as error:  # the parsers raise whatever comes
-        reason = " ".join(str(error).split())
-        raise ValueError(f"The front matter of '{path}' must be a model card's metadata: {reason}") from error
     has_heat_map = _draw(settings["child_sizes"], path.with_name(HEAT_MAP_NAME))
-    path.write_bytes((front + _with_section(body, settings, has_heat_map)).encode())
+    path.write_bytes(completed_card(card, settings, has_heat_map, str(path)).encode())
+
+
+def completed_card(card: str, settings: Mapping[str, Any], has_heat_map: bool, name: str) -> str:
+    """A model card with a new section about the child network.
+
+    Args:
+        card: The whole card, which may be empty.
+        settings: As for `complete_card`.
+        has_heat_map: Whether the heat map is beside the card.
+        name: What errors call the card.
+
+    Raises:
+        ValueError: If the front matter of the card cannot be read.
+    """
+    front, body = _front_and_body(card, partial(_describe, settings=settings), name)
+    return front + _with_section(body, settings, has_heat_map)
+
+
+def tagged_card(card: str, tags: Iterable[str], name: str) -> str:
+    """A model card with these tags in its front matter, besides those it has.
+
+    Args:
+        card: The whole card.
+        tags: The tags to add.
+        name: What errors call the card.
+
+    Raises:
+        ValueError: If the front matter of the card cannot be read.
+    """
+    front, body = _front_and_body(card, partial(_tag, tags=tags), name)
+    return front + body
 
 
 def _draw(sizes: Mapping[str, Sequence[int]], path: Path) -> bool:
@@ -114,12 +141,16 @@ def _draw(sizes: Mapping[str, Sequence[int]], path: Path) -> bool:
 # Front matter
 
 
-def _front_and_body(card: str, settings: Mapping[str, Any]) -> tuple[str, str]:
-    """The front matter, which stays as it is if it says all that is known about the adapter, and the text after it."""
-    parsed = ModelCard(card if REGEX_YAML_BLOCK.search(card) else f"---\n\n---\n{card}")
-    data = cast(ModelCardData, parsed.data)
-    written = dict(vars(data))
-    _describe(data, settings)
+def _front_and_body(card: str, describe: Callable[[ModelCardData], None], name: str) -> tuple[str, str]:
+    """The front matter, which stays as it is if describing changes nothing, and the text after it."""
+    try:
+        parsed = ModelCard(card if REGEX_YAML_BLOCK.search(card) else f"---\n\n---\n{card}")
+        data = cast(ModelCardData, parsed.data)
+        written = dict(vars(data))
+        describe(data)
+    except Exception as error:  # the parsers raise whatever comes
+        reason = " ".join(str(error).split())
+        raise ValueError(f"The front matter of '{name}' must be a model card's metadata: {reason}") from error
     body: str = parsed.text
     complete = card if vars(data) == written else str(parsed)
     return complete[: len(complete) - len(body)], body
@@ -134,7 +165,13 @@ def _describe(data: ModelCardData, settings: Mapping[str, Any]) -> None:
         data.base_model = None if data.base_model in ("", base) else data.base_model
         tags = [tag for tag in tags if tag != f"base_model:adapter:{base}"]
     data.library_name = "peft"
-    data.tags = tags + [tag for tag in TAGS if tag not in tags]
+    data.tags = tags
+    _tag(data, TAGS)
+
+
+def _tag(data: ModelCardData, tags: Iterable[str]) -> None:
+    known = data.tags or []
+    data.tags = list(dict.fromkeys([*known, *tags])) or None
 
 
 def _is_repo_id(base: str) -> bool:

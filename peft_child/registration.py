@@ -2,6 +2,8 @@
 
 PEFT's own `register_peft_method` takes only members of PEFT's enum, which cannot be extended; the dictionaries that it
 fills are keyed by strings, so an entry under our own one-member enum is found by everything that looks there.
+
+Pushing to the Hub is a method of transformers that has no such place to look at, so it is replaced in its class.
 """
 
 from __future__ import annotations
@@ -9,8 +11,10 @@ from __future__ import annotations
 from typing import Any
 
 from peft import mapping
+from transformers.utils.hub import PushToHubMixin
 
 from peft_child.config import ChildPeftType, ChildTuningConfig
+from peft_child.hub import bringing_cards
 from peft_child.model import ChildTuningModel
 
 
@@ -35,3 +39,6 @@ def register() -> None:
         if prefix == ChildTuningModel.prefix and name != kind:
             raise RuntimeError(f"The parameter prefix '{prefix}' already belongs to PEFT's method '{name}'.")
     configs[kind], tuners[kind], prefixes[kind] = ChildTuningConfig, ChildTuningModel, ChildTuningModel.prefix
+
+    mixin: Any = PushToHubMixin  # of `PeftModel`, and of transformers' models with adapters of their own
+    mixin.push_to_hub = bringing_cards(mixin.push_to_hub)

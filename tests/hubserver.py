@@ -25,7 +25,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 LFS_PATTERNS = ("*.safetensors", "*.bin", "*.pt", "*.npz", "*.zip", "*.gz")
 GIT_ATTRIBUTES = "".join(f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in LFS_PATTERNS).encode()
 DATE = "2026-01-01T00:00:00.000Z"
-BASE_MODEL = re.compile(r"^base_model: *(.*)$", re.MULTILINE)
+BASE_MODEL = re.compile(r"^base_model: *(.*?)\r?$", re.MULTILINE)
 REPO_ID = re.compile(r"([\w.-]+/)?[\w.-]+")
 
 
@@ -64,6 +64,7 @@ class Commit(NamedTuple):
     sha: str
     parent: str | None
     title: str
+    description: str
     files: dict[str, File]
 
 
@@ -75,7 +76,7 @@ class Repository:
     branches: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
 
-    def commit(self, branch, files, title):
+    def commit(self, branch, files, title, description=""):
         parent = self.branches.get(branch)
         content = [
             self.name,
@@ -85,7 +86,7 @@ class Repository:
             sorted((path, file.oid) for path, file in files.items()),
         ]
         sha = hashlib.sha1(json.dumps(content).encode()).hexdigest()
-        self.commits[sha] = Commit(sha, parent, title, files)
+        self.commits[sha] = Commit(sha, parent, title, description, files)
         self.branches[branch] = sha
         return sha
 
@@ -370,21 +371,25 @@ class _Handler(BaseHTTPRequestHandler):
         head = repository.at(revision)
         if revision not in repository.branches:
             raise HubError(404, "RevisionNotFound", f"Not a branch: {revision}")
-        if "create_pr" in self.query:
-            raise HubError(501, None, "This stand-in has no pull requests")
-        files, title = dict(head.files), ""
+        files, header = dict(head.files), {}
         for line in filter(None, self.body.splitlines()):
             item = json.loads(line)
             key, value = item["key"], item["value"]
             if key == "header":
-                title = value["summary"]
+                header = value
                 if not head.sha.startswith(value.get("parentCommit") or ""):
                     raise HubError(412, None, "A commit has happened since. Please refresh and try again.")
             else:
                 self._change(files, key, value)
-        sha = repository.commit(revision, files, title)
+        answer = {}
+        if "create_pr" in self.query:
+            number = 1 + sum(name.startswith("refs/pr/") for name in repository.branches)
+            revision = f"refs/pr/{number}"
+            repository.branches[revision] = head.sha
+            answer["pullRequestUrl"] = f"{self.hub.url}/{repo}/discussions/{number}"
+        sha = repository.commit(revision, files, header["summary"], header.get("description", ""))
         url = f"{self.hub.url}/{repo}/commit/{sha}"
-        self.reply({"success": True, "commitOid": sha, "commitUrl": url, "hookOutput": ""})
+        self.reply({"success": True, "commitOid": sha, "commitUrl": url, "hookOutput": "", **answer})
 
     def _change(self, files, key, value):
         if key == "file":

@@ -17,7 +17,7 @@ LAYERS = [
     {"storage"},
     {"layer", "adapter_folder"},
     {"targets", "scoring", "files", "operations", "locate", "summary", "whole_model"},
-    {"surgery", "choice", "terminal"},
+    {"surgery", "choice", "terminal", "hub"},
     {"model"},
     {"registration", "cli"},
 ]

@@ -13,14 +13,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import HfApi
-from peft import AutoPeftModelForCausalLM, PeftModel
+from huggingface_hub import HfApi, ModelCard
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaForCausalLM
+from transformers.utils.hub import PushToHubMixin
 
+from peft_child import ChildTuningConfig
 from peft_child.card import BEGIN, END
+from peft_child.hub import bringing_cards
 
 from .helpers import batch_of, build, chosen_model, config_for, logits, move
-from .hubserver import HubServer
+from .hubserver import File, HubServer
 
 
 TOKEN = "hf_test"
@@ -95,8 +98,34 @@ def upload(repo, folder, seed=0):
     api.upload_folder(repo_id=repo, folder_path=folder)
 
 
-def write_card(repo, text):
-    HfApi(token=TOKEN).upload_file(repo_id=repo, path_in_repo="README.md", path_or_fileobj=text.encode())
+def write_card(repo, text, path="README.md", revision=None):
+    api = HfApi(token=TOKEN)
+    api.create_repo(repo, exist_ok=True)
+    api.upload_file(repo_id=repo, path_in_repo=path, path_or_fileobj=text.encode(), revision=revision)
+
+
+def push_natively(repo, seed=0):
+    """Push an adapter that a transformers model has without PEFT's classes around it."""
+    model = LlamaForCausalLM.from_pretrained(BASE).eval()
+    model.add_adapter(config_for("llama", variant="random"))
+    torch.manual_seed(seed)
+    move(model)
+    model.push_to_hub(repo, token=TOKEN)
+    return outputs(model)
+
+
+def load_natively(repo):
+    model = LlamaForCausalLM.from_pretrained(BASE)
+    model.load_adapter(repo)
+    return outputs(model)
+
+
+def push_low_rank(repo, without_us):
+    """Push a LoRA adapter, by the method of transformers itself if wanted."""
+    torch.manual_seed(0)
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(BASE), LoraConfig(target_modules=["q_proj"]))
+    method = PushToHubMixin.push_to_hub.__wrapped__ if without_us else type(model).push_to_hub
+    method(model, repo, token=TOKEN, tags=["mine"])
 
 
 # In this process
@@ -236,12 +265,10 @@ def test_an_authors_card_stays_in_an_uploaded_folder(hub, client, tmp_path):
     assert len(hub.repositories[repo].history()) == 3
 
 
-@pytest.mark.xfail(reason="transformers puts the Hub's old card over the saved one before the upload")
 def test_a_push_brings_the_card(hub, published):
     assert_describes(card_of(hub, CHILD))
 
 
-@pytest.mark.xfail(reason="transformers puts the Hub's old card over the saved one before the upload")
 def test_an_authors_card_stays_at_the_next_push(hub, client):
     repo = "tester/edited"
     client(push, repo=repo)
@@ -249,6 +276,118 @@ def test_an_authors_card_stays_at_the_next_push(hub, client):
     client(write_card, repo=repo, text=edited.replace("| all |", "| everything |"))
     client(push, repo=repo, seed=1)
     assert card_of(hub, repo) == edited
+
+
+def test_an_authors_card_stays_at_the_first_push(hub, client):
+    repo = "tester/announced"
+    words = (
+        "---\r\n# by hand\r\nlicense:   mit\r\nlibrary_name: peft\r\n"
+        f"base_model: {BASE}\r\ntags: [child-tuning, peft-child]\r\n---\r\n# Soon \r\n\r\nWords. "
+    )
+    client(write_card, repo=repo, text=words)
+    client(push, repo=repo)
+    card = card_of(hub, repo)
+    assert card.startswith(f"{words}\n\n{BEGIN}\n")
+    assert card.endswith(END)
+    assert "| all |" in card
+
+
+def test_cards_of_branches_and_subfolders_are_kept_apart(hub, client):
+    repo = "tester/apart"
+    client(push, repo=repo, second=True)
+    edited = edit(card_of(hub, repo))
+    client(push, repo=repo, revision="trial")
+    client(write_card, repo=repo, text=edited, revision="trial")
+    second = "Words of the second.\n"
+    client(write_card, repo=repo, text=second, path="second/README.md")
+    client(push, repo=repo, seed=1, revision="trial")
+    client(push, repo=repo, seed=1, second=True)
+    assert files_of(hub, repo, "trial")["README.md"].decode() == edited
+    assert_describes(card_of(hub, repo))
+    assert "Words" not in card_of(hub, repo)
+    assert second in files_of(hub, repo)["second/README.md"].decode()
+    assert "a fixed random choice" in files_of(hub, repo)["second/README.md"].decode()
+
+
+def test_a_template_from_earlier_gives_way(hub, client):
+    repo = "tester/template"
+    client(push_low_rank, repo=repo, without_us=True)
+    client(push, repo=repo)
+    assert_describes(card_of(hub, repo))
+    assert "More Information Needed" not in card_of(hub, repo)
+
+
+def test_a_card_that_cannot_be_read_stays_and_holds_nothing_back(hub, client):
+    repo = "tester/unreadable"
+    expected = client(push, repo=repo)
+    for number, card in enumerate([b"---\ntags: [\n---\nWords.", b"Words \xff."]):
+        hub.repositories[repo].commit("main", {**hub.repositories[repo].at("main").files, "README.md": File(card)}, "")
+        assert client(push, repo=repo, seed=1 + number, tags=["mine"]) != expected
+        assert files_of(hub, repo)["README.md"] == card
+        assert client(load, repo=repo) != expected
+
+
+def test_the_arguments_of_a_push(hub, client):
+    repo = "tester/arguments"
+    client(push, repo=repo, tags=["mine", "peft-child"], max_shard_size="1GB", private=True)
+    assert hub.repositories[repo].private
+    assert hub.repositories[repo].at("main").title == "Upload model"
+    tags = ModelCard(card_of(hub, repo)).data.tags
+    assert "mine" in tags
+    assert tags.count("peft-child") == 1
+
+    before = hub.repositories[repo].at("main").sha
+    client(push, repo=repo, tags=["mine"])
+    assert hub.repositories[repo].at("main").sha == before
+    client(push, repo=repo, seed=1, commit_message="Better", commit_description="By far.")
+    commit = hub.repositories[repo].at("main")
+    assert (commit.title, commit.description) == ("Better", "By far.")
+    assert ModelCard(card_of(hub, repo)).data.tags == tags
+
+    assert client(push, repo=repo, seed=2, create_pr=True) == client(
+        load, repo=repo, revision="refs/pr/1", token=TOKEN
+    )
+    client(push, repo=repo, seed=3, revision="refs/pr/1")
+    assert len(hub.repositories[repo].history("refs/pr/1")) == 5
+    assert hub.repositories[repo].at("main") == commit
+
+    with pytest.raises(ClientError, match=r"TypeError: .* unexpected keyword argument 'comit_message'"):
+        client(push, repo=repo, comit_message="Typo")
+
+
+def test_adapters_of_transformers_own_bring_their_card(hub, client):
+    repo = "tester/native"
+    expected = client(push_natively, repo=repo)
+    assert client(load_natively, repo=repo) == expected == client(load, repo=repo)
+    assert f"# Child network of {BASE}" in card_of(hub, repo)
+    edited = edit(card_of(hub, repo))
+    client(write_card, repo=repo, text=edited)
+    client(push_natively, repo=repo, seed=1)
+    assert card_of(hub, repo) == edited
+
+    before = hub.repositories[repo].at("main").sha
+    client(push_natively, repo=repo, seed=1)
+    assert hub.repositories[repo].at("main").sha == before
+
+
+def test_other_peft_methods_are_pushed_as_ever(hub, client):
+    for _ in range(2):
+        client(push_low_rank, repo="tester/low-rank", without_us=False)
+        client(push_low_rank, repo="tester/low-rank-without-us", without_us=True)
+    first, second = (hub.repositories[repo] for repo in ("tester/low-rank", "tester/low-rank-without-us"))
+    assert first.at("main").files == second.at("main").files
+    assert [commit.title for commit in first.history()] == [commit.title for commit in second.history()]
+
+
+def test_the_very_same_method_pushes_everything_else():
+    def push_to_hub(self, *args, **kwargs):
+        return self, args, kwargs
+
+    ours = bringing_cards(push_to_hub)
+    child = chosen_model("llama")
+    low_rank = get_peft_model(build("llama"), LoraConfig(target_modules=["q_proj"]))
+    for model in [child.get_base_model(), low_rank, low_rank.get_base_model(), build("llama"), ChildTuningConfig()]:
+        assert ours(model, 1, other=2) == (model, (1,), {"other": 2})
 
 
 def assert_describes(card):

@@ -3,7 +3,8 @@ import subprocess
 import sys
 
 import pytest
-from peft import mapping
+from peft import PeftModel, mapping
+from transformers.utils.hub import PushToHubMixin
 
 import peft_child
 from peft_child import ChildPeftType, ChildTuningConfig, ChildTuningModel
@@ -17,9 +18,19 @@ def test_peft_knows_the_method_by_its_name():
 
 
 def test_registering_again_changes_nothing():
+    push = PeftModel.push_to_hub
     register()
     importlib.reload(peft_child)
     assert mapping.PEFT_TYPE_TO_CONFIG_MAPPING["PEFT_CHILD"] is ChildTuningConfig
+    assert PeftModel.push_to_hub is push
+
+
+def test_what_replaces_a_method_can_be_told_from_it():
+    push = PushToHubMixin.push_to_hub
+    assert PeftModel.push_to_hub is push
+    assert push.__wrapped__.__module__ == PushToHubMixin.__module__
+    assert not hasattr(push.__wrapped__, "__wrapped__")
+    assert "push_to_hub" not in vars(PeftModel)
 
 
 def test_a_clash_of_names_or_prefixes_is_refused(monkeypatch):
