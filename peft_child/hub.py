@@ -51,7 +51,7 @@ def bringing_cards(push_to_hub: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _saves_child_tuning(model: Any) -> bool:
-    """Whether what a model saves are Child-Tuning adapters; a model knows of them even inside of a `PeftModel`."""
+    """Whether a model saves Child-Tuning adapters; the base model of a `PeftModel` knows of them, but saves itself."""
     saves_adapters = isinstance(model, PeftModel) or getattr(model, "_hf_peft_config_loaded", False)
     return saves_adapters and any(isinstance(config, ChildTuningConfig) for config in model.peft_config.values())
 
@@ -103,8 +103,7 @@ def push_with_cards(
         for card in sorted(folder.rglob(CARD_NAME)):
             _prepare_card(card, card.relative_to(folder).as_posix(), api, repo_id, revision, tags or ())
         files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-        # `upload_folder` may make several commits
-        return api.create_commit(
+        return api.create_commit(  # `upload_folder` may make several
             repo_id,
             [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files],
             commit_message=commit_message or "Upload model",
@@ -128,7 +127,7 @@ def _prepare_card(card: Path, path: str, api: HfApi, repo_id: str, revision: str
     name = f"{repo_id}/{path}"
     on_hub = _read_from_hub(api, repo_id, path, revision)
     try:
-        text = (card.read_bytes() if on_hub is None else on_hub).decode("utf-8")
+        text = (card.read_bytes() if on_hub is None else on_hub).decode("utf-8-sig")
         settings = card.with_name(CONFIG_NAME)
         if on_hub is not None and settings.exists():
             has_heat_map = card.with_name(HEAT_MAP_NAME).exists()

@@ -4,7 +4,7 @@ import pytest
 from huggingface_hub import ModelCard, ModelCardData
 
 from peft_child import ChildTuningConfig
-from peft_child.card import BEGIN, CARD_NAME, END, HEAT_MAP_NAME, complete_card
+from peft_child.card import BEGIN, CARD_NAME, END, HEAT_MAP_NAME, TAGS, complete_card
 from peft_child.plot import Place, Share, draw_child_network, shares_by_kind, shares_by_place
 
 from .helpers import chosen_model, config_for, move
@@ -155,6 +155,38 @@ def test_a_complete_front_matter_stays_as_it_is_written(tmp_path):
         "tags: [ peft-child,  child-tuning ]\nbase_model: 'someone/model'\n---\n"
     )
     assert completed(tmp_path, front + WORDS).startswith(front + WORDS)
+
+
+TAG_LINES = ["tags:", "- mine", "- child-tuning", "- peft-child"]
+NEW_LINES = ["base_model: someone/model", "library_name: peft"]
+
+
+@pytest.mark.parametrize("line_break", ["\n", "\r\n"])
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        (["datasets: [ 'a',  b ]"], ["datasets: [ 'a',  b ]", *NEW_LINES, TAG_LINES[0], *TAG_LINES[2:]]),
+        (["tags:   [mine]  # few", "license:   mit"], [*TAG_LINES, "license:   mit", *NEW_LINES]),
+        (["license:   mit", "tags:", "  - mine", "# end"], ["license:   mit", *TAG_LINES, "# end", *NEW_LINES]),
+        (["library_name:  x", "tags:", "- mine"], ["library_name: peft", *TAG_LINES, NEW_LINES[0]]),
+    ],
+)
+def test_only_what_is_new_is_written_in_a_front_matter(tmp_path, written, expected, line_break):
+    before, after = (line_break.join(["---", "# by hand", *lines, "---", WORDS]) for lines in (written, expected))
+    assert completed(tmp_path, before).startswith(after)
+
+
+@pytest.mark.parametrize(
+    "front",
+    ["{license: mit, tags: [mine]}", "tags: [mine,\n# why\n]\nlicense: mit", "'tags': [mine]\nlicense: mit"],
+)
+def test_an_unusual_front_matter_says_the_same_afterwards(tmp_path, front):
+    card = completed(tmp_path, f"---\n{front}\n---\n{WORDS}")
+    front, _, body = card.removeprefix("---\n").partition("\n---\n")
+    data = ModelCard(card).data
+    assert (data.license, data.tags, data.base_model) == ("mit", ["mine", *TAGS], "someone/model")
+    assert front.count("tags") == 1
+    assert body.startswith(WORDS)
 
 
 @pytest.mark.parametrize(

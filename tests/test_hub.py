@@ -282,12 +282,12 @@ def test_an_authors_card_stays_at_the_first_push(hub, client):
     repo = "tester/announced"
     words = (
         "---\r\n# by hand\r\nlicense:   mit\r\nlibrary_name: peft\r\n"
-        f"base_model: {BASE}\r\ntags: [child-tuning, peft-child]\r\n---\r\n# Soon \r\n\r\nWords. "
+        "tags: [child-tuning, peft-child]\r\n---\r\n# Soon \r\n\r\nWords. "
     )
     client(write_card, repo=repo, text=words)
     client(push, repo=repo)
     card = card_of(hub, repo)
-    assert card.startswith(f"{words}\n\n{BEGIN}\n")
+    assert card.startswith(words.replace("\r\n---\r\n", f"\r\nbase_model: {BASE}\r\n---\r\n") + f"\n\n{BEGIN}\n")
     assert card.endswith(END)
     assert "| all |" in card
 
