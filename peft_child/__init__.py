@@ -4,13 +4,14 @@ Importing this package makes PEFT know the method: `get_peft_model`, `PeftModel.
 a `ChildTuningConfig` as with any other.
 """
 
-from peft_child.choice import ChildNetwork, Kept, estimate_fisher, keep_largest, select_child_network
+from peft_child.choice import ChildNetwork, estimate_fisher, select_child_network
 from peft_child.codec import FormatError
 from peft_child.config import ChildPeftType, ChildTuningConfig
 from peft_child.hooks import GradientMaskHandle, mask_gradients
 from peft_child.layer import ChildTuningLayer
 from peft_child.model import ChildTuningModel, next_gradient_mask
 from peft_child.registration import register
+from peft_child.thinning import Kept, keep_largest
 
 
 __version__ = "0.1.0.dev0"

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from peft_child.config import NO_MASK, ChildTuningConfig
+from peft_child.config import ChildTuningConfig
 from peft_child.delta import fresh_delta
 from peft_child.layer import ChildTuningLayer, child_tuning_layers
+from peft_child.ranks import check_equal, digest, gathered, on_every_rank, world_size
 from peft_child.scoring import FisherPass, Forward
 from peft_child.selection import select_largest
 
@@ -57,13 +61,16 @@ def select_child_network(
     Exactly `round(density * n)` of the n targeted entries are chosen, those with the largest scores over all targeted
     parameters together. Call it once, before the optimizer is made, since it creates the parameters to be trained.
 
+    In several processes (torch.distributed) every rank calls it with its own shard of the data, before the model is
+    wrapped in DDP or sharded; see `estimate_fisher`. All end with the same child network, which is checked.
+
     Args:
         model: A model with a Child-Tuning adapter: a `PeftModel`, or a transformers model after `add_adapter`.
         dataloader: The task's data, with labels; see `estimate_fisher`, which also takes the other arguments.
         scores: Ready-made scores instead of data: a mapping as `estimate_fisher` returns it, or the path of a
-            safetensors file of one.
+            safetensors file of one; the same on every rank.
         adapter_name: The adapter; it must be active.
-        num_examples: Use the first so many examples of the data; by default all.
+        num_examples: Use the first so many examples of the data, of all ranks together; by default all.
         forward_fn: See `estimate_fisher`.
         loss_fn: See `estimate_fisher`.
         split_batches: See `estimate_fisher`.
@@ -74,19 +81,14 @@ def select_child_network(
 
     Raises:
         ValueError: If neither or both of data and scores are given, or they are not as described, or no score is
-            positive, or the adapter is not a task-driven one.
+            positive, or the adapter is not a task-driven one; or if ranks differ in their settings or scores.
         RuntimeError: If the adapter's child network has been trained already.
     """
-    if (dataloader is None) == (scores is None):
-        raise ValueError("select_child_network needs either a dataloader or scores, got both or neither.")
-    config, layers = _adapter(model, adapter_name)
-    if config.variant != "task_driven":
-        raise ValueError(f"Only a task_driven child network is selected; '{adapter_name}' is {config.variant}.")
-    _check_untrained(adapter_name, layers)
-    targets = _targets(layers, adapter_name)
-    size = config.child_size(sum(parameter.numel() for parameter in targets.values()))
-
-    examples = None
+    ready = on_every_rank(partial(_ready_scores, dataloader, scores))
+    config, layers, targets = on_every_rank(partial(_selectable, model, adapter_name))
+    source = "ready scores" if dataloader is None else "data"
+    _check_same_settings(model, config, targets, {"source": source, "num_examples": num_examples})
+    found, examples = ready, None
     if dataloader is not None:
         by_batch = config.fisher == "authors"
         fisher_pass = FisherPass(
@@ -94,12 +96,9 @@ def select_child_network(
         )
         found = fisher_pass.scores(targets)
         examples = fisher_pass.examples
-    else:
-        found = load_file(scores) if isinstance(scores, (str, Path)) else dict(scores or {})
-        _check_scores(found, targets)
-    chosen = select_largest({name: found[name] for name in targets}, size)
-    if not any(bool(score.any()) for score in found.values()):
-        raise ValueError("No score is positive: the loss does not depend on any targeted weight.")
+    chosen = on_every_rank(partial(_chosen, found, targets, config))
+    if len(set(gathered(digest(chosen)))) > 1:
+        raise ValueError("Every process must have the same scores; these would choose different child networks.")
 
     configs = cast(dict[str, ChildTuningConfig], model.peft_config)
     configs[adapter_name] = replace(config, fisher_examples=examples)  # the user may have other models with this one
@@ -110,12 +109,8 @@ def select_child_network(
         }
         layer.set_child(adapter_name, children, trainable=not config.inference_mode)
     targeted = sum(parameter.numel() for parameter in targets.values())
-    dense = sum(
-        parameter.numel()
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and ".child_delta." not in name
-    )
-    return ChildNetwork(size, targeted, dense)
+    dense = sum(parameter.numel() for _, parameter in _dense_parameters(model))
+    return ChildNetwork(sum(map(len, chosen.values())), targeted, dense)
 
 
 def estimate_fisher(
@@ -141,36 +136,57 @@ def estimate_fisher(
     The model, its modes, gradients and buffers and the states of the random number generators come back as they were.
     Other adapters are switched off meanwhile; the dense head (`modules_to_save`) takes part, without being scored.
 
+    In several processes (torch.distributed) every rank scores its own shard, as `DistributedSampler` or accelerate
+    divide the data, and all return the mean over the examples of all shards, whatever their sizes. Samplers that
+    repeat examples to make the shards equal give those double weight. The model must not be wrapped in DDP or sharded
+    yet. An error on one rank is raised on every rank.
+
     Args:
         model: A model with a Child-Tuning adapter.
         dataloader: Batches with labels: mappings of tensors that the model takes as keyword arguments, the first
             dimension of each being the example; or anything that `forward_fn` understands, built of mappings, tuples
             and lists.
         adapter_name: The adapter; it must be active.
-        num_examples: Use the first so many examples, in whole batches if those are not taken apart; by default all.
+        num_examples: Use the first so many examples, in whole batches if those are not taken apart; by default all. In
+            several processes the number for all together: each takes its part, or all it has if that is less.
         forward_fn: `forward_fn(model, batch)` in place of `model(**batch)`; returns the model's output, or the loss.
         loss_fn: `loss_fn(output, batch)` in place of `output.loss`; returns a scalar.
         split_batches: Take batches apart into single examples. False if each batch is one example as it is, such as a
             graph, or packed sequences.
-        progress_bar: Show a progress bar.
+        progress_bar: Show a progress bar, on the first rank.
 
     Returns:
         Scores by name of the parameter in the base model, float32, in the shape and on the device of the parameter.
         They can be kept with `safetensors.torch.save_file`.
 
     Raises:
-        ValueError: If there are no examples, an example has no loss or one that is not finite, or tensors of a batch
-            disagree about its size.
+        ValueError: If there are no examples, or none on one rank; an example has no loss or one that is not finite;
+            tensors of a batch disagree about its size; or ranks differ in their settings.
     """
-    config, layers = _adapter(model, adapter_name)
+    config, _, targets = on_every_rank(partial(adapter_of, model, adapter_name))
+    _check_same_settings(model, config, targets, {"num_examples": num_examples})
     by_batch = config.fisher == "authors"
     fisher_pass = FisherPass(
         model, dataloader, by_batch, num_examples, forward_fn, loss_fn, split_batches, progress_bar
     )
-    return fisher_pass.scores(_targets(layers, adapter_name))
+    return fisher_pass.scores(targets)
 
 
-def _adapter(model: nn.Module, adapter_name: str) -> tuple[ChildTuningConfig, list[ChildTuningLayer]]:
+class Adapter(NamedTuple):
+    """An adapter as it is chosen: its settings, its layers, and its targeted parameters by name."""
+
+    config: ChildTuningConfig
+    layers: list[ChildTuningLayer]
+    targets: dict[str, nn.Parameter]
+
+
+def adapter_of(model: nn.Module, adapter_name: str) -> Adapter:
+    """The adapter of this name, or an error that says why there is none that could be scored."""
+    if isinstance(model, DistributedDataParallel):
+        raise ValueError(
+            "The child network must be chosen before the model is wrapped in DistributedDataParallel, which does not "
+            "see parameters that are made later."
+        )
     configs = getattr(model, "peft_config", None)
     config = configs.get(adapter_name) if isinstance(configs, dict) else None
     if not isinstance(config, ChildTuningConfig):
@@ -181,7 +197,64 @@ def _adapter(model: nn.Module, adapter_name: str) -> tuple[ChildTuningConfig, li
     merged = [name for layer in child_tuning_layers(model).values() for name in layer.merged_adapters]
     if merged:
         raise ValueError(f"Adapter '{merged[0]}' is merged into the base model; call model.unmerge_adapter() first.")
-    return config, layers
+    return Adapter(config, layers, _targets(layers, adapter_name))
+
+
+def _selectable(model: nn.Module, adapter_name: str) -> Adapter:
+    """The adapter, if its child network can be selected now."""
+    adapter = adapter_of(model, adapter_name)
+    if adapter.config.variant != "task_driven":
+        raise ValueError(
+            f"Only a task_driven child network is selected; '{adapter_name}' is {adapter.config.variant}."
+        )
+    _check_untrained(adapter_name, adapter.layers)
+    adapter.config.child_size(sum(parameter.numel() for parameter in adapter.targets.values()))
+    return adapter
+
+
+def _check_same_settings(
+    model: nn.Module, config: ChildTuningConfig, targets: Mapping[str, nn.Parameter], others: Mapping[str, object]
+) -> None:
+    """Compare, over the ranks, what decides about the child network and could differ unnoticed."""
+    if world_size() == 1:
+        return
+    shapes = repr({name: tuple(parameter.shape) for name, parameter in targets.items()})
+    check_equal(
+        {
+            "density": config.density,
+            "fisher": config.fisher,
+            **others,
+            "number of targeted parameters": len(targets),
+            "digest of the targeted parameters' names and shapes": hashlib.sha256(shapes.encode()).hexdigest()[:12],
+            "digest of the densely trained weights (set the same seed before a new head is made)": digest(
+                dict(_dense_parameters(model))
+            )[:12],
+        }
+    )
+
+
+def _dense_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """What is trained besides child networks."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and ".child_delta." not in name:
+            yield name, parameter
+
+
+def _ready_scores(dataloader: Iterable[Any] | None, scores: Scores | str | Path | None) -> Scores:
+    """The scores that were passed, if they were instead of data."""
+    if (dataloader is None) == (scores is None):
+        raise ValueError("select_child_network needs either a dataloader or scores, got both or neither.")
+    return load_file(scores) if isinstance(scores, (str, Path)) else scores or {}
+
+
+def _chosen(scores: Scores, targets: Mapping[str, nn.Parameter], config: ChildTuningConfig) -> dict[str, Tensor]:
+    """Indices of the child network by name."""
+    _check_scores(scores, targets)
+    size = config.child_size(sum(parameter.numel() for parameter in targets.values()))
+    chosen = select_largest({name: scores[name] for name in targets}, size)
+    if not any(bool(score.any()) for score in scores.values()):
+        raise ValueError("No score is positive: the loss does not depend on any targeted weight.")
+    return chosen
 
 
 def _targets(layers: list[ChildTuningLayer], adapter_name: str) -> dict[str, nn.Parameter]:
@@ -218,67 +291,3 @@ def _check_scores(scores: Scores, targets: Mapping[str, nn.Parameter]) -> None:
                 f"Scores must have the shapes of their parameters; those of '{name}' have {tuple(scores[name].shape)},"
                 f" the parameter has {tuple(parameter.shape)}."
             )
-
-
-class Kept(NamedTuple):
-    """What `keep_largest` kept.
-
-    Attributes:
-        chosen: Entries in the child network.
-        trained: Entries that were trained before.
-        norm_share: L2 norm of the changes that were kept, over that of all.
-        largest_dropped: Largest absolute change that was dropped; those entries are as in the base model again.
-    """
-
-    chosen: int
-    trained: int
-    norm_share: float
-    largest_dropped: float
-
-    def __str__(self) -> str:
-        """One line for people."""
-        return (
-            f"kept {self.chosen:,} of {self.trained:,} trained entries, {self.norm_share:.1%} of the norm of their "
-            f"changes; the largest change dropped is {self.largest_dropped:.3g}"
-        )
-
-
-def keep_largest(model: nn.Module, density: float, *, adapter_name: str = "default") -> Kept:
-    """Turn a trained adapter into a sparse one: keep its largest changes, and give the other entries back to the base.
-
-    This makes a small file of a task-free adapter (Child-Tuning_F), whose change is dense after some steps. The model
-    loses something; evaluate it before and after. The deltas are new parameters, so training on needs a new optimizer.
-
-    Args:
-        model: A model with a trained Child-Tuning adapter.
-        density: Share of the targeted entries to keep, in (0, 1]; exactly `round(density * n)` of n.
-        adapter_name: The adapter; it must be active.
-
-    Returns:
-        How much was kept; printing it gives one line.
-
-    Raises:
-        ValueError: If the density is out of range, or above that of the adapter.
-    """
-    config, layers = _adapter(model, adapter_name)
-    for layer in layers:
-        layer.check_is_chosen(adapter_name, "keeping its largest changes")
-    changed = {name: delta for layer in layers for name, delta in layer.named_deltas(adapter_name).items()}
-    kept = replace(config, variant="extracted", density=density, **NO_MASK, fisher_examples=None, child_sizes=None)
-    size = kept.child_size(sum(parameter.numel() for parameter in _targets(layers, adapter_name).values()))
-    trained = sum(delta.numel() for delta in changed.values())
-    if size > trained:
-        raise ValueError(f"density must be at most that of the adapter; {density} is {size} of {trained} entries.")
-    chosen = select_largest({name: delta.abs().float() for name, delta in changed.items()}, size)
-
-    squares = [0.0, 0.0]
-    dropped = 0.0
-    for name, delta in changed.items():
-        rest = delta.index_fill(0, chosen[name], 0)
-        dropped = max(dropped, float(rest.abs().max()))
-        squares[0] += float(delta[chosen[name]].double().square().sum())
-        squares[1] += float(delta.double().square().sum())
-    for layer in layers:
-        layer.keep(adapter_name, chosen)
-    cast(dict[str, ChildTuningConfig], model.peft_config)[adapter_name] = kept
-    return Kept(size, trained, (squares[0] / squares[1]) ** 0.5 if squares[1] else 1.0, dropped)

@@ -1,7 +1,8 @@
 """Diagonal empirical Fisher information of named parameters.
 
 The Fisher information of an entry is the mean of its squared gradient of the loss. Each gradient is squared and
-dropped as it arrives, so that one dense gradient lives at a time next to the scores.
+dropped as it arrives, so that one dense gradient lives at a time next to the scores. Several processes each take
+losses of their own, and share the sums.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+
+from peft_child.ranks import add_over_ranks, gathered, on_every_rank
 
 
 def diagonal_fisher(
@@ -22,9 +25,13 @@ def diagonal_fisher(
     information of Xu et al. (2021): the mean over examples of `(d log p(y|x) / d w) ** 2`. A loss that is itself the
     mean over a batch of B examples gives `(1/B sum of gradients) ** 2` instead, which is not the same.
 
+    In several processes (torch.distributed) it is the mean over the losses of all of them, whose numbers may differ.
+    The sums are exchanged tensor by tensor, in float32. An error on one rank is raised on every rank.
+
     Args:
         parameters: Leaves that require gradients, by name. Their `.grad` must be None, and is None again afterwards.
-        losses: Scalars, each with a graph to the parameters; taken one at a time, so they may be computed lazily.
+        losses: Scalars, each with a graph to the parameters; taken one at a time, so they may be computed lazily. In
+            several processes those of this rank, at least one.
         max_norm: Clip each parameter's gradient to this L2 norm before squaring, as the authors' code does.
 
     Returns:
@@ -35,11 +42,28 @@ def diagonal_fisher(
         ValueError: If there is no loss at all, or a score is not finite.
         RuntimeError: If one backward pass delivers a parameter's gradient in parts, which cannot be squared.
     """
-    scores = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in parameters.items()}
+    scores = {
+        name: torch.zeros_like(parameter, dtype=torch.float32, memory_format=torch.contiguous_format)
+        for name, parameter in parameters.items()
+    }
+    count = on_every_rank(partial(_add_squares, parameters, losses, max_norm, scores))
+    total = sum(gathered(count))
+    for name, score in scores.items():
+        add_over_ranks(score)
+        score.div_(total)
+        if not torch.isfinite(score).all():
+            raise ValueError(f"The Fisher information of '{name}' is not finite: a gradient was NaN or too large.")
+    return scores
+
+
+def _add_squares(
+    parameters: Mapping[str, nn.Parameter], losses: Iterable[Tensor], max_norm: float | None, sums: dict[str, Tensor]
+) -> int:
+    """Add the squared gradients of the losses of this rank, and count the losses."""
     arrived: set[str] = set()
     handles = [
         parameter.register_post_accumulate_grad_hook(
-            _square_into(scores[name], partial(_arrive, arrived, name), max_norm)
+            _square_into(sums[name], partial(_arrive, arrived, name), max_norm)
         )
         for name, parameter in parameters.items()
     ]
@@ -56,11 +80,7 @@ def diagonal_fisher(
             parameter.grad = None
     if not count:
         raise ValueError("The Fisher information needs at least one example, got none.")
-    for name, score in scores.items():
-        score.div_(count)
-        if not torch.isfinite(score).all():
-            raise ValueError(f"The Fisher information of '{name}' is not finite: a gradient was NaN or too large.")
-    return scores
+    return count
 
 
 def _arrive(arrived: set[str], name: str) -> None:

@@ -28,6 +28,7 @@ from peft_child.surgery import (
     check_adapter_name,
     check_name_is_free,
     check_sizes,
+    keep_buffers_from_ddp,
     remove_adapter,
     replace_module,
 )
@@ -96,6 +97,7 @@ class ChildTuningModel(BaseTuner):
         except Exception:
             remove_adapter(model, adapter_name)
             raise
+        keep_buffers_from_ddp(model)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         if peft_config.target_modules is None and peft_config.target_parameters is None:
@@ -334,8 +336,14 @@ class ChildTuningModel(BaseTuner):
         for layer in layers:
             replace_module(self.model, layer, layer.base_layer)
         super()._unload_and_optionally_merge(merge, progressbar)
+        keep_buffers_from_ddp(self.model)
         model: nn.Module = self.model
         return model
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As PEFT's."""
+        super().delete_adapter(adapter_name)
+        keep_buffers_from_ddp(self.model)
 
     # State dict
 

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from peft_child.batches import batch_size, single_examples, to_device
 from peft_child.fisher import diagonal_fisher
 from peft_child.layer import child_tuning_layers
+from peft_child.ranks import gathered, rank, world_size
 
 
 Forward = Callable[[Any, Any], Any]
@@ -28,7 +29,7 @@ class FisherPass:
 
     Attributes:
         by_batch: Score batches as they come, with dropout and clipping, as the authors' code does.
-        examples: Number of examples that were scored.
+        examples: Number of examples that were scored; in the end those of all processes together.
     """
 
     model: nn.Module
@@ -43,17 +44,24 @@ class FisherPass:
 
     def scores(self, targets: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
         """Fisher information of the targets, float32, in their shapes."""
-        if self.num_examples is not None and self.num_examples < 1:
-            raise ValueError(f"num_examples must be positive or None, got {self.num_examples}.")
+        if self.num_examples is not None and self.num_examples < world_size():
+            raise ValueError(
+                f"num_examples must be None or at least the number of processes, {world_size()}; "
+                f"got {self.num_examples}."
+            )
         device = next(iter(targets.values())).device
         with _scoring(self.model, targets.values(), training=self.by_batch):
-            return diagonal_fisher(targets, self._losses(device), max_norm=1.0 if self.by_batch else None)
+            found = diagonal_fisher(targets, self._losses(device), max_norm=1.0 if self.by_batch else None)
+        self.examples = sum(gathered(self.examples))
+        return found
 
     def _losses(self, device: torch.device) -> Iterator[Tensor]:
-        total = _total(self.dataloader, self.num_examples) if self.split_batches else None
-        with tqdm(desc="Fisher information", unit=" examples", total=total, disable=not self.progress_bar) as bar:
+        wanted = _share(self.num_examples)
+        total = _total(self.dataloader, wanted) if self.split_batches else None
+        silent = not self.progress_bar or rank() > 0
+        with tqdm(desc="Fisher information", unit=" examples", total=total, disable=silent) as bar:
             for example, size in self._examples():
-                if self.num_examples is not None and self.examples >= self.num_examples:
+                if wanted is not None and self.examples >= wanted:
                     return
                 yield self._loss(to_device(example, device))
                 self.examples += size
@@ -102,9 +110,19 @@ def _loss_of(output: Any) -> Tensor | None:
     return getattr(output, "loss", None)
 
 
+def _share(num_examples: int | None) -> int | None:
+    """The part of the examples that this rank scores; those that are left over go to the first ranks."""
+    if num_examples is None:
+        return None
+    each, left = divmod(num_examples, world_size())
+    return each + (rank() < left)
+
+
 def _total(dataloader: Iterable[Any], num_examples: int | None) -> int | None:
     dataset = getattr(dataloader, "dataset", None)
-    available = len(dataset) if isinstance(dataset, Sized) else None
+    available = (
+        len(dataset) if isinstance(dataset, Sized) and world_size() == 1 else None
+    )  # else it may be all shards'
     return min((size for size in (num_examples, available) if size is not None), default=None)
 
 

@@ -9,6 +9,11 @@ from peft_child.layer import child_tuning_layers
 from peft_child.targets import Target
 
 
+_TOLD_TO_DDP = "_ddp_params_and_buffers_to_ignore"  # DDP reads it from the module that it wraps
+_WRAPPERS = ("", "model.", "base_model.model.")  # what wraps the base model: nothing, the tuner, a PeftModel
+_OURS = (".child_index.", ".child_mask.")
+
+
 def check_name_is_free(model: nn.Module, adapter_name: str) -> None:
     """Raise a `ValueError` if a model cannot have another adapter of this name."""
     if not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict(), adapter_name):
@@ -58,3 +63,26 @@ def remove_adapter(model: nn.Module, adapter_name: str) -> None:
             layer.delete_adapter(adapter_name)
         if not layer.child_targets:
             replace_module(model, layer, layer.base_layer)
+
+
+def keep_buffers_from_ddp(model: nn.Module) -> None:
+    """Let DDP leave out our buffers, which it would broadcast at every forward; all ranks have the same ones.
+
+    Names of others that are marked on the model already stay. Where a `PeftModel` or the tuner is wrapped, its
+    attribute lookup finds the names here, on the base model.
+
+    Args:
+        model: The base model. To be called whenever its adapters have changed.
+    """
+    before = list(getattr(model, _TOLD_TO_DDP, ()))
+    names = [
+        f"{wrapper}{path}{ours}{adapter}.{parameter}"
+        for wrapper in _WRAPPERS
+        for ours in _OURS
+        for path, layer in child_tuning_layers(model).items()
+        for adapter, targets in layer.child_targets.items()
+        for parameter in targets
+    ]
+    after = [name for name in before if not any(ours in name for ours in _OURS)] + names
+    if after != before:
+        setattr(model, _TOLD_TO_DDP, after)

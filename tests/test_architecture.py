@@ -10,7 +10,7 @@ import peft_child
 
 LAYERS = [
     {"plot"},
-    {"card"},
+    {"card", "ranks"},
     {"mask", "codec", "selection", "fisher", "batches", "checkpoint"},
     {"compose", "config", "hooks", "sparse_file"},
     {"delta"},
@@ -18,7 +18,7 @@ LAYERS = [
     {"layer", "adapter_folder"},
     {"targets", "scoring", "files", "operations", "locate", "summary", "whole_model"},
     {"surgery", "choice", "terminal", "hub"},
-    {"model"},
+    {"model", "thinning"},
     {"registration", "cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -94,7 +94,7 @@ def test_num_examples_takes_the_first_ones():
     assert_same(scored(model, [batch, batch], num_examples=3), expected)
     chosen(model, [batch], num_examples=3)
     assert model.peft_config["default"].fisher_examples == 3
-    with pytest.raises(ValueError, match="num_examples must be positive or None, got 0"):
+    with pytest.raises(ValueError, match="num_examples must be None or at least the number of processes, 1; got 0"):
         scored(model, [batch], num_examples=0)
 
 

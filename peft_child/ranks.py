@@ -1,0 +1,116 @@
+"""What processes that train one model together (torch.distributed) tell each other.
+
+Every rank reaches every exchange, also one whose own part of the work failed: it brings its error, and all ranks raise
+it. So none waits for another that has given up. Without torch.distributed, or in one process, nothing is exchanged.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, distributed
+
+
+T = TypeVar("T")
+
+
+class _Failure(NamedTuple):
+    """What is told of an exception; exceptions themselves cannot always be sent."""
+
+    kind: type[ValueError | RuntimeError]
+    message: str
+
+
+def world_size() -> int:
+    """Number of processes in the default group; 1 without torch.distributed."""
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def rank() -> int:
+    """Number of this process in the default group; 0 without torch.distributed."""
+    return distributed.get_rank() if world_size() > 1 else 0
+
+
+def gathered(value: T) -> list[T]:
+    """The values of all ranks, in their order; they have to be picklable and small."""
+    if world_size() == 1:
+        return [value]
+    values: list[T | None] = [None] * world_size()
+    distributed.all_gather_object(values, value)
+    return values  # type: ignore[return-value]
+
+
+def on_every_rank(work: Callable[[], T]) -> T:
+    """Do this rank's part of the work.
+
+    Args:
+        work: The part; it takes no part in any exchange.
+
+    Returns:
+        What `work` returns here.
+
+    Raises:
+        Exception: In one process, whatever `work` raises.
+        ValueError: If `work` raised one on any rank; raised on every rank.
+        RuntimeError: If `work` raised another exception on any rank; raised on every rank.
+    """
+    if world_size() == 1:
+        return work()
+    result, error = None, None
+    try:
+        result = work()
+    except Exception as caught:  # whatever it is, the others must not wait
+        error = caught
+    failures = gathered(None if error is None else _failure(error))
+    first = next((failure for failure in failures if failure is not None), None)
+    if first is not None:
+        failed = ", ".join(str(number) for number, failure in enumerate(failures) if failure == first)
+        raise first.kind(f"{first.message} (rank {failed} of {world_size()})") from error
+    return result  # type: ignore[return-value]
+
+
+def _failure(error: Exception) -> _Failure:
+    if isinstance(error, ValueError):
+        return _Failure(ValueError, str(error))
+    if isinstance(error, RuntimeError):
+        return _Failure(RuntimeError, str(error))
+    return _Failure(RuntimeError, f"{type(error).__name__}: {error}")
+
+
+def check_equal(settings: Mapping[str, object]) -> None:
+    """Raise a `ValueError` on every rank if the settings are not the same on all of them.
+
+    Args:
+        settings: Values by the name that people know, with an exact and short `repr`.
+    """
+    shown = gathered({name: repr(value) for name, value in settings.items()})
+    for name in settings:
+        values = [each.get(name) for each in shown]
+        if len(set(values)) > 1:
+            raise ValueError(
+                f"Every process must have the same {name}; got "
+                + ", ".join(f"{value} on rank {number}" for number, value in enumerate(values))
+                + "."
+            )
+
+
+def add_over_ranks(tensor: Tensor) -> None:
+    """Put the sum over all ranks into a contiguous tensor, on the device where it is.
+
+    Args:
+        tensor: Of the same shape and dtype on every rank.
+    """
+    if world_size() > 1:
+        distributed.all_reduce(tensor)
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """A digest of named tensors that differs if a name, shape, dtype or bit differs."""
+    found = hashlib.sha256()
+    for name, tensor in tensors.items():
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
