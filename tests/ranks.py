@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 _SERVER = multiprocessing.get_context("forkserver")
 
 
-def on_two_ranks(function, folder, timeout=60):
+def on_two_ranks(function, folder, timeout=120):
     """Results of `function(folder)` on rank 0 and rank 1, which both have to end well and in time."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     _SERVER.set_forkserver_preload(
@@ -62,7 +62,7 @@ def _run(rank, port, module, function, folder):
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     try:
-        distributed.init_process_group("gloo", timeout=timedelta(seconds=30))
+        distributed.init_process_group("gloo", timeout=timedelta(seconds=20))
         result = getattr(importlib.import_module(module), function)(folder)
         torch.save(result, folder / f"rank{rank}.pt")
         distributed.destroy_process_group()

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from peft import get_peft_model
+from accelerate import Accelerator
+from peft import PeftModel, get_peft_model
 from torch import distributed
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
 from peft_child import ChildTuningConfig, select_child_network
 from peft_child.layer import child_tuning_layers
@@ -13,6 +15,7 @@ from peft_child.layer import child_tuning_layers
 from .helpers import assert_same, child_of, config_for, snapshot, train
 from .problems import build, tiny_bert
 from .ranks import on_two_ranks
+from .test_trainer import Rows, trainer_for
 
 
 VARIANTS = ("task_driven", "random", "task_free")
@@ -72,13 +75,69 @@ def test_two_processes_train_as_one_with_the_whole_batch(tmp_path):
         assert any("child_delta" in name for name in moved)
         for name, value in after.items():
             if name in moved:
-                torch.testing.assert_close(value, expected[name], rtol=0, atol=2e-5)
+                torch.testing.assert_close(
+                    value, expected[name], rtol=0, atol=5e-6
+                )  # Adam steps of 1e-2, and halved sums
             else:
                 assert torch.equal(value, before[name])
         # Five steps, each of them reducing what is trained and nothing else; and no index is broadcast.
         assert reduced == 5 * trained
         assert trained == sum(len(indices) for indices in child.values()) + 2 * 16 + 2
         assert not [name for name in buffers if "child" in name]
+
+
+def resume(folder):
+    """Through the Trainer, with dropout, and stopped in the middle of an epoch."""
+    rank = distributed.get_rank()
+
+    def model_of(batches):
+        torch.manual_seed(0)
+        model = get_peft_model(build("bert"), config_for("bert", gradient_density=0.5))
+        select_child_network(model, batches, progress_bar=False)
+        return model
+
+    model = model_of(batches(rank)[:2])
+    trainer_for(model, folder / "whole", save_steps=2).train()
+    resumed = model_of(batches(rank)[2:])  # another child network; that of the checkpoint counts
+    assert any(not torch.equal(indices, child_of(model)[name]) for name, indices in child_of(resumed).items())
+    trainer = trainer_for(resumed, folder / "again", save_steps=2)
+    assert trainer.args.world_size == 2
+    trainer.train(resume_from_checkpoint=str(folder / "whole" / "checkpoint-2"))
+    assert isinstance(trainer.model_wrapped, DistributedDataParallel)
+    return snapshot(model), snapshot(resumed)
+
+
+def test_resuming_the_trainer_equals_the_uninterrupted_run(tmp_path):
+    (first, first_resumed), (second, second_resumed) = on_two_ranks(resume, tmp_path)
+    assert_same(first, first_resumed)
+    assert_same(second, second_resumed)
+    assert_same(first, second)
+    loaded = PeftModel.from_pretrained(build("bert"), tmp_path / "again" / "checkpoint-6")
+    deltas = {name: value for name, value in snapshot(loaded).items() if "child_delta" in name}
+    assert deltas
+    assert_same(deltas, {name: first[name] for name in deltas})
+
+
+def accelerated(folder):
+    """A loop of one's own through accelerate; its sampler gives every rank each other batch."""
+    accelerator = Accelerator(cpu=True)
+    model = model_for("task_free")
+    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-2)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(Rows("bert"), batch_size=4))
+    for batch in loader:
+        accelerator.backward(model(**batch).loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    return snapshot(accelerator.unwrap_model(model))
+
+
+def test_accelerate_trains_as_one_process_with_the_whole_batch(tmp_path):
+    first, second = on_two_ranks(accelerated, tmp_path)
+    assert_same(first, second)
+    alone = model_for("task_free")
+    train(alone, DataLoader(Rows("bert"), batch_size=8))
+    for name, value in snapshot(alone).items():
+        torch.testing.assert_close(first[name], value, rtol=0, atol=1e-6)
 
 
 def buffers_in(model):
