@@ -4,6 +4,7 @@ Importing this package makes PEFT know the method: `get_peft_model`, `PeftModel.
 a `ChildTuningConfig` as with any other.
 """
 
+from peft_child.callback import ChildTuningCallback
 from peft_child.choice import ChildNetwork, estimate_fisher, select_child_network
 from peft_child.codec import FormatError
 from peft_child.config import ChildPeftType, ChildTuningConfig
@@ -19,6 +20,7 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "ChildNetwork",
     "ChildPeftType",
+    "ChildTuningCallback",
     "ChildTuningConfig",
     "ChildTuningLayer",
     "ChildTuningModel",

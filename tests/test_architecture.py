@@ -19,7 +19,7 @@ LAYERS = [
     {"targets", "scoring", "files", "operations", "locate", "summary", "whole_model"},
     {"surgery", "choice", "terminal", "hub"},
     {"model", "thinning"},
-    {"registration", "cli"},
+    {"registration", "cli", "callback"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 SOURCES = sorted(Path(peft_child.__file__).parent.glob("[!_]*.py"))

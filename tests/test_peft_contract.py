@@ -516,21 +516,6 @@ def test_an_offloaded_base_is_refused_with_a_reason():
         select_child_network(scored, [batch_of("llama")])
 
 
-def test_a_compiled_model_has_one_graph_and_the_same_gradients():
-    model = trained("bert")
-    batch = batch_of("bert")
-    loss = model(**batch).loss
-    loss.backward()
-    gradients = {key: value.grad.clone() for key, value in model.named_parameters() if value.grad is not None}
-    model.zero_grad()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)(**batch).loss
-    compiled.backward()
-    torch.testing.assert_close(compiled, loss)
-    for key, value in model.named_parameters():
-        if key in gradients:
-            torch.testing.assert_close(value.grad, gradients[key], rtol=1e-5, atol=1e-8)
-
-
 def test_copies_and_pickles(tmp_path):
     model = trained("attention")
     batch = batch_of("attention")
