@@ -4,7 +4,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import AutoPeftModelForSequenceClassification, PeftModel, get_peft_model
-from torch import nn
 from torch.utils.data import Dataset
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
@@ -116,12 +115,13 @@ def losses_of(trainer):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_evaluation_in_between_changes_no_bit(tmp_path, variant):
-    models = [chosen_model("bert", variant=variant) for _ in range(2)]
+    """Without dropout, since every new dataloader draws a random number."""
+    models = [chosen_model("bert", tiny_bert_without_dropout(), variant=variant) for _ in range(2)]
     trainer_for(models[0], tmp_path / "plain").train()
-    trainer = trainer_for(models[1], tmp_path / "evaluated", eval_strategy="steps", eval_steps=1, eval_on_start=True)
+    trainer = trainer_for(models[1], tmp_path / "evaluated", eval_strategy="steps", eval_steps=1)
     trainer.train()
     assert_same(snapshot(models[1]), snapshot(models[0]))
-    assert trainer.evaluate()["eval_loss"] == losses_of(trainer)[-1]
+    assert trainer.evaluate()["eval_loss"] == losses_of(trainer)[-2]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -140,35 +140,30 @@ def test_a_checkpoint_is_an_adapter(tmp_path, variant):
     assert_same(child_of(loaded), child_of(model))
 
 
-class OutOfMemory(nn.Module):
-    """Fails as a device without memory does, with batches of more than `rows`."""
+class SmallMemory:
+    """A forward hook that fails, as a device without memory does, with batches of more than `rows`."""
 
     def __init__(self, rows):
-        super().__init__()
         self.rows, self.seen = rows, []
 
-    def forward(self, module, args, kwargs):
+    def __call__(self, module, args, kwargs):
         self.seen.append(len(kwargs["input_ids"]))
-        if module.training and self.seen[-1] > self.rows:
+        if self.seen[-1] > self.rows:
             raise RuntimeError("CUDA out of memory.")
 
 
 def test_a_batch_size_that_is_found(tmp_path):
     model = chosen_model("bert")
-    child = child_of(model)
-    memory = OutOfMemory(rows=2)
-    handle = model.base_model.model.register_forward_pre_hook(memory, with_kwargs=True)
-    trainer = trainer_for(model, tmp_path / "found", auto_find_batch_size=True, per_device_train_batch_size=4)
+    before = snapshot(model)
+    memory = SmallMemory(rows=2)
+    model.base_model.model.register_forward_pre_hook(memory, with_kwargs=True)
+    trainer = trainer_for(model, tmp_path, auto_find_batch_size=True, per_device_train_batch_size=4)
     trainer.train()
-    handle.remove()
-    assert memory.seen == [4, 3, 2, *[2] * 5]
-    assert_same(child_of(model), child)
-    plain = chosen_model("bert")
-    trainer_for(plain, tmp_path / "plain", per_device_train_batch_size=2).train()
+    assert memory.seen == [4, 3, *[2] * 6]
     assert trainer.state.global_step == 6
-    assert {key for key, value in snapshot(model).items() if not torch.equal(value, snapshot(plain)[key])} <= {
-        key for key in snapshot(model) if "child_delta" in key or "modules_to_save" in key
-    }
+    moved = {key for key, value in snapshot(model).items() if not torch.equal(value, before[key])}
+    assert any("child_delta" in key for key in moved)
+    assert all("child_delta" in key or "modules_to_save" in key for key in moved)
 
 
 def test_label_smoothing(tmp_path):
