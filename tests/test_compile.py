@@ -2,14 +2,22 @@
 
 import pytest
 import torch
+from peft import PeftModel
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from .helpers import chosen_model, logits, move
 from .problems import batch_of, build
 
 
-BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
-CASES = [("linear", "task_driven"), ("linear", "random"), ("bert", "task_driven"), ("llama", "random")]
+CASES = [
+    ("linear", "task_driven", "aot_eager"),
+    ("linear", "random", "aot_eager"),
+    ("bert", "task_driven", "aot_eager"),
+    ("llama", "random", "aot_eager"),
+    ("llama", "task_free", "aot_eager"),
+    pytest.param("linear", "task_driven", "inductor", marks=pytest.mark.slow),
+    pytest.param("llama", "task_free", "inductor", marks=pytest.mark.slow),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -36,8 +44,7 @@ def model_of(name, **changes):
     return model
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("name", "variant"), CASES)
+@pytest.mark.parametrize(("name", "variant", "backend"), CASES)
 def test_training_has_one_graph_and_the_losses_of_eager_execution(name, variant, backend):
     model = model_of(name, variant=variant)
     expected = losses(model, model)
@@ -49,7 +56,24 @@ def test_training_has_one_graph_and_the_losses_of_eager_execution(name, variant,
     assert compiler.frame_count == 1  # new values of the delta are no reason to compile again
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_loaded_adapter_has_one_graph_at_once(tmp_path):
+    """Its indices have never been decoded before the compiler comes."""
+    model, batch = model_of("llama"), batch_of("llama")
+    move(model)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(build("llama"), tmp_path)
+    compiled = torch.compile(loaded, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        assert torch.equal(compiled(**batch).logits, logits(model, batch))
+
+        other = chosen_model("llama", variant="random")  # another child network of the same size
+        move(other)
+        other.save_pretrained(tmp_path / "other")
+        loaded.load_adapter(tmp_path / "other", "default")
+        assert torch.equal(compiled(**batch).logits, logits(other, batch))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_gradients_equal_those_of_eager_execution(backend):
     model, batch = model_of("bert"), batch_of("bert")
     move(model)
