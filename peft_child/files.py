@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from peft_child.codec import FormatError, with_delta_checksum
 from peft_child.config import ChildTuningConfig
+from peft_child.delta import SparseDelta
 from peft_child.layer import ChildTuningLayer, child_tuning_layers
 from peft_child.mask import GradientMask
 from peft_child.sparse_file import (
@@ -74,7 +75,8 @@ def fit_state_dict(
 
     Raises:
         FormatError: If a tensor is damaged, or does not fit the base model. Nothing has changed then.
-        ValueError: If the base model has other weights, and `check_base` is 'error'.
+        ValueError: If the base model has other weights, and `check_base` is 'error'; or if the configuration did not
+            come with the file, and says that the child network or its gradient mask must be another.
     """
     children, remapped = read_children(state_dict)
     layers = {path: layer for path, layer in child_tuning_layers(model).items() if adapter_name in layer.child_targets}
@@ -93,6 +95,8 @@ def fit_state_dict(
                 strange.append(name)
             delta = child.delta if child.delta.dtype == torch.float64 else child.delta.float()
             room[parameter] = Room(delta.numel(), child.block.numel(), delta.dtype)
+            if config.child_sizes is None:
+                _check_drawn(config, name, layer.sparse_deltas(adapter_name).get(name), indices)
             if mask is not None:
                 _check_mask(name, mask, child.mask)
                 remapped[f"{path}.{MASK}.{adapter_name}.{parameter}"] = (child.mask or mask).pack()
@@ -100,11 +104,9 @@ def fit_state_dict(
             remapped[f"{path}.{DELTA}.{adapter_name}.{parameter}"] = delta
             remapped[f"{path}.{INDEX}.{adapter_name}.{parameter}"] = _unsealed(child.block)
         rooms.append((layer, room))
-    if not sizes:
-        raise FormatError("The file holds no child network; it was saved before one was chosen.")
-    if children:
-        raise FormatError(f"'{next(iter(children))}' is no parameter that this adapter targets in this base model.")
-
+    _check_complete(sizes, children)
+    if config.child_sizes is None:
+        _check_density(config, [layer.named_numels(adapter_name) for layer in layers.values()], sizes)
     _check_base(config.check_base, strange, len(sizes))
     for layer, room in rooms:
         is_active = adapter_name in layer.active_adapters and not layer.disable_adapters
@@ -124,6 +126,33 @@ def _fitting_indices(name: str, child: StoredChild, base: Tensor) -> Tensor:
         return child.indices()
     except FormatError as error:
         raise FormatError(f"The child of '{name}' cannot be loaded. {error}") from error
+
+
+def _check_complete(sizes: dict[str, list[int]], left: dict[str, StoredChild]) -> None:
+    if left:
+        raise FormatError(f"'{next(iter(left))}' is no parameter that this adapter targets in this base model.")
+    if not sizes:
+        raise FormatError("The file holds no child network; it was saved before one was chosen.")
+
+
+def _check_density(config: ChildTuningConfig, numels: list[dict[str, int]], sizes: dict[str, list[int]]) -> None:
+    targeted = sum(sum(layer.values()) for layer in numels)
+    chosen = sum(size for _, size, _ in sizes.values())
+    if config.variant != "extracted" and chosen != config.child_size(targeted):
+        raise ValueError(
+            f"The saved child network must have the density of the configuration, {config.density}; it has {chosen} "
+            f"of {targeted} entries."
+        )
+
+
+def _check_drawn(config: ChildTuningConfig, name: str, drawn: SparseDelta | None, indices: Tensor) -> None:
+    if config.variant != "random" or drawn is None or drawn.indices.is_meta:
+        return
+    if not drawn.indices.cpu().equal(indices):
+        raise ValueError(
+            f"The random child network of '{name}' must be the one that was saved; it was drawn with another seed, or "
+            "by another version."
+        )
 
 
 def _check_mask(name: str, mask: GradientMask, stored: GradientMask | None) -> None:

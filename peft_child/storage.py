@@ -242,6 +242,10 @@ class ChildStorage(nn.Module, BaseTunerLayer):
             if key in self._deltas(adapter_name)
         }
 
+    def named_numels(self, adapter_name: str) -> dict[str, int]:
+        """Entries of the adapter's targets here by name in the whole model."""
+        return {name: self.base_parameter(key).numel() for key, name in self.child_targets[adapter_name].items()}
+
     def named_deltas(self, adapter_name: str) -> dict[str, Tensor]:
         """The values of the adapter's deltas here by name in the whole model, shape `(k,)`, without gradients."""
         deltas = self._deltas(adapter_name)

@@ -45,7 +45,7 @@ def trainer_for(model, folder, **changes):
     return Trainer(model, TrainingArguments(**options), train_dataset=Rows("bert"), eval_dataset=Rows("bert", 8))
 
 
-VARIANTS = ["task_driven", "random"]
+VARIANTS = ["task_driven", "random", "task_free"]
 
 
 @pytest.mark.parametrize("selected_before", [True, False])
@@ -63,6 +63,31 @@ def test_resuming_equals_the_uninterrupted_run(tmp_path, selected_before):
     assert_same(snapshot(resumed), snapshot(model))
     assert_same(child_of(resumed), child)
     assert resumed.peft_config["default"].child_sizes == model.peft_config["default"].child_sizes
+
+
+@pytest.mark.parametrize(
+    ("saved", "resumed", "message"),
+    [
+        ({}, {"density": 0.2}, r"must have the density of the configuration, 0\.2"),
+        ({"variant": "random"}, {"variant": "random", "density": 0.2}, "random child network of .* another seed"),
+        ({"variant": "random"}, {"variant": "random", "seed": 1}, "random child network of .* another seed"),
+        (
+            {"variant": "task_free"},
+            {"variant": "task_free", "seed": 1},
+            r"gradient mask of .* says density 0\.3, seed 1",
+        ),
+        ({"variant": "task_free"}, {"variant": "task_free", "density": 0.2}, "gradient mask of "),
+        ({"variant": "task_free"}, {}, "must have the density of the configuration"),
+        ({}, {"target_modules": ["query"]}, "is no parameter that this adapter targets"),
+    ],
+)
+def test_resuming_with_another_child_network_is_refused(tmp_path, saved, resumed, message):
+    trainer_for(chosen_model("bert", **saved), tmp_path, max_steps=3).train()
+    model = chosen_model("bert", **resumed)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        trainer_for(model, tmp_path / "again").train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert_same(snapshot(model), before)
 
 
 def test_the_best_model_comes_back_and_the_base_has_not_moved(tmp_path):
@@ -98,7 +123,7 @@ def test_resuming_at_any_step_with_accumulation_dropout_and_evaluation(tmp_path,
     model = chosen_model("bert", variant=variant)
     whole = trainer_for(model, tmp_path, **options)
     whole.train()
-    resumed = get_peft_model(build("bert"), config_for("bert", variant=variant, seed=5))
+    resumed = get_peft_model(build("bert"), config_for("bert", variant=variant))
     again = trainer_for(resumed, tmp_path / "again", **options)
     again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
     assert_same(snapshot(resumed), snapshot(model))
