@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.linalg import vector_norm
 from transformers import TrainerCallback
 
 from peft_child.choice import Scores, select_child_network
@@ -100,8 +102,8 @@ def _numbers(model: nn.Module, adapter_name: str) -> dict[str, float]:
     }
     if not deltas:
         return {}
-    squares = {name: float(delta.double().square().sum()) for name, delta in deltas.items()}
-    moved = sum(int(delta.count_nonzero()) for delta in deltas.values())
+    squares = {name: _whole(vector_norm(delta, dtype=torch.float64)) ** 2 for name, delta in deltas.items()}
+    moved = sum(_whole(delta.ne(0).sum()) for delta in deltas.values())
     by_layer: dict[int | None, float] = {}
     for name, place in places_of(deltas).items():
         by_layer[place.layer] = by_layer.get(place.layer, 0.0) + squares[name]
@@ -111,3 +113,9 @@ def _numbers(model: nn.Module, adapter_name: str) -> dict[str, float]:
     }
     chosen = sum(delta.numel() for delta in deltas.values())
     return {"child/moved": moved / chosen, "child/norm": sum(squares.values()) ** 0.5, **norms}
+
+
+def _whole(number: Tensor) -> float:
+    """The value of a number, added up over all processes if they hold parts of it (FSDP2)."""
+    full: Callable[[], Tensor] | None = getattr(number, "full_tensor", None)
+    return float(full() if full else number)
