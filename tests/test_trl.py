@@ -17,9 +17,7 @@ from .problems import batch_of, tiny_gpt2, tiny_llama
 
 # TRL and datasets warn of what the coming versions of transformers and of Python will change.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")]
-with pytest.MonkeyPatch.context() as patch:
-    patch.setenv("TQDM_DISABLE", "1")
-    trl = pytest.importorskip("trl", reason="TRL is not installed")
+trl = pytest.importorskip("trl", reason="TRL is not installed")
 
 WORDS = [f"w{number}" for number in range(45)]
 VARIANTS = ["task_driven", "random"]
