@@ -1,7 +1,7 @@
 """Model checkpoints in safetensors files, tensor by tensor, whatever their size.
 
-A merged checkpoint differs from its base in some bytes of some tensors. So it is made by copying the files, which the
-operating system does best, and writing those bytes at their places in the copy.
+A merged checkpoint differs from its base in some bytes of some tensors. So its files are those of the base, streamed
+once from beginning to end: what does not change is copied, a tensor that changes is read, changed and written.
 """
 
 from __future__ import annotations
@@ -9,15 +9,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from peft_child.streaming import copy_bytes, read_into, write_tensor
 
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -69,6 +71,10 @@ class Checkpoint:
             tensor: Tensor = file.get_tensor(name)
         return tensor
 
+    def in_file_order(self, names: Collection[str]) -> list[str]:
+        """Names file by file, and inside a file in the order of the data."""
+        return sorted(names, key=lambda name: (self.places[name].file, self.places[name].offset))
+
 
 @contextmanager
 def replacing(target: str | Path, force: bool) -> Iterator[Path]:
@@ -103,44 +109,63 @@ def replacing(target: str | Path, force: bool) -> Iterator[Path]:
         _remove(temporary)
 
 
-class Change(NamedTuple):
-    """New values of some entries of a tensor, or of all.
-
-    Attributes:
-        name: The tensor.
-        indices: Flat positions, int64, shape `(k,)`, or None for all entries.
-        values: New values in the dtype that the checkpoint has, shape `(k,)`, or that of the tensor.
-    """
-
-    name: str
-    indices: Tensor | None
-    values: Tensor
-
-
-def copy_with_changes(checkpoint: Checkpoint, folder: Path, changes: Iterable[Change]) -> None:
-    """Copy a checkpoint and everything beside it, with other values for some entries.
+def copy_with_changes(
+    checkpoint: Checkpoint, folder: Path, names: Iterable[str], change: Callable[[str, Tensor], Tensor]
+) -> None:
+    """Copy a checkpoint and everything beside it, with other values in some tensors.
 
     Args:
         checkpoint: The checkpoint to copy.
         folder: A folder that does not exist yet.
-        changes: Taken one at a time, so they may be computed lazily.
+        names: The tensors to change, in the order of `checkpoint.in_file_order`.
+        change: Gives what is written, of the same dtype and number of entries, for a name and the tensor that the
+            checkpoint has. It is called once for each name, in their order. The tensor that it gets is valid until
+            it returns, and it may change that and return it.
     """
+    files = {place.file for place in checkpoint.places.values()}
     if checkpoint.path.is_dir():
-        shutil.copytree(checkpoint.path, folder)
+        weights = {file.name for file in files}
+        shutil.copytree(
+            checkpoint.path,
+            folder,
+            ignore=lambda where, found: weights.intersection(found) if Path(where) == checkpoint.path else (),
+        )
     else:
         folder.mkdir()
-        shutil.copyfile(checkpoint.path, folder / checkpoint.path.name)
-    for change in changes:
-        place = checkpoint.places[change.name]
-        values = change.values.contiguous().reshape(-1)
-        bits = values.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()])
-        copied = folder / place.file.name
-        copied.chmod(copied.stat().st_mode | 0o200)
-        entries = np.memmap(
-            copied, bits.numpy().dtype, "r+", place.offset, (place.num_bytes // values.element_size(),)
-        )
-        entries[... if change.indices is None else change.indices.numpy()] = bits.numpy()
-        entries.flush()
+    changes = _Changes(checkpoint, change)
+    for file, group in groupby(names, key=lambda name: checkpoint.places[name].file):
+        changes.copy(file, folder / file.name, group)
+        files.remove(file)
+    for file in sorted(files):
+        shutil.copyfile(file, folder / file.name)
+
+
+class _Changes:
+    """Copies files with changed tensors; one piece of memory serves them all."""
+
+    def __init__(self, checkpoint: Checkpoint, change: Callable[[str, Tensor], Tensor]) -> None:
+        self.checkpoint, self.change = checkpoint, change
+        self.memory = bytearray()
+
+    def copy(self, file: Path, copied: Path, names: Iterable[str]) -> None:
+        """Stream a file to its copy; `names` are the tensors in it that change, in the order of the file."""
+        with file.open("rb") as source, copied.open("wb") as target:
+            for name in names:
+                place = self.checkpoint.places[name]
+                copy_bytes(source, target, place.offset - source.tell())
+                written = write_tensor(self.change(name, self._read(source, name, place)), target)
+                if written != place.num_bytes:
+                    raise ValueError(f"'{name}' has {place.num_bytes} bytes in '{file}', its change {written}.")
+            copy_bytes(source, target, file.stat().st_size - source.tell())
+
+    def _read(self, source: BinaryIO, name: str, place: Place) -> Tensor:
+        mapped = self.checkpoint[name]  # for its dtype; nothing is read through it
+        if not place.num_bytes:
+            return mapped
+        if len(self.memory) < place.num_bytes:
+            self.memory = bytearray(place.num_bytes)
+        read_into(source, memoryview(self.memory)[: place.num_bytes])
+        return torch.frombuffer(self.memory, dtype=mapped.dtype, count=mapped.numel()).view(mapped.shape)
 
 
 def _weight_files(path: Path) -> list[Path]:

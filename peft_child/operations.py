@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from peft_child.adapter_folder import PEFT_TYPE, SparseAdapter
-from peft_child.checkpoint import Change, Checkpoint, copy_with_changes, replacing
+from peft_child.checkpoint import Checkpoint, copy_with_changes, replacing
 from peft_child.config import OF_OTHERS
 from peft_child.delta import (
     Overlap,
@@ -159,25 +159,24 @@ def merge_checkpoint(
         FileExistsError: If the folder exists and `force` is not set.
     """
     check_fits(adapter, base)
-    dense = [key.removeprefix(PREFIX) for key in adapter.dense]
+    names = base.in_file_order([*adapter.deltas, *(key.removeprefix(PREFIX) for key in adapter.dense)])
     strange: list[str] = []
 
-    def changes() -> Iterator[Change]:
-        for name in progress([*adapter.deltas, *dense], "Merging"):
-            if name in adapter.deltas:
-                delta = adapter.deltas[name]
-                yield Change(name, delta.indices, _merged(name, delta, base, strange))
-            else:
-                yield Change(name, None, adapter.dense[f"{PREFIX}{name}"].to(base[name].dtype))
+    def merged(name: str, tensor: Tensor) -> Tensor:
+        if name not in adapter.deltas:
+            return adapter.dense[f"{PREFIX}{name}"].to(tensor.dtype)
+        delta = adapter.deltas[name]
+        tensor.view(-1)[delta.indices] = _merged(name, delta, tensor, strange)
+        return tensor
 
     with replacing(folder, force) as temporary:
-        copy_with_changes(base, temporary, changes())
+        copy_with_changes(base, temporary, progress(names, "Merging"), merged)
     _warn_of(strange, base)
 
 
-def _merged(name: str, delta: SparseDelta, base: Checkpoint, strange: list[str]) -> Tensor:
+def _merged(name: str, delta: SparseDelta, base: Tensor, strange: list[str]) -> Tensor:
     """The merged values of a child network; adds the name to `strange` if the base has other values than it had."""
-    values = base[name].reshape(-1)[delta.indices]
+    values = base.reshape(-1)[delta.indices]
     if fingerprints_differ(delta.fingerprint, fingerprint_of_values(values)):
         strange.append(name)
     return merged_values(values, delta)
@@ -221,7 +220,7 @@ def export_patch(
         delta = adapter.deltas[name]
         wide = delta.numel >= 1 << 31
         patch[f"{name}.indices"] = delta.indices.to(torch.int64 if wide else torch.int32)
-        patch[f"{name}.values"] = _merged(name, delta, base, strange)
+        patch[f"{name}.values"] = _merged(name, delta, base[name], strange)
     with replacing(file, force) as temporary:
         save_file(patch, temporary, metadata={"format": "pt"})
         temporary.chmod(0o644)  # safetensors writes for the owner alone; a serving engine may be another user

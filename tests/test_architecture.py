@@ -11,7 +11,7 @@ import peft_child
 LAYERS = [
     {"plot"},
     {"card", "ranks"},
-    {"mask", "codec", "selection", "fisher", "batches", "checkpoint"},
+    {"mask", "codec", "selection", "fisher", "batches", "checkpoint", "streaming"},
     {"compose", "config", "hooks", "sparse_file"},
     {"delta"},
     {"storage"},

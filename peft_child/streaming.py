@@ -1,0 +1,115 @@
+"""Files written piece by piece, whatever their size: ranges of other files, and tensors as they are computed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+
+METADATA = {"format": "pt"}  # as transformers and PEFT write it
+_PIECE = 1 << 18  # bytes copied at a time; larger pieces fall out of the processor's cache
+
+
+def copy_bytes(source: BinaryIO, target: BinaryIO, count: int) -> None:
+    """Copy the next bytes of a file.
+
+    Raises:
+        OSError: If the source has fewer.
+    """
+    piece = memoryview(bytearray(min(_PIECE, count)))
+    while count:
+        part = piece[:count]
+        read_into(source, part)
+        target.write(part)
+        count -= len(part)
+
+
+def read_into(source: BinaryIO, memory: memoryview) -> None:
+    """Fill a piece of memory with the next bytes of a file.
+
+    Raises:
+        OSError: If there are fewer.
+    """
+    if source.readinto(memory) < len(memory):  # type: ignore[attr-defined]
+        raise OSError(f"'{source.name}' ends before its tensors do.")
+
+
+def write_tensor(tensor: Tensor, target: BinaryIO) -> int:
+    """Write the bytes of a tensor, row-major; returns their number."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return target.write(flat.view(torch.uint8).numpy().data) if flat.numel() else 0
+
+
+class _Entry(NamedTuple):
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    num_bytes: int
+
+
+class TensorWriter:
+    """Writes a safetensors file, byte for byte as `safetensors.torch.save_file` does, from tensors one at a time.
+
+    The format puts the positions of all tensors in front, and the library sorts them; so the tensors go to a file
+    beside it first, which is gone at the end. To be used in a `with` statement; the file exists when that ends well.
+
+    Args:
+        file: The file to make.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.spill = file.with_name(f"{file.name}.part")
+        self.entries: dict[str, _Entry] = {}
+
+    def __enter__(self) -> TensorWriter:
+        """Open the file beside it."""
+        self.parts = self.spill.open("w+b")
+        return self
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Write one tensor; it is not needed any more after that."""
+        offset = self.parts.tell()
+        num_bytes = write_tensor(tensor, self.parts)
+        self.entries[name] = _Entry(tensor.dtype, tuple(tensor.shape), offset, num_bytes)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Put the tensors into their places."""
+        try:
+            with self.parts:
+                if error is None:
+                    self._assemble()
+        finally:
+            self.spill.unlink()
+
+    def _assemble(self) -> None:
+        header = self._header()
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        with self.file.open("wb") as target:
+            target.write(len(text).to_bytes(8, "little") + text)
+            for name in header:
+                if name in self.entries:
+                    self.parts.seek(self.entries[name].offset)
+                    copy_bytes(self.parts, target, self.entries[name].num_bytes)
+
+    def _header(self) -> dict[str, Any]:
+        """What the library writes for tensors of one entry, which tells their order, with the real sizes."""
+        small = {name: torch.zeros(1, dtype=entry.dtype) for name, entry in self.entries.items()}
+        written = save(small, METADATA)
+        header: dict[str, Any] = json.loads(written[8 : 8 + int.from_bytes(written[:8], "little")])
+        end = 0
+        for name in header:
+            if name in self.entries:
+                entry = self.entries[name]
+                start, end = end, end + entry.num_bytes
+                header[name].update(shape=list(entry.shape), data_offsets=[start, end])
+        return header
