@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from peft_child.card import complete_card
 from peft_child.checkpoint import replacing
 from peft_child.codec import FormatError, encode
-from peft_child.delta import SparseDelta
+from peft_child.delta import Progress, SparseDelta, silent
 from peft_child.sparse_file import DELTA, INDEX, PREFIX, checked_child, child_keys, claimed_sizes, stamped
+from peft_child.streaming import TensorWriter
 
 
 CONFIG_NAME = "adapter_config.json"
@@ -127,30 +128,51 @@ def _check_method(folder: Path, settings: object) -> None:
         raise FormatError(f"'{folder}' is an adapter of type {kind!r}, not of Child-Tuning ({PEFT_TYPE!r}).")
 
 
-def write_adapter(folder: str | Path, adapter: SparseAdapter, force: bool = False) -> None:
-    """Write an adapter folder that every loader can read, whole or not at all.
+def write_adapter(
+    folder: str | Path, adapter: SparseAdapter, force: bool = False, progress: Progress = silent
+) -> None:
+    """Write an adapter folder that every loader can read, with a model card, whole or not at all.
+
+    Deltas are asked for once, one at a time, and written at once.
 
     Args:
         folder: The folder to make.
         adapter: The adapter; the sizes of its child networks are recorded in the settings that are written.
         force: Replace a folder that exists.
+        progress: Wraps the loop over tensor names.
 
     Raises:
         FileExistsError: If the folder exists and `force` is not set.
     """
-    tensors = {key: tensor.contiguous() for key, tensor in adapter.dense.items()}
-    sizes: dict[str, list[int]] = {}
-    for name, delta in adapter.deltas.items():
-        if not delta.indices.numel():
-            continue
-        path, _, parameter = name.rpartition(".")
-        block = encode(delta.indices.cpu().numpy(), delta.shape, delta.fingerprint)
-        tensors[f"{PREFIX}{path}.{DELTA}.{parameter}"] = delta.values.contiguous()
-        tensors[f"{PREFIX}{path}.{INDEX}.{parameter}"] = torch.frombuffer(bytearray(block), dtype=torch.uint8)
-        sizes[name] = [delta.numel, delta.indices.numel(), len(block)]
-    settings = {**adapter.settings, "child_sizes": sizes}
     with replacing(folder, force) as temporary:
         temporary.mkdir()
-        save_file(stamped(tensors), temporary / WEIGHTS_NAME, metadata={"format": "pt"})
-        (temporary / WEIGHTS_NAME).chmod(0o644)  # safetensors writes for the owner alone
+        with TensorWriter(temporary / WEIGHTS_NAME) as weights:
+            for key, tensor in adapter.dense.items():
+                weights.add(key, tensor)
+            sizes = _write_deltas(weights, adapter.deltas, progress)
+        settings = {**adapter.settings, "child_sizes": sizes}
         (temporary / CONFIG_NAME).write_text(json.dumps(settings, indent=2, sort_keys=True))
+        if sizes:
+            complete_card(temporary, settings)
+
+
+def _write_deltas(
+    weights: TensorWriter, deltas: Mapping[str, SparseDelta], progress: Progress
+) -> dict[str, list[int]]:
+    """Write index blocks and values; returns their sizes, as the settings record them."""
+    sizes = {name: _write_delta(weights, name, deltas[name]) for name in progress(list(deltas), "Writing")}
+    return {name: size for name, size in sizes.items() if size}
+
+
+def _write_delta(weights: TensorWriter, name: str, delta: SparseDelta) -> list[int]:
+    if not delta.indices.numel():
+        return []
+    path, _, parameter = name.rpartition(".")
+    block = encode(delta.indices.cpu().numpy(), delta.shape, delta.fingerprint)
+    pair = {
+        f"{PREFIX}{path}.{DELTA}.{parameter}": delta.values,
+        f"{PREFIX}{path}.{INDEX}.{parameter}": torch.frombuffer(bytearray(block), dtype=torch.uint8),
+    }
+    for key, tensor in stamped(pair).items():
+        weights.add(key, tensor)
+    return [delta.numel, delta.indices.numel(), len(block)]

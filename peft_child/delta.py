@@ -18,6 +18,8 @@ from peft_child.selection import seeded, select_largest
 
 Progress = Callable[[Sequence[str], str], Iterable[str]]  # wraps a loop over names, with a title
 
+_PIECE = 1 << 20  # entries computed together, to bound the extra memory
+
 
 def silent(names: Sequence[str], title: str) -> Iterable[str]:
     """No progress bar."""
@@ -134,27 +136,42 @@ def extract_delta(base: Tensor, tuned: Tensor, indices: Tensor | None = None) ->
     before, after = base.reshape(-1), tuned.reshape(-1)
     if indices is None:
         indices = (_bits(before) != _bits(after)).nonzero().view(-1)
-    before, after = before[indices], after[indices]
     for dtype in (torch.float32, torch.float64):
-        values = (after.double() - before.double()).to(dtype)
-        precise = torch.promote_types(torch.promote_types(base.dtype, torch.float32), dtype)
-        again = (before.to(precise) + values.to(precise)).to(base.dtype)
-        if not lossless or torch.equal(_bits(again), _bits(after)):
+        values = torch.empty(indices.numel(), dtype=dtype, device=base.device)
+        for part, found in zip(indices.split(_PIECE), values.split(_PIECE), strict=True):
+            inexact = _write_difference(before[part], after[part], found)
+            if lossless and inexact.any():
+                at = int(part[inexact][0])
+                break
+        else:
             return SparseDelta(tuple(base.shape), indices, values)
-    at = int((_bits(again) != _bits(after)).nonzero()[0])
     raise ValueError(
-        f"The change from {before[at].item()} to {after[at].item()} at position {int(indices[at])} cannot be "
-        "expressed as a float64 difference."
+        f"The change from {before[at].item()} to {after[at].item()} at position {at} cannot be expressed as a float64 "
+        "difference."
     )
+
+
+def _write_difference(before: Tensor, after: Tensor, values: Tensor) -> Tensor:
+    """Write the change in the dtype of `values`; returns where adding it does not give the bits of `after`."""
+    values.copy_(after.double() - before.double())
+    precise = torch.promote_types(torch.promote_types(before.dtype, torch.float32), values.dtype)
+    again = (before.to(precise) + values.to(precise)).to(before.dtype)
+    return _bits(again) != _bits(after)
+
+
+def count_different(base: Tensor, tuned: Tensor) -> int:
+    """Number of entries that differ in a bit, of two tensors of the same floating point dtype and shape."""
+    return int((_bits(base.reshape(-1)) != _bits(tuned.reshape(-1))).sum())
 
 
 def change(base: Tensor, tuned: Tensor) -> Tensor:
     """Absolute change of every entry, float32, as scores to choose the largest changes by."""
-    return (
-        (tuned.double() - base.double()).abs().float()
-        if base.dtype == torch.float64
-        else (tuned.float() - base.float()).abs()
-    )
+    scores = torch.empty(base.shape, device=base.device)
+    precise = torch.promote_types(base.dtype, torch.float32)
+    flat = (tensor.reshape(-1).split(_PIECE) for tensor in (base, tuned, scores))
+    for before, after, score in zip(*flat, strict=True):
+        score.copy_((after.to(precise) - before.to(precise)).abs())
+    return scores
 
 
 COMBINATIONS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")

@@ -6,9 +6,9 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from peft_child.adapter_folder import PEFT_TYPE, SparseAdapter
@@ -20,13 +20,15 @@ from peft_child.delta import (
     SparseDelta,
     change,
     combine_named,
+    count_different,
     extract_delta,
     merged_values,
     overlap,
     silent,
 )
-from peft_child.selection import select_largest
+from peft_child.selection import Cutoff, choose, find_cutoff
 from peft_child.sparse_file import PREFIX, fingerprint_of, fingerprint_of_values, fingerprints_differ
+from peft_child.streaming import TensorWriter
 
 
 FLOATING = ("F32", "BF16", "F16", "F64")
@@ -39,20 +41,75 @@ class NamesDifferError(ValueError):
 # Extract
 
 
+class _Comparison(NamedTuple):
+    """Two checkpoints, and the floating point tensors to compare."""
+
+    base: Checkpoint
+    tuned: Checkpoint
+    names: list[str]
+
+    def change(self, name: str) -> Tensor:
+        return change(self.base[name], self.tuned[name])
+
+
 class _Changes(Mapping[str, Tensor]):
     """Absolute changes between two checkpoints, computed when they are asked for."""
 
-    def __init__(self, base: Checkpoint, tuned: Checkpoint, names: Sequence[str], progress: Progress) -> None:
-        self.base, self.tuned, self.names, self.progress = base, tuned, names, progress
+    def __init__(self, compared: _Comparison, progress: Progress) -> None:
+        self.compared, self.progress = compared, progress
 
     def __getitem__(self, name: str) -> Tensor:
-        return change(self.base[name], self.tuned[name])
+        return self.compared.change(name)
 
     def __iter__(self) -> Iterator[str]:
-        yield from self.progress(self.names, "Comparing")
+        yield from self.progress(self.compared.names, "Comparing")
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.compared.names)
+
+
+class _Extracted(Mapping[str, SparseDelta]):
+    """Deltas between two checkpoints, computed when they are asked for; only their sizes are kept.
+
+    Attributes:
+        compared: The checkpoints.
+        counts: Entries that are chosen, by name of the tensor, where there are any.
+        cutoffs: What the changes must reach, by name of the tensor; None where all that differ are chosen.
+    """
+
+    def __init__(self, compared: _Comparison, cutoff: Cutoff | None, progress: Progress) -> None:
+        self.compared = compared
+        self.counts: dict[str, int] = {}
+        self.cutoffs: dict[str, Cutoff | None] = {}
+        for name in progress(compared.names, "Counting"):
+            self.cutoffs[name] = cutoff
+            if cutoff is None:
+                count = count_different(compared.base[name], compared.tuned[name])
+            else:
+                indices, cutoff = choose(compared.change(name), cutoff)
+                count = indices.numel()
+            if count:
+                self.counts[name] = count
+
+    def __getitem__(self, name: str) -> SparseDelta:
+        if name not in self.counts:
+            raise KeyError(name)
+        before, after, cutoff = self.compared.base[name], self.compared.tuned[name], self.cutoffs[name]
+        try:
+            delta = extract_delta(before, after, None if cutoff is None else choose(change(before, after), cutoff)[0])
+        except ValueError as error:
+            raise ValueError(f"The change of '{name}' cannot be kept. {error}") from error
+        matrix = (before.shape[0], before[0].numel()) if before.dim() else (1, 1)
+        return delta._replace(shape=matrix, fingerprint=fingerprint_of(before, delta.indices))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.counts
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.counts)
+
+    def __len__(self) -> int:
+        return len(self.counts)
 
 
 def extract_adapter(
@@ -62,43 +119,43 @@ def extract_adapter(
 
     Without a density every entry that differs in a bit belongs to the child network, and merging the adapter into the
     base gives the tuned checkpoint bit for bit. With a density the child network has exactly `round(density * n)` of
-    the n floating point entries, those that changed most. Tensors are read one at a time.
+    the n floating point entries, those that changed most. Tensors are read one at a time, and every delta is computed
+    when it is asked for, so the checkpoints have to stay as they are until the adapter is written.
+
+    Changes of integer and FP8 tensors are refused, since no delta expresses them; and without a density also a change
+    between two numbers whose difference needs more than the 53 bits of a float64, such as from 1e30 to 1.
+    The adapter has the names of the checkpoint. They fit `merge_checkpoint` and `export_patch` always, but PEFT only
+    if the model has the same ones: transformers renames or fuses tensors of some architectures on loading.
 
     Args:
         base: The checkpoint before fine-tuning.
         tuned: The checkpoint after it.
         density: Share of the entries to keep, in (0, 1], or None for all that differ.
-        progress: Wraps the loop over tensor names.
+        progress: Wraps the loops over tensor names.
+
+    Returns:
+        The adapter. Asking for a delta raises `ValueError` if it cannot express the change exactly, where that is
+        promised.
 
     Raises:
-        ValueError: If the checkpoints have other tensors or shapes, nothing differs, or `density` is out of range.
+        ValueError: If the checkpoints have other tensors or shapes, nothing differs, a tensor that is not floating
+            point differs, or `density` is out of range.
     """
     if density is not None and not 0 < density <= 1:
         raise ValueError(f"density must be in (0, 1], got {density!r}.")
-    names = _comparable(base, tuned)
-    chosen: Mapping[str, Tensor] = {}
-    if density is not None:
-        changes = _Changes(base, tuned, names, progress)
-        size = round(density * sum(_numel(base, name) for name in names))
-        chosen = select_largest(changes, size)
-    deltas: dict[str, SparseDelta] = {}
-    for name in progress(names, "Extracting"):
-        before = base[name]
-        delta = extract_delta(before, tuned[name], chosen.get(name))
-        if delta.indices.numel():
-            matrix = (before.shape[0], -1) if before.dim() else (1, 1)
-            shape = tuple(before.reshape(matrix).shape)
-            deltas[name] = delta._replace(shape=shape, fingerprint=fingerprint_of(before, delta.indices))
+    compared = _Comparison(base, tuned, _comparable(base, tuned))
+    numel = sum(_numel(base, name) for name in compared.names)
+    cutoff = None if density is None else find_cutoff(_Changes(compared, progress), round(density * numel))
+    deltas = _Extracted(compared, cutoff, progress)
     if not deltas:
         raise ValueError(f"'{base.path}' and '{tuned.path}' do not differ in any floating point entry.")
     for name in deltas:
         if "." not in name:
             raise ValueError(f"'{name}' belongs to the top-level module, which an adapter cannot reach.")
-    numel = sum(_numel(base, name) for name in names)
     settings = {
         "peft_type": PEFT_TYPE,
         "variant": "extracted",
-        "density": density or sum(delta.indices.numel() for delta in deltas.values()) / numel,
+        "density": density or sum(deltas.counts.values()) / numel,
         "target_parameters": list(deltas),
         "base_model_name_or_path": str(base.path),
     }
@@ -214,16 +271,13 @@ def export_patch(
     if adapter.dense:
         raise ValueError(f"A patch holds entries only; '{next(iter(adapter.dense))}' was saved whole.")
     check_fits(adapter, base)
-    patch: dict[str, Tensor] = {}
     strange: list[str] = []
-    for name in progress(list(adapter.deltas), "Merging"):
-        delta = adapter.deltas[name]
-        wide = delta.numel >= 1 << 31
-        patch[f"{name}.indices"] = delta.indices.to(torch.int64 if wide else torch.int32)
-        patch[f"{name}.values"] = _merged(name, delta, base[name], strange)
-    with replacing(file, force) as temporary:
-        save_file(patch, temporary, metadata={"format": "pt"})
-        temporary.chmod(0o644)  # safetensors writes for the owner alone; a serving engine may be another user
+    with replacing(file, force) as temporary, TensorWriter(temporary) as patch:
+        for name in progress(list(adapter.deltas), "Merging"):
+            delta = adapter.deltas[name]
+            wide = delta.numel >= 1 << 31
+            patch.add(f"{name}.indices", delta.indices.to(torch.int64 if wide else torch.int32))
+            patch.add(f"{name}.values", _merged(name, delta, base[name], strange))
     _warn_of(strange, base)
 
 
@@ -275,27 +329,67 @@ def combine_adapters(
 ) -> SparseAdapter:
     """Combine adapters of one base model; see `combine_deltas` for what the arguments mean.
 
+    Every delta is combined when it is asked for, so that memory is that of one tensor, and again if it is asked again.
+
     Raises:
         ValueError: If an argument is out of range, an adapter has modules saved whole, or tensors differ in shape.
     """
     for adapter in adapters:
         if adapter.dense and len(adapters) > 1:
             raise ValueError(f"Modules saved whole cannot be combined, and '{next(iter(adapter.dense))}' is one.")
-    deltas = combine_named(
-        [adapter.deltas for adapter in adapters],
-        weights,
-        combination_type=combination_type,
-        density=density,
-        majority_sign_method=majority_sign_method,
-        seed=seed,
-        progress=progress,
-    )
+    options = {
+        "combination_type": combination_type,
+        "density": density,
+        "majority_sign_method": majority_sign_method,
+        "seed": seed,
+    }
+    deltas = _Combined([adapter.deltas for adapter in adapters], weights, options, progress)
     settings = dict(adapters[0].settings)
     if len(adapters) > 1 and deltas:
-        sizes = [(delta.indices.numel(), delta.numel) for delta in deltas.values()]
-        chosen, numel = (sum(column) for column in zip(*sizes, strict=True))
+        chosen, numel = (sum(column) for column in zip(*deltas.sizes.values(), strict=True))
         settings |= {**OF_OTHERS, "density": chosen / numel, "target_parameters": list(deltas)}
     return SparseAdapter(settings, deltas, adapters[0].dense)
+
+
+class _Combined(Mapping[str, SparseDelta]):
+    """Combinations of deltas, computed when they are asked for; only their sizes are kept.
+
+    Attributes:
+        sizes: Chosen entries and entries, by name of the tensor.
+    """
+
+    def __init__(
+        self,
+        adapters: Sequence[Mapping[str, SparseDelta]],
+        weights: Sequence[float],
+        options: Mapping[str, Any],
+        progress: Progress,
+    ) -> None:
+        self.adapters, self.weights, self.options = adapters, weights, options
+        combine_named([{} for _ in adapters], weights, **options)  # checks the arguments
+        names = list(dict.fromkeys(name for deltas in adapters for name in deltas))
+        self.sizes: dict[str, tuple[int, int]] = {}
+        for name in progress(names, "Combining"):
+            delta = self._combine(name)
+            self.sizes[name] = delta.indices.numel(), delta.numel
+
+    def _combine(self, name: str) -> SparseDelta:
+        here = [{name: deltas[name]} if name in deltas else {} for deltas in self.adapters]
+        return combine_named(here, self.weights, **self.options)[name]
+
+    def __getitem__(self, name: str) -> SparseDelta:
+        if name not in self.sizes:
+            raise KeyError(name)
+        return self._combine(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.sizes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sizes)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
 
 
 def compare_adapters(adapters: Sequence[SparseAdapter]) -> dict[tuple[int, int], dict[str, Overlap]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,18 @@ from torch import Tensor
 _BINS = 1 << 16
 _INFINITY = 0x7F80_0000  # bit pattern; larger ones are NaN, negative ones negative numbers
 _PIECE = 1 << 22  # scores looked at together, to bound the extra memory
+
+
+class Cutoff(NamedTuple):
+    """What separates the largest scores of several tensors from the others.
+
+    Attributes:
+        threshold: Bit pattern of the smallest score that is chosen; all larger ones are chosen.
+        ties: How many scores equal to it are chosen, from here on in the order of the tensors.
+    """
+
+    threshold: int
+    ties: int
 
 
 def select_largest(scores: Mapping[str, Tensor], size: int) -> dict[str, Tensor]:
@@ -36,34 +49,72 @@ def select_largest(scores: Mapping[str, Tensor], size: int) -> dict[str, Tensor]
     Raises:
         ValueError: If `size` is out of range, or scores are negative, NaN, infinite or of another dtype.
     """
-    total = sum(score.numel() for score in scores.values())
-    if not 1 <= size <= total:
-        raise ValueError(f"size must be from 1 to {total}, the number of scores, got {size}.")
-    for name, score in scores.items():
-        _check(name, score)
-
-    upper, left = _bin_of(size, (bits >> 16 for score in scores.values() for bits in _pieces(score)))
-    inside = (bits[bits >> 16 == upper] & 0xFFFF for score in scores.values() for bits in _pieces(score))
-    lower, left = _bin_of(left, inside)
-    threshold = upper << 16 | lower
-
+    cutoff = find_cutoff(scores, size)
     chosen = {}
     for name, score in scores.items():
-        bits = _bits(score)
-        above = bits > threshold
-        if left:  # entries equal to the threshold that still fit
-            equal = (bits == threshold).nonzero().view(-1)[:left]
-            above[equal] = True
-            left -= equal.numel()
-        chosen[name] = above.nonzero().view(-1)
+        chosen[name], cutoff = choose(score, cutoff)
     return chosen
 
 
-def _bin_of(rank: int, digits: Iterator[Tensor]) -> tuple[int, int]:
-    """The bin that holds the `rank`-th largest digit, and its rank among the digits of that bin."""
+def find_cutoff(scores: Mapping[str, Tensor], size: int) -> Cutoff:
+    """Find what separates the `size` largest scores of all tensors together from the others.
+
+    Args:
+        scores: As in `select_largest`. They are asked for twice, one at a time, so they may be computed lazily.
+        size: Number of entries to choose, from 1 to the number of scores.
+
+    Returns:
+        The cutoff for the first of the tensors.
+
+    Raises:
+        ValueError: As `select_largest`.
+    """
+    total = 0
+
+    def upper_halves() -> Iterator[Tensor]:
+        nonlocal total
+        for name, score in scores.items():
+            _check(name, score)
+            total += score.numel()
+            yield from (bits >> 16 for bits in _pieces(score))
+
+    counts = _histogram(upper_halves())
+    if not 1 <= size <= total:
+        raise ValueError(f"size must be from 1 to {total}, the number of scores, got {size}.")
+    upper, left = _bin_of(size, counts)
+    inside = (bits[bits >> 16 == upper] & 0xFFFF for score in scores.values() for bits in _pieces(score))
+    lower, left = _bin_of(left, _histogram(inside))
+    return Cutoff(upper << 16 | lower, left)
+
+
+def choose(score: Tensor, cutoff: Cutoff) -> tuple[Tensor, Cutoff]:
+    """Choose the scores of one tensor that a cutoff lets pass.
+
+    Args:
+        score: As in `select_largest`, of any shape.
+        cutoff: That of this tensor.
+
+    Returns:
+        Strictly increasing flat indices, int64, shape `(k,)`, and the cutoff for the next tensor.
+    """
+    bits, left = _bits(score), cutoff.ties
+    above = bits > cutoff.threshold
+    if left:
+        equal = (bits == cutoff.threshold).nonzero().view(-1)[:left]
+        above[equal] = True
+        left -= equal.numel()
+    return above.nonzero().view(-1), cutoff._replace(ties=left)
+
+
+def _histogram(digits: Iterator[Tensor]) -> Tensor:
     counts = torch.zeros(_BINS, dtype=torch.int64)
     for digit in digits:
         counts += torch.bincount(digit, minlength=_BINS).cpu()
+    return counts
+
+
+def _bin_of(rank: int, counts: Tensor) -> tuple[int, int]:
+    """The bin that holds the `rank`-th largest digit, and its rank among the digits of that bin."""
     at_least = counts.flip(0).cumsum(0)
     position = int(torch.searchsorted(at_least, rank))
     above = int(at_least[position - 1]) if position else 0

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -265,6 +266,65 @@ def test_reading_an_adapter_gives_what_the_model_has(tmp_path):
     assert_same({name: delta.indices for name, delta in adapter.deltas.items()}, child_of(model))
     assert adapter.settings["density"] == config_for("llama").density
     assert adapter.settings["child_sizes"] == adapter.sizes
+
+
+MEASURED = """
+import re, sys, tempfile
+from pathlib import Path
+from peft_child.adapter_folder import open_adapter, write_adapter
+from peft_child.checkpoint import Checkpoint
+from peft_child.operations import combine_adapters, export_patch, extract_adapter, merge_checkpoint
+
+folder, work = Path(sys.argv[1]), sys.argv[2]
+
+def run(size):
+    base, tuned = (Checkpoint(folder / f"{size}-{kind}.safetensors") for kind in ("base", "tuned"))
+    child = folder / f"{size}-child"
+    if work in ("lossless", "density"):
+        adapter = extract_adapter(base, tuned, 0.3 if work == "density" else None)
+        write_adapter(folder / work, adapter, force=True)
+    elif work == "merge":
+        merge_checkpoint(open_adapter(child), base, folder / work, force=True)
+    elif work == "combine":
+        write_adapter(folder / work, combine_adapters([open_adapter(child)] * 2, [0.5, 0.5]), force=True)
+    else:
+        export_patch(open_adapter(child), base, folder / work, force=True)
+
+def peak(size):
+    Path("/proc/self/clear_refs").write_text("5")
+    run(size)
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+run("small")  # imports and caches
+print(peak("small"), peak("large"))
+"""
+ENTRIES = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def large_files(tmp_path_factory):
+    """A checkpoint of two tensors and one of 24, what became of them, and the adapters of the difference."""
+    folder = tmp_path_factory.mktemp("large")
+    for size, count in (("small", 2), ("large", 24)):
+        torch.manual_seed(0)
+        base = {f"layers.{index}.weight": torch.randn(1024, ENTRIES // 1024) for index in range(count)}
+        save_file(base, folder / f"{size}-base.safetensors")
+        save_file({name: tensor * 1.01 for name, tensor in base.items()}, folder / f"{size}-tuned.safetensors")
+        before, after = (Checkpoint(folder / f"{size}-{kind}.safetensors") for kind in ("base", "tuned"))
+        write_adapter(folder / f"{size}-child", extract_adapter(before, after))
+    return folder
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells and resets the peak of memory")
+@pytest.mark.parametrize("work", ["lossless", "density", "merge", "combine", "patch"])
+def test_memory_does_not_grow_with_the_number_of_tensors(large_files, work):
+    arguments = [sys.executable, "-c", MEASURED, large_files, work]
+    done = subprocess.run(
+        arguments, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    small, large = map(int, done.stdout.split())
+    # 22 tensors more: 88 MiB in the checkpoint, 264 MiB as the positions and values of a child network
+    assert large - small < 6 * 4 * ENTRIES  # what allocators keep differs a little
 
 
 PREPARED = """
