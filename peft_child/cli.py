@@ -6,6 +6,7 @@ Every verb reads, calls one function of the library, and prints. What goes wrong
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -68,6 +69,9 @@ OutputFolder = Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder to 
 Revision = Annotated[
     str | None, typer.Option(metavar="NAME", help="Branch, tag or commit of the adapter, if it is on the Hub.")
 ]
+Subfolder = Annotated[
+    str | None, typer.Option(metavar="FOLDER", help="Where the adapter lies inside of ADAPTER, if not at its top.")
+]
 Revisions = Annotated[
     list[str] | None,
     typer.Option(
@@ -85,8 +89,18 @@ Force = Annotated[bool, typer.Option("--force", help="Replace the output if it e
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs, complete and unrounded.")]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"peft-child {version('peft-child')}")
+        raise typer.Exit
+
+
 @app.callback()
-def about() -> None:
+def about(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
     """Look at Child-Tuning adapters, and make, compare, combine, check and merge them.
 
     An adapter is a small file of changes to some weights of a base model, its child network. Adapters and checkpoints
@@ -104,6 +118,7 @@ def main() -> None:
 def inspect(
     adapter: AdapterName,
     revision: Revision = None,
+    subfolder: Subfolder = None,
     as_json: AsJson = False,
     plot: Annotated[
         Path | None, typer.Option(metavar="OUT.png", help="Draw the child network as a heat map, layers by modules.")
@@ -112,7 +127,7 @@ def inspect(
 ) -> None:
     """Show what an adapter holds: its child network by tensor, layer and module, its settings and its base model."""
     _check_file(plot, force)
-    stored = open_adapter(locate_adapter(adapter, revision))
+    stored = open_adapter(locate_adapter(adapter, revision, subfolder=subfolder))
     summary = summarize(stored)
     if as_json:
         settings = {key: value for key, value in stored.settings.items() if key != "child_sizes"}
@@ -187,15 +202,19 @@ def extract(
     """Make an adapter of the difference between two checkpoints.
 
     Without --density, merging the adapter into the base gives the fine-tuned checkpoint back bit for bit. With it, the
-    entries that changed most are kept.
+    entries that changed most are kept. Refused are changes of integer and FP8 tensors; and, without --density, changes
+    that would need more than the 53 bits of a float64, such as from 1e30 to 1.
+
+    The adapter has the names of the checkpoint, so `merge` and `patch` always take it. PEFT takes it only if the model
+    has the same names: transformers renames or fuses tensors of some architectures on loading, such as Mixtral.
     """
     _check_folder(output, force)
     before = Checkpoint(locate_checkpoint(base, base_revision))
     after = Checkpoint(locate_checkpoint(tuned, revision))
     adapter = extract_adapter(before, after, density, progress)
     adapter.settings.update(base_model_name_or_path=base, revision=base_revision)
-    write_adapter(output, adapter, force)
-    typer.echo(f"extracted {counts(adapter)} to {plain(output)}")
+    write_adapter(output, adapter, force, progress)
+    typer.echo(f"extracted {counts(open_adapter(output))} to {plain(output)}")
 
 
 @app.command(epilog="Example: `peft-child merge ./child org/model ./merged`")
@@ -204,6 +223,7 @@ def merge(
     base: BaseName,
     output: OutputFolder,
     revision: Revision = None,
+    subfolder: Subfolder = None,
     base_revision: BaseRevision = None,
     force: Force = False,
 ) -> None:
@@ -212,7 +232,7 @@ def merge(
     Everything beside the weights, such as a tokenizer, is copied from the base.
     """
     _check_folder(output, force)
-    folder, stored, path = _adapter_and_base(adapter, base, revision, base_revision)
+    folder, stored, path = _adapter_and_base(adapter, base, revision, subfolder, base_revision)
     checkpoint = Checkpoint(path)
     try:
         merge_checkpoint(stored, checkpoint, output, force, progress)
@@ -255,8 +275,8 @@ def combine(
         seed=seed,
         progress=progress,
     )
-    write_adapter(output, combined, force)
-    typer.echo(f"combined {len(stored)} adapters to {counts(combined)} in {plain(output)}")
+    write_adapter(output, combined, force, progress)
+    typer.echo(f"combined {len(stored)} adapters to {counts(open_adapter(output))} in {plain(output)}")
 
 
 @app.command(epilog="Example: `peft-child patch ./child org/model child-patch.safetensors`")
@@ -265,6 +285,7 @@ def patch(
     base: BaseName,
     output: Annotated[Path, typer.Argument(metavar="OUTPUT.safetensors", help="File to make.")],
     revision: Revision = None,
+    subfolder: Subfolder = None,
     base_revision: BaseRevision = None,
     force: Force = False,
 ) -> None:
@@ -274,7 +295,7 @@ def patch(
     has NAME.indices, flat positions, and NAME.values, what stands there after merging.
     """
     _check_file(output, force)
-    _, stored, path = _adapter_and_base(adapter, base, revision, base_revision)
+    _, stored, path = _adapter_and_base(adapter, base, revision, subfolder, base_revision)
     export_patch(stored, Checkpoint(path), output, force, progress)
     typer.echo(f"wrote {counts(stored)} to {plain(output)}")
 
@@ -286,13 +307,14 @@ def verify(
         str | None, typer.Option(metavar="BASE", help="Check as well that it was made on this checkpoint.")
     ] = None,
     revision: Revision = None,
+    subfolder: Subfolder = None,
     base_revision: BaseRevision = None,
 ) -> None:
     """Check an adapter completely, and say what is wrong with it; exit code 2 if something is.
 
     Every checksum, position and value is checked and, with --base, every name and size and the base's own values.
     """
-    folder = locate_adapter(adapter, revision)
+    folder = locate_adapter(adapter, revision, subfolder=subfolder)
     stored = read_adapter(folder)
     if not stored.deltas:
         raise FormatError("The file holds no child network; it was saved before one was chosen.")
@@ -306,9 +328,9 @@ def verify(
 
 
 def _adapter_and_base(
-    adapter: str, base: str, revision: str | None, base_revision: str | None
+    adapter: str, base: str, revision: str | None, subfolder: str | None, base_revision: str | None
 ) -> tuple[Path, SparseAdapter, Path]:
-    folder = locate_adapter(adapter, revision)
+    folder = locate_adapter(adapter, revision, subfolder=subfolder)
     stored = open_adapter(folder)
     return folder, stored, locate_checkpoint(base, _recorded(stored, base, base_revision))
 

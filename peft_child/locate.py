@@ -6,7 +6,8 @@ Whatever goes wrong on the Hub becomes one sentence that says what to do.
 from __future__ import annotations
 
 import re
-from pathlib import Path
+from glob import escape
+from pathlib import Path, PurePosixPath
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
@@ -29,29 +30,35 @@ FILES_BESIDE = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*")  # configur
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
-def locate_adapter(name: str, revision: str | None = None, token: str | None = None) -> Path:
+def locate_adapter(
+    name: str, revision: str | None = None, token: str | None = None, subfolder: str | None = None
+) -> Path:
     """Folder of an adapter.
 
     Args:
         name: A path, or the name of a repository on the Hub. A path that exists is preferred.
         revision: Branch, tag or commit on the Hub; by default its main branch.
         token: Access token for the Hub; by default that of the environment or of `hf auth login`.
+        subfolder: Where the adapter lies in the folder or the repository, if not at its top.
 
     Returns:
-        The path itself, or the folder in the Hub's cache.
+        The path itself, or the folder in the Hub's cache; with the subfolder.
 
     Raises:
         OSError: If there is no such path, and the repository cannot be downloaded; the message says why.
     """
-    return _locate(name, revision, token, ADAPTER_FILES)
+    inside = PurePosixPath(subfolder or "")
+    return _locate(name, revision, token, [escape(str(inside / file)) for file in ADAPTER_FILES]) / inside
 
 
 def locate_checkpoint(name: str, revision: str | None = None, token: str | None = None) -> Path:
     """Folder or file of a checkpoint, with what lies beside the weights; otherwise as `locate_adapter`."""
-    return _locate(name, revision, token, (*WEIGHTS_FILES, *FILES_BESIDE))
+    return _locate(name, revision, token, [*WEIGHTS_FILES, *FILES_BESIDE], ["*/*"])
 
 
-def _locate(name: str, revision: str | None, token: str | None, patterns: tuple[str, ...]) -> Path:
+def _locate(
+    name: str, revision: str | None, token: str | None, patterns: list[str], ignored: list[str] | None = None
+) -> Path:
     if Path(name).exists():
         return Path(name)
     if not HUB_NAME.fullmatch(name):
@@ -60,7 +67,7 @@ def _locate(name: str, revision: str | None, token: str | None, patterns: tuple[
         )
     try:
         folder = snapshot_download(
-            name, revision=revision, token=token, allow_patterns=list(patterns), ignore_patterns=["*/*"]
+            name, revision=revision, token=token, allow_patterns=patterns, ignore_patterns=ignored
         )
     except Exception as error:  # the network errors of the client's own dependencies have no other common class
         raise OSError(_explained(name, revision, error)) from error

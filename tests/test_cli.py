@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-from peft_child import cli, locate, terminal
+from peft_child import ChildTuningConfig, cli, locate, terminal
 from peft_child.adapter_folder import CONFIG_NAME, WEIGHTS_NAME, read_adapter, write_adapter
 from peft_child.checkpoint import Checkpoint
 from peft_child.operations import combine_adapters, compare_adapters, export_patch, extract_adapter, merge_checkpoint
@@ -241,6 +242,33 @@ def test_verify(files):
     assert found == f"ok: {counts}, made on {files / 'base'}\n"
 
 
+# The model card
+
+
+@pytest.mark.parametrize("verb", ["extract", "combine"])
+def test_what_is_written_has_a_model_card_and_a_heat_map(files, tmp_path, verb):
+    pytest.importorskip("matplotlib")
+    output_of(*writing(verb, files, tmp_path / "child"))
+    config = ChildTuningConfig.from_pretrained(str(tmp_path / "child"))
+    written, heat_map = ((tmp_path / "child" / name).read_bytes() for name in ("README.md", "child_network.png"))
+    card = written.replace(b"- **Stored in:** `float32`\n", b"")
+    for name in ("README.md", "child_network.png"):
+        (tmp_path / "child" / name).unlink()
+    config.save_pretrained(str(tmp_path / "child"))
+    assert b"## Child-Tuning adapter" in card
+    saved = (tmp_path / "child/README.md").read_bytes()
+    assert saved.replace(b"- **Stored in:** `float32`\n", b"") == card  # deltas of checkpoints may be of two dtypes
+    assert (tmp_path / "child/child_network.png").read_bytes() == heat_map
+
+
+def test_the_model_card_does_without_matplotlib(files, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    output_of(*writing("extract", files, tmp_path / "child"))
+    assert "child_network.png" not in (tmp_path / "child/README.md").read_text()
+    assert {path.name for path in (tmp_path / "child").iterdir()} == {CONFIG_NAME, WEIGHTS_NAME, "README.md"}
+
+
 # Merging through the model
 
 
@@ -303,6 +331,22 @@ def test_a_model_that_cannot_be_loaded(files, tmp_path):
     (tmp_path / "child" / CONFIG_NAME).write_text(json.dumps(settings))
     message = error_of("merge", tmp_path / "child", tmp_path / "bert", tmp_path / "merged")
     assert "transformers has no model class 'Trainer'" in message
+
+
+# Adapters in subfolders
+
+
+def test_an_adapter_in_a_subfolder(files, tmp_path):
+    shutil.copytree(files / "chosen", tmp_path / "repo/runs [1]/last")
+    inside = ["--subfolder", "runs [1]/last/"]
+    for verb in ("inspect", "verify"):
+        whole = output_of(verb, files / "chosen").replace(str(files / "chosen"), str(tmp_path / "repo"))
+        assert output_of(verb, tmp_path / "repo", *inside) == whole
+    for verb in ("merge", "patch"):
+        output_of(verb, files / "chosen", files / "base", tmp_path / f"expected-{verb}")
+        output_of(verb, tmp_path / "repo", files / "base", tmp_path / verb, *inside)
+        assert content(tmp_path / verb) == content(tmp_path / f"expected-{verb}")
+    assert "is no folder of an adapter" in error_of("inspect", tmp_path / "repo", "--subfolder", "none")
 
 
 # Bad input
@@ -410,9 +454,8 @@ def test_what_exists_survives_a_full_disk_and_a_lack_of_permission(occupied, tmp
     def fail(*arguments, **options):
         raise OSError(number, os.strerror(number), "a file")
 
-    monkeypatch.setattr("peft_child.operations.save_file", fail)
-    monkeypatch.setattr("peft_child.adapter_folder.save_file", fail)
-    monkeypatch.setattr("shutil.copyfile", fail)  # merging copies the checkpoint first
+    monkeypatch.setattr("peft_child.streaming.write_tensor", fail)
+    monkeypatch.setattr("peft_child.checkpoint.write_tensor", fail)
     assert os.strerror(number) in error_of(*occupied, "--force")
     assert content(tmp_path / "output") == before
     assert [path.name for path in tmp_path.iterdir()] == ["output"]
@@ -501,12 +544,17 @@ def test_the_hub(files, tmp_path):
         ["inspect", "tester/missing"],
         ["inspect", "tester/child", "--revision", "v3"],
         ["inspect", "tester/base"],
+        ["inspect", "tester/many", "--json", "--subfolder", "last [1]"],
     ]
+    many = tmp_path / "many"
+    for name in ("last [1]", "first"):
+        shutil.copytree(files / "chosen", many / name)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     with HubServer() as hub:
         published(hub, "tester/base", files / "base", files / "other")
         published(hub, "tester/child", files / "chosen", files / "random")
         published(hub, "tester/private", files / "chosen", private=True)
+        published(hub, "tester/many", many)
         done = subprocess.run(
             [sys.executable, "-c", CLIENT],
             input=json.dumps(commands),
@@ -518,8 +566,10 @@ def test_the_hub(files, tmp_path):
         )
         downloaded = [path for method, path in hub.requests if "/resolve/" in path]
     results = json.loads(done.stdout)
-    assert [result[0] for result in results] == [0] * 5 + [2] * 4
-    assert [result[2].count("\n") for result in results] == [0] * 5 + [1] * 4
+    assert results[-1][2] == ""
+    assert [result[0] for result in results] == [0] * 5 + [2] * 4 + [0]
+    assert [result[2].count("\n") for result in results] == [0] * 5 + [1] * 4 + [0]
+    assert json.loads(results[-1][1])["settings"]["variant"] == "task_driven"
     newest, first, overlap = (json.loads(result[1]) for result in results[:3])
     assert (newest["settings"]["variant"], first["settings"]["variant"]) == ("random", "task_driven")
     assert overlap["pairs"][0]["jaccard"] < 1
@@ -528,7 +578,7 @@ def test_the_hub(files, tmp_path):
     settings = read_adapter(tmp_path / "child").settings
     assert (settings["base_model_name_or_path"], settings["revision"]) == ("tester/base", "v1")
     for result, problem in zip(
-        results[5:],
+        results[5:-1],
         [
             "no repository on the Hub that you may read; for a private one log in with `hf auth login`.",
             "no repository on the Hub that you may read",
@@ -539,7 +589,7 @@ def test_the_hub(files, tmp_path):
     ):
         assert problem in result[2]
     assert downloaded
-    assert not [path for path in downloaded if path.endswith("README.md") or "onnx" in path]
+    assert not [path for path in downloaded if re.search("README.md|onnx|first", path)]
 
 
 def test_the_revision_that_the_adapter_records_is_the_default(files, tmp_path, monkeypatch):
@@ -569,6 +619,10 @@ def test_the_installed_command():
     printed = unstyled(done.stdout)
     assert "An adapter is a small file of changes to some weights" in printed
     assert all(f"{verb} " in printed for verb in VERBS)
+
+
+def test_the_version():
+    assert output_of("--version") == f"peft-child {version('peft-child')}\n"
 
 
 @pytest.mark.parametrize("verb", VERBS)
