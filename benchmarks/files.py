@@ -64,6 +64,11 @@ def measure_blocks(scores, densities, repeats):
         )
 
 
+def extract_to(folder, base, tuned):
+    """Make an adapter folder of the difference between two checkpoints."""
+    write_adapter(folder, extract_adapter(base, tuned), force=True)
+
+
 def peak_of(arguments):
     """Largest resident size after some work on files, in a process that does nothing else."""
     work, folder = arguments
@@ -72,7 +77,7 @@ def peak_of(arguments):
     if work == "merge":
         merge_checkpoint(read_adapter(folder / "child"), base, folder / "peak", force=True)
     if work == "extract":
-        extract_adapter(base, Checkpoint(folder / "merged"))
+        extract_to(folder / "peak", base, Checkpoint(folder / "merged"))
     if work == "read":
         read_adapter(folder / "child")
     status = Path("/proc/self/status").read_text()  # ru_maxrss would start at the size of the parent
@@ -94,15 +99,24 @@ def measure_checkpoints(gigabytes, repeats):
             deltas[name] = SparseDelta((rows, columns), indices, torch.randn(len(indices)) * 0.1)
         write_adapter(folder / "child", SparseAdapter({"peft_type": "PEFT_CHILD"}, deltas))
         adapter, base = read_adapter(folder / "child"), Checkpoint(folder / "base")
-        copy = seconds(lambda: shutil.copytree(folder / "base", folder / "copy", dirs_exist_ok=True), repeats)
-        merge = seconds(lambda: merge_checkpoint(adapter, base, folder / "merged", force=True), repeats)
-        extract = seconds(lambda: extract_adapter(base, Checkpoint(folder / "merged")), 1)
+        copies, merges, readings = [], [], []
+        for _ in range(repeats):  # in turn, each into a fresh folder, so that all meet the same disk
+            for made in ("copy", "merged"):
+                shutil.rmtree(folder / made, ignore_errors=True)
+            copies.append(seconds(lambda: shutil.copytree(folder / "base", folder / "copy"), 1))
+            merges.append(seconds(lambda: merge_checkpoint(adapter, base, folder / "merged"), 1))
+            readings.append(seconds(lambda: read_adapter(folder / "child"), 1))
+        ratio = median(merge / copy for merge, copy in zip(merges, copies, strict=True))
+        extract = seconds(lambda: extract_to(folder / "extracted", base, Checkpoint(folder / "merged")), 1)
         with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
             work = [(kind, folder) for kind in ("nothing", "read", "merge", "extract")]
             nothing, *peaks = pool.map(peak_of, work, chunksize=1)
     size, largest = count * rows * columns * 2, rows * columns * 2
     print(f"\nA checkpoint of {size / 1e9:.2f} GB in bfloat16, largest tensor {largest / 1e6:.0f} MB, density 0.1")
-    print(f"copy {copy:.2f} s, merge {merge:.2f} s ({merge / copy:.2f} x), extract losslessly {extract:.2f} s")
+    print(
+        f"copy {median(copies):.2f} s, merge {median(merges):.2f} s ({ratio:.2f} x, median of {repeats} pairs; "
+        f"{median(readings):.2f} s of it reading the adapter), extract losslessly and write {extract:.2f} s"
+    )
     for kind, peak in zip(("reading the adapter", "merging", "extracting"), peaks, strict=True):
         print(f"peak memory of {kind}: {(peak - nothing) / 1e6:.0f} MB above opening the checkpoint")
 

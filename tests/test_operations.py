@@ -142,6 +142,18 @@ def test_checkpoints_that_cannot_be_compared(tmp_path):
         compare(tensors, density=2)
 
 
+def test_a_change_that_no_delta_expresses_is_refused_by_name(tmp_path):
+    save_file({"a.b": torch.tensor([1.0, 1e30])}, tmp_path / "base.safetensors")
+    save_file({"a.b": torch.tensor([2.0, 1.0])}, tmp_path / "tuned.safetensors")
+    base, tuned = (Checkpoint(tmp_path / f"{name}.safetensors") for name in ("base", "tuned"))
+    with pytest.raises(
+        ValueError, match=r"change of 'a.b' cannot be kept. The change from 1.00*150474662e\+30 to 1.0 at position 1"
+    ):
+        write_adapter(tmp_path / "child", extract_adapter(base, tuned))
+    assert {path.name for path in tmp_path.iterdir()} == {"base.safetensors", "tuned.safetensors"}
+    assert extract_adapter(base, tuned, density=0.5).deltas["a.b"].indices.tolist() == [1]
+
+
 def test_a_patch_applied_with_numpy_gives_the_merged_checkpoint(tmp_path):
     import numpy as np
     from safetensors.numpy import load_file as load_arrays
