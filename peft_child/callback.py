@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from peft_child.choice import Scores, select_child_network
 from peft_child.layer import child_tuning_layers
 from peft_child.plot import places_of
+from peft_child.ranks import check_equal, digest, world_size
 
 
 if TYPE_CHECKING:
@@ -26,7 +27,8 @@ class ChildTuningCallback(TrainerCallback):
     Neither is needed for training: without data or scores the callback only logs, and a child network that is chosen
     already, or loaded, stays as it is. The choice is made at the end of the Trainer's construction, before there is an
     optimizer; a Trainer that makes its model anew for each training (`model_init`) has to choose there. Resuming from
-    a checkpoint replaces what was chosen by the checkpoint's child network.
+    a checkpoint replaces what was chosen by the checkpoint's child network. In several processes the callback checks
+    that all of them train the same one.
 
     With every training loss it logs `child/moved`, the share of the chosen entries that differ from the base;
     `child/norm`, the L2 norm of the delta; and the norm by layer, as in `child/norm/layer.3`, with `child/norm/other`
@@ -74,6 +76,33 @@ class ChildTuningCallback(TrainerCallback):
             select_child_network(
                 model, self.dataloader, scores=self.scores, adapter_name=self.adapter_name, **self.kwargs
             )
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """In several processes, check that all of them train the same child network with the same gradient masks.
+
+        Raises:
+            ValueError: If they do not, such as random child networks of different seeds; raised on every rank.
+        """
+        if model is None or world_size() == 1:
+            return
+        buffers = dict(model.named_buffers())
+        held = {
+            kind: {name: buffer for name, buffer in buffers.items() if f".{kind}.{self.adapter_name}." in name}
+            for kind in ("child_index", "child_mask")
+        }
+        check_equal(
+            {
+                f"child network of adapter '{self.adapter_name}' (digest)": digest(held["child_index"])[:12],
+                f"gradient masks of adapter '{self.adapter_name}' (digest)": digest(held["child_mask"])[:12],
+            }
+        )
 
     def on_log(
         self,

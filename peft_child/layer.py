@@ -44,6 +44,7 @@ class ChildTuningLayer(ChildStorage):
         super().__init__(base_layer)
         self.merged_adapters: list[str] = []
         self._replaced: list[_Replaced] = []
+        self._base_only = False
         with warnings.catch_warnings():  # PEFT warns of every kind of module that it does not know itself
             warnings.simplefilter("ignore", UserWarning)
             features: tuple[int | None, int | None] = _get_in_out_features(base_layer)
@@ -78,7 +79,7 @@ class ChildTuningLayer(ChildStorage):
                 "Child-Tuning does not work in nn.DataParallel, whose replicas have no parameters: start one process "
                 "for each device (torchrun or accelerate launch), or show only one device."
             )
-        if self.disable_adapters or self.merged:
+        if self.disable_adapters or self._base_only or self.merged:
             return {}
         self._check_chosen()
         found = {}
@@ -196,12 +197,12 @@ class ChildTuningLayer(ChildStorage):
 
     @contextmanager
     def base_only(self) -> Iterator[None]:
-        """Run as the base layer for a while, whatever is active; gradients may then reach the base parameters."""
-        was_disabled, self._disable_adapters = self._disable_adapters, True
+        """Run as the base layer for a while, whatever is made active meanwhile; gradients may reach its parameters."""
+        was_base_only, self._base_only = self._base_only, True
         try:
             yield
         finally:
-            self._disable_adapters = was_disabled
+            self._base_only = was_base_only
 
     def enable_adapters(self, enabled: bool) -> None:
         """As PEFT's; a merged layer is unmerged when it is disabled."""

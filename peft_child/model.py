@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -177,13 +178,12 @@ class ChildTuningModel(BaseTuner):
     def _fill(self, layer: ChildTuningLayer, adapter_name: str, config: ChildTuningConfig) -> None:
         """Give an adapter a child network that needs no data, or room for the one that will be loaded."""
         targets = layer.child_targets[adapter_name]
-        counts = self._plan.counts
-        if counts is not None:
-            children = {}
-            for key, name in targets.items():
-                base = layer.base_parameter(key)
-                indices = draw_random(name, base.numel(), counts[name], config.seed)
-                children[key] = fresh_delta(base, indices, config.init_weights)
+        indices = self._indices_without_data(layer, adapter_name, config)
+        if indices is not None:
+            children = {
+                key: fresh_delta(layer.base_parameter(key), indices[name], config.init_weights)
+                for key, name in targets.items()
+            }
             layer.set_child(adapter_name, children, trainable=False)
         known = config.child_sizes
         if known is not None and {name: known[name] for name in targets.values() if name in known} != layer.sizes(
@@ -191,6 +191,25 @@ class ChildTuningModel(BaseTuner):
         ):
             rooms = {key: Room(known[name][1], known[name][2]) for key, name in targets.items() if name in known}
             layer.allocate(adapter_name, rooms, trainable=False)
+
+    def _indices_without_data(
+        self, layer: ChildTuningLayer, adapter_name: str, config: ChildTuningConfig
+    ) -> dict[str, Tensor] | None:
+        """Flat indices by name of the target: drawn, or those of an adapter with this very configuration object.
+
+        With that TRL asks for a frozen copy of an adapter, as the reference model.
+        """
+        names = layer.child_targets[adapter_name].values()
+        counts = self._plan.counts
+        if counts is not None:
+            numels = layer.named_numels(adapter_name)
+            return {name: draw_random(name, numels[name], counts[name], config.seed) for name in names}
+        twins = [name for name, other in self.peft_config.items() if other is config and name != adapter_name]
+        if not twins or not layer.child_chosen.get(twins[0]):
+            return None
+        taken = layer.sparse_deltas(twins[0])
+        none = torch.empty(0, dtype=torch.int64)
+        return {name: taken[name].indices if name in taken else none for name in names}
 
     def _inject_parameters(
         self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool

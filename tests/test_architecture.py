@@ -9,9 +9,9 @@ import peft_child
 
 
 LAYERS = [
-    {"plot"},
+    {"plot", "streaming"},
     {"card", "ranks"},
-    {"mask", "codec", "selection", "fisher", "batches", "checkpoint", "streaming"},
+    {"mask", "codec", "selection", "fisher", "batches", "checkpoint"},
     {"compose", "config", "hooks", "sparse_file"},
     {"delta"},
     {"storage"},

@@ -417,3 +417,24 @@ def test_gradient_modes_of_the_caller_do_not_matter():
     expected = scored(model, [batch_of("linear")])
     with torch.no_grad():
         assert_same(scored(model, [batch_of("linear")]), expected)
+
+
+def with_reference(model, batch):
+    """As for preferences: the same model without adapters is the reference."""
+    output = model(**batch)
+    with torch.no_grad(), model.disable_adapter():
+        model(**batch)
+    return output
+
+
+@pytest.mark.filterwarnings("ignore:The model contains some adapter layers that are enabled")
+@pytest.mark.parametrize("fisher", ["per_example", "authors"])
+def test_a_forward_pass_that_switches_adapters_off_and_on_changes_no_score(fisher):
+    def model():
+        torch.manual_seed(0)
+        base = tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        return get_peft_model(base, config_for("bert", fisher=fisher))
+
+    batches = [batch_of("bert", seed) for seed in range(2)]
+    expected = estimate_fisher(model(), batches, progress_bar=False)
+    assert_same(estimate_fisher(model(), batches, forward_fn=with_reference, progress_bar=False), expected)

@@ -9,7 +9,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from peft_child import ChildTuningConfig, select_child_network
+from peft_child import ChildTuningCallback, ChildTuningConfig, select_child_network
 from peft_child.layer import child_tuning_layers
 
 from .helpers import assert_same, child_of, config_for, snapshot, train
@@ -116,6 +116,27 @@ def test_resuming_the_trainer_equals_the_uninterrupted_run(tmp_path):
     deltas = {name: value for name, value in snapshot(loaded).items() if "child_delta" in name}
     assert deltas
     assert_same(deltas, {name: first[name] for name in deltas})
+
+
+def disagreeing(folder):
+    """Every rank with another seed, which DDP alone would not notice: the sizes are the same."""
+    found = []
+    for variant in ("random", "task_free"):
+        torch.manual_seed(0)
+        model = get_peft_model(build("bert"), config_for("bert", variant=variant, seed=distributed.get_rank()))
+        trainer = trainer_for(model, folder)
+        trainer.add_callback(ChildTuningCallback())
+        with pytest.raises(ValueError, match="Every process must have the same") as caught:
+            trainer.train()
+        found.append(str(caught.value))
+    return found
+
+
+def test_the_callback_notices_ranks_that_train_different_child_networks(tmp_path):
+    first, second = on_two_ranks(disagreeing, tmp_path)
+    assert first == second
+    assert "child network of adapter 'default'" in first[0]
+    assert "gradient masks of adapter 'default'" in first[1]
 
 
 def accelerated(folder):

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from peft_child import ChildTuningCallback, ChildTuningConfig, estimate_fisher, select_child_network
 from peft_child.layer import child_tuning_layers
 
-from .helpers import assert_same, child_of, snapshot
+from .helpers import assert_same, child_of, move, snapshot
 from .problems import batch_of, tiny_gpt2, tiny_llama
 
 
@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarnin
 trl = pytest.importorskip("trl", reason="TRL is not installed")
 
 WORDS = [f"w{number}" for number in range(45)]
-VARIANTS = ["task_driven", "random"]
+VARIANTS = ["task_driven", "random", "task_free"]
 BASES = {"llama": (tiny_llama, "all-linear"), "gpt2": (tiny_gpt2, ["c_attn", "c_proj", "c_fc"])}
 
 
@@ -271,3 +271,27 @@ def test_preferences_after_supervised_fine_tuning(tmp_path, tokenizer):
     assert all("child_delta.default" in key for key in moved)
     for ours, plain in zip(log_likelihoods(reference, batch), expected, strict=True):
         assert torch.equal(ours, plain)
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_reference_of_a_trained_adapter_is_a_frozen_copy(tmp_path, tokenizer, variant, loaded):
+    model = get_peft_model(base_of(), config_of(variant=variant))
+    if variant == "task_driven":
+        select_child_network(model, [batch_of("llama")], progress_bar=False)
+    move(model)
+    if loaded:
+        model.save_pretrained(tmp_path / "adapter")
+        model = PeftModel.from_pretrained(base_of(), tmp_path / "adapter", is_trainable=True)
+    trainer = dpo(tmp_path, tokenizer, model, bf16=False)
+    assert_same(child_of(model, "ref"), child_of(model))
+    batch = next(iter(trainer.get_train_dataloader()))
+    before = snapshot(model)
+    expected = log_likelihoods(model, batch)
+    trainer.train()
+    assert trainer.state.log_history[0]["rewards/chosen"] == pytest.approx(0.0, abs=1e-5)
+    moved = {key for key, value in snapshot(trainer.model).items() if not torch.equal(value, before[key])}
+    assert any("child_delta.default" in key for key in moved)
+    assert not any(".ref." in key or "base_layer" in key for key in moved)
+    for found, wanted in zip(trainer.compute_ref_log_probs(model, batch), expected, strict=True):
+        torch.testing.assert_close(found, wanted)
