@@ -9,6 +9,7 @@ Without scores, the child networks are random, and bound by entropy; with the sc
 import argparse
 import math
 import multiprocessing
+import os
 import re
 import shutil
 import tempfile
@@ -69,6 +70,13 @@ def extract_to(folder, base, tuned):
     write_adapter(folder, extract_adapter(base, tuned), force=True)
 
 
+def flush(folder):
+    """Wait until the files of a folder are on the disk."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
 def peak_of(arguments):
     """Largest resident size after some work on files, in a process that does nothing else."""
     work, folder = arguments
@@ -99,14 +107,19 @@ def measure_checkpoints(gigabytes, repeats):
             deltas[name] = SparseDelta((rows, columns), indices, torch.randn(len(indices)) * 0.1)
         write_adapter(folder / "child", SparseAdapter({"peft_type": "PEFT_CHILD"}, deltas))
         adapter, base = read_adapter(folder / "child"), Checkpoint(folder / "base")
-        copies, merges, readings = [], [], []
+        copies, merges, readings, flushes = [], [], [], []
         for _ in range(repeats):  # in turn, each into a fresh folder, so that all meet the same disk
             for made in ("copy", "merged"):
                 shutil.rmtree(folder / made, ignore_errors=True)
             copies.append(seconds(lambda: shutil.copytree(folder / "base", folder / "copy"), 1))
             merges.append(seconds(lambda: merge_checkpoint(adapter, base, folder / "merged"), 1))
             readings.append(seconds(lambda: read_adapter(folder / "child"), 1))
+            flushes.append([seconds(lambda: flush(folder / made), 1) for made in ("copy", "merged")])  # noqa: B023
         ratio = median(merge / copy for merge, copy in zip(merges, copies, strict=True))
+        to_disk = median(
+            (merge + after) / (copy + before)
+            for merge, copy, (before, after) in zip(merges, copies, flushes, strict=True)
+        )
         extract = seconds(lambda: extract_to(folder / "extracted", base, Checkpoint(folder / "merged")), 1)
         with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
             work = [(kind, folder) for kind in ("nothing", "read", "merge", "extract")]
@@ -115,7 +128,8 @@ def measure_checkpoints(gigabytes, repeats):
     print(f"\nA checkpoint of {size / 1e9:.2f} GB in bfloat16, largest tensor {largest / 1e6:.0f} MB, density 0.1")
     print(
         f"copy {median(copies):.2f} s, merge {median(merges):.2f} s ({ratio:.2f} x, median of {repeats} pairs; "
-        f"{median(readings):.2f} s of it reading the adapter), extract losslessly and write {extract:.2f} s"
+        f"{median(readings):.2f} s of it reading the adapter; {to_disk:.2f} x until all is on the disk), "
+        f"extract losslessly and write {extract:.2f} s"
     )
     for kind, peak in zip(("reading the adapter", "merging", "extracting"), peaks, strict=True):
         print(f"peak memory of {kind}: {(peak - nothing) / 1e6:.0f} MB above opening the checkpoint")

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from peft_child.mask import MaskUse
+from peft_child.quantised import dense
 
 
 class Child(NamedTuple):
@@ -40,7 +41,7 @@ class Composition(NamedTuple):
     """A tensor that is composed when it is needed: a base and the children that are added to it.
 
     Attributes:
-        base: The frozen tensor, any shape and floating dtype. It is never written.
+        base: The frozen tensor, any shape and floating dtype, dense or quantised. It is never written.
         children: The children to add; deltas add up where they overlap.
     """
 
@@ -72,7 +73,7 @@ class _Compose(torch.autograd.Function):
         ctx.masks = masks
         ctx.indices = indices  # constants: `save_for_backward` would let offloading hooks copy them at every step
         ctx.dtypes = [delta.dtype for delta in deltas]
-        return _composed(base, deltas, indices)
+        return _composed(dense(base), deltas, indices)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

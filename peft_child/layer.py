@@ -18,6 +18,7 @@ from peft.tuners.tuners_utils import _get_in_out_features, check_adapters_to_mer
 from torch import Tensor, nn
 
 from peft_child.compose import Child, ComposedOnUse, Composition, call_composed, lock_of
+from peft_child.quantised import is_quantised
 from peft_child.storage import ChildStorage
 
 
@@ -189,6 +190,12 @@ class ChildTuningLayer(ChildStorage):
         for adapter in adapter_names:
             self.check_is_chosen(adapter, "merging")
         for parameter, base, children in self._held(adapter_names):
+            if is_quantised(base):
+                raise ValueError(
+                    f"'{parameter}' of a {type(self.base_layer).__name__} is quantised ({type(base).__name__}), and "
+                    "merging would round the child network away: merge it into the base model as it was before "
+                    "quantisation, and quantise that."
+                )
             if safe_merge and not torch.isfinite(Composition(base.detach(), children).tensor()).all():
                 raise ValueError(
                     f"Merging would give NaN or infinite values in '{parameter}' of a {type(self.base_layer).__name__}"

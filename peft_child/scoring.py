@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from peft_child.batches import batch_size, single_examples, to_device
 from peft_child.fisher import diagonal_fisher
 from peft_child.layer import child_tuning_layers
+from peft_child.quantised import is_quantised
 from peft_child.ranks import gathered, rank, world_size
 
 
@@ -49,6 +50,12 @@ class FisherPass:
                 f"num_examples must be None or at least the number of processes, {world_size()}; "
                 f"got {self.num_examples}."
             )
+        for name, parameter in targets.items():
+            if is_quantised(parameter):
+                raise ValueError(
+                    f"'{name}' is quantised ({type(parameter).__name__}), and no gradient reaches it: estimate the "
+                    "Fisher information in the base model as it was before, and pass it as scores=."
+                )
         device = next(iter(targets.values())).device
         with _scoring(self.model, targets.values(), training=self.by_batch):
             found = diagonal_fisher(targets, self._losses(device), max_norm=1.0 if self.by_batch else None)

@@ -22,6 +22,7 @@ from peft_child.codec import (
     with_delta_checksum,
 )
 from peft_child.mask import GradientMask
+from peft_child.quantised import is_quantised
 
 
 DELTA, INDEX, MASK = "child_delta", "child_index", "child_mask"
@@ -132,8 +133,12 @@ def checksum_of(delta: Tensor) -> int:
 
 
 def fingerprint_of(base: Tensor, indices: Tensor) -> int:
-    """The fingerprint of the base values at some flat positions; see `fingerprint_of_values`."""
-    return 0 if base.is_meta else fingerprint_of_values(base.detach().reshape(-1)[indices.to(base.device)])
+    """The fingerprint of the base values at some flat positions, unless they are rounded by quantisation.
+
+    See `fingerprint_of_values`.
+    """
+    unknown = base.is_meta or is_quantised(base)
+    return 0 if unknown else fingerprint_of_values(base.detach().reshape(-1)[indices.to(base.device)])
 
 
 def fingerprint_of_values(values: Tensor) -> int:

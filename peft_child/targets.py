@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_child.config import ChildTuningConfig
 from peft_child.layer import ChildTuningLayer
+from peft_child.quantised import is_quantised
 
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -77,8 +78,9 @@ def find_targets(model: nn.Module, config: ChildTuningConfig) -> list[Target]:
         The targets, in the order of the model.
 
     Raises:
-        ValueError: If a target is quantised or not floating point, belongs to the top-level module, or is tied to a
-            weight that is trained densely; or if an entry of `target_parameters` matches nothing.
+        ValueError: If a target is not floating point, or packed without a way to unpack it; if it belongs to the
+            top-level module, or is tied to a weight that is trained densely; or if an entry of `target_parameters`
+            matches nothing.
     """
     found: dict[int, Target] = {}
     wanted: set[int] = set()
@@ -180,6 +182,7 @@ def _check_weight(parameter: nn.Parameter, owner: Owner) -> None:
         )
     tensor: object = parameter
     is_packed = is_traceable_wrapper_subclass(tensor) and type(tensor).__name__ != "DTensor"
+    is_packed = is_packed and not is_quantised(parameter)
     if parameter.dtype not in DTYPES or is_packed:
         _refuse(owner.name, parameter)
 
@@ -202,8 +205,9 @@ def _check_holds_weights(place: _Place) -> None:
 def _refuse(name: str, parameter: torch.Tensor) -> None:
     raise ValueError(
         f"Child-Tuning needs a floating point weight of dtype {', '.join(str(dtype)[6:] for dtype in DTYPES)}; "
-        f"'{name}' is a {type(parameter).__name__} of {parameter.dtype}. Quantised weights are not supported yet: "
-        "load the base model without quantisation, or exclude the module."
+        f"'{name}' is a {type(parameter).__name__} of {parameter.dtype}. Quantised weights are only "
+        "supported as tensors that can be dequantised (torchao): load the base model without quantisation, or exclude "
+        "the module."
     )
 
 

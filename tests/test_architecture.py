@@ -9,7 +9,7 @@ import peft_child
 
 
 LAYERS = [
-    {"plot", "streaming"},
+    {"plot", "quantised", "streaming"},
     {"card", "ranks"},
     {"mask", "codec", "selection", "fisher", "batches", "checkpoint"},
     {"compose", "config", "hooks", "sparse_file"},
