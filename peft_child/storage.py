@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Container, Iterator, Mapping
-from typing import Any, NamedTuple, cast
+from dataclasses import dataclass
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -17,20 +18,23 @@ from peft_child.mask import GradientMask, MaskUse, owner_of, watch
 from peft_child.sparse_file import fingerprint_of
 
 
-class _Decoded(NamedTuple):
-    """The index that was read from a block, and what tells whether the block is still the same."""
+T = TypeVar("T")
 
-    block: Tensor
+
+@dataclass(frozen=True)
+class _Read(Generic[T]):
+    """What was read from a buffer, and what tells whether something else has been written into it since."""
+
+    buffer: Tensor
     version: int
-    indices: Tensor
+    value: T
 
+    @classmethod
+    def of(cls, buffer: Tensor, value: T) -> _Read[T]:
+        return cls(buffer, _version(buffer), value)
 
-class _Unpacked(NamedTuple):
-    """The mask that was read from a buffer, and what tells whether the buffer is still the same."""
-
-    packed: Tensor
-    version: int
-    mask: GradientMask
+    def holds(self, buffer: Tensor) -> bool:
+        return self.buffer is buffer and self.version == _version(buffer)
 
 
 class Room(NamedTuple):
@@ -76,8 +80,8 @@ class ChildStorage(nn.Module, BaseTunerLayer):
         self.child_targets: dict[str, dict[str, str]] = {}
         self.child_chosen: dict[str, bool] = {}
         self.child_ties: dict[str, tuple[ChildStorage, str]] = {}
-        self._decoded: dict[tuple[str, str], _Decoded] = {}
-        self._unpacked: dict[tuple[str, str], _Unpacked] = {}
+        self._decoded: dict[tuple[str, str], _Read[Tensor]] = {}
+        self._unpacked: dict[tuple[str, str], _Read[GradientMask]] = {}
         self._number = watch(self)
 
     def add_adapter(
@@ -158,13 +162,13 @@ class ChildStorage(nn.Module, BaseTunerLayer):
         """Flat indices of the child in a parameter, int64, shape `(k,)`, on the device of the delta."""
         if torch.compiler.is_compiling():  # it cannot decode, nor ask whether something was loaded since
             _decode_now(self._number)
-            return self._decoded[adapter_name, parameter].indices
-        return self._up_to_date(adapter_name, parameter).indices
+            return self._decoded[adapter_name, parameter].value
+        return self._up_to_date(adapter_name, parameter)
 
-    def _up_to_date(self, adapter_name: str, parameter: str) -> _Decoded:
+    def _up_to_date(self, adapter_name: str, parameter: str) -> Tensor:
         known = self._decoded.get((adapter_name, parameter))
         block = self._blocks(adapter_name)[parameter]
-        if known is None or known.block is not block or known.version != _version(block):
+        if known is None or not known.holds(block):
             with torch.inference_mode(False):  # else it could never be used in training
                 try:
                     indices = torch.from_numpy(decode(block.cpu().numpy().data))
@@ -172,7 +176,7 @@ class ChildStorage(nn.Module, BaseTunerLayer):
                     name = self.child_targets[adapter_name][parameter]
                     raise FormatError(f"The child of '{name}' (adapter '{adapter_name}'). {error}") from error
                 known = self._remember(adapter_name, parameter, indices.to(block.device))
-        return known
+        return known.value
 
     def children_of(self, parameter: str, adapter_names: Collection[str]) -> Iterator[Child]:
         """The children of some adapters in one parameter of the base layer, those of tied parameters included."""
@@ -203,10 +207,9 @@ class ChildStorage(nn.Module, BaseTunerLayer):
         """The present mask of the gradient of a delta, read again only if something else wrote the buffer."""
         packed = self._packed_masks(adapter_name)[parameter]
         known = self._unpacked.get((adapter_name, parameter))
-        if known is None or known.packed is not packed or known.version != _version(packed):
-            known = _Unpacked(packed, _version(packed), GradientMask.unpack(packed))
-            self._unpacked[adapter_name, parameter] = known
-        return known.mask
+        if known is None or not known.holds(packed):
+            known = self._unpacked[adapter_name, parameter] = _Read.of(packed, GradientMask.unpack(packed))
+        return known.value
 
     @torch.no_grad()
     def count_step(self, stepped: Container[int] | None = None) -> None:
@@ -220,8 +223,7 @@ class ChildStorage(nn.Module, BaseTunerLayer):
                 if stepped is None or id(self._deltas(adapter)[parameter]) in stepped:
                     mask = self.gradient_mask(adapter, parameter)
                     packed[:1].add_(1)
-                    following = mask._replace(step=mask.step + 1)
-                    self._unpacked[adapter, parameter] = _Unpacked(packed, _version(packed), following)
+                    self._unpacked[adapter, parameter] = _Read.of(packed, mask._replace(step=mask.step + 1))
 
     def sizes(self, adapter_name: str) -> dict[str, list[int]]:
         """Entries, chosen entries and bytes of the block of the parameters with a child, by name in the model."""
@@ -300,10 +302,9 @@ class ChildStorage(nn.Module, BaseTunerLayer):
         if mask is not None:
             self._packed_masks(adapter_name)[parameter] = mask.pack().to(block.device)
 
-    def _remember(self, adapter_name: str, parameter: str, indices: Tensor) -> _Decoded:
-        block = self._blocks(adapter_name)[parameter]
-        decoded = self._decoded[adapter_name, parameter] = _Decoded(block, _version(block), indices)
-        return decoded
+    def _remember(self, adapter_name: str, parameter: str, indices: Tensor) -> _Read[Tensor]:
+        read = self._decoded[adapter_name, parameter] = _Read.of(self._blocks(adapter_name)[parameter], indices)
+        return read
 
     def _forget(self, adapter_name: str) -> None:
         self._decoded = {key: known for key, known in self._decoded.items() if key[0] != adapter_name}
