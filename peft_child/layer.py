@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from peft_child.compose import Child, ComposedOnUse, Composition, call_composed, lock_of
 from peft_child.quantised import is_quantised
+from peft_child.ranks import is_sharded
 from peft_child.storage import ChildStorage
 
 
@@ -96,6 +97,12 @@ class ChildTuningLayer(ChildStorage):
             raise RuntimeError(
                 f"Parameter '{parameter}' of a {type(self.base_layer).__name__} is offloaded (on the meta device), "
                 "which Child-Tuning does not support: load the base model without offloading."
+            )
+        if is_sharded(base):
+            raise RuntimeError(
+                f"Parameter '{parameter}' of a {type(self.base_layer).__name__} is sharded (a DTensor), so that it "
+                "cannot be composed or merged: apply fully_shard to modules around the Child-Tuning layer, not to the "
+                "module in it, and merge a saved adapter in one process."
             )
 
     def _check_chosen(self) -> None:

@@ -107,6 +107,22 @@ def add_over_ranks(tensor: Tensor) -> None:
         distributed.all_reduce(tensor)
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether every rank has a shard of the tensor (a DTensor, which torch may have been built without)."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor itself, or all of one that is sharded; every rank has to ask for those."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def check_whole(name: str, tensor: Tensor, what: str) -> None:
+    """Raise a `ValueError` if a tensor is sharded, saying that `what` comes first."""
+    if is_sharded(tensor):
+        raise ValueError(f"'{name}' is sharded over processes already (a DTensor): {what} before that.")
+
+
 def digest(tensors: Mapping[str, Tensor]) -> str:
     """A digest of named tensors that differs if a name, shape, dtype or bit differs."""
     found = hashlib.sha256()
