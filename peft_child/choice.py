@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from peft_child.config import ChildTuningConfig
 from peft_child.delta import fresh_delta
 from peft_child.layer import ChildTuningLayer, child_tuning_layers
-from peft_child.ranks import check_equal, digest, gathered, on_every_rank, world_size
+from peft_child.ranks import check_equal, check_whole, digest, gathered, on_every_rank, world_size
 from peft_child.scoring import FisherPass, Forward
 from peft_child.selection import select_largest
 
@@ -264,6 +264,7 @@ def _targets(layers: list[ChildTuningLayer], adapter_name: str) -> dict[str, nn.
     for name, parameter in targets.items():
         if parameter.is_meta:
             raise RuntimeError(f"'{name}' is offloaded (on the meta device); load the base model without offloading.")
+        check_whole(name, parameter, "choose the child network")
     return targets
 
 

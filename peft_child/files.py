@@ -16,6 +16,7 @@ from peft_child.config import ChildTuningConfig
 from peft_child.delta import SparseDelta
 from peft_child.layer import ChildTuningLayer, child_tuning_layers
 from peft_child.mask import GradientMask
+from peft_child.ranks import check_whole, whole
 from peft_child.sparse_file import (
     DELTA,
     INDEX,
@@ -29,34 +30,57 @@ from peft_child.sparse_file import (
 from peft_child.storage import Room
 
 
+# What torch puts around modules for activation checkpointing and FSDP1; state dicts know nothing of it.
+_WRAPPERS = ("_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
+
+
 def tensors_to_save(
-    model: nn.Module, config: ChildTuningConfig, adapter_name: str, selected: dict[str, Tensor]
+    model: nn.Module, config: ChildTuningConfig, adapter_name: str, state_dict: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """The tensors of an adapter as its file has them, but for the adapter's name.
+
+    If the model is sharded over processes (FSDP2), every rank has to call this, and gets whole tensors.
 
     Args:
         model: A model whose layers have the adapter.
         config: The adapter's configuration, which is saved next; the sizes of the child network are recorded in it.
         adapter_name: The adapter.
-        selected: The adapter's tensors by their names in the model.
+        state_dict: PEFT's copy of the model's state dict, without other adapters. PEFT takes more out of it later, so
+            it is changed: targeted base weights are removed, and `modules_to_save` are whole.
 
     Raises:
         RuntimeError: If no child network was chosen.
     """
-    layers = child_tuning_layers(model)
+    layers = _layers(model)
     config.child_sizes = {}
     for layer in layers.values():
         if adapter_name in layer.child_targets:
             layer.check_is_chosen(adapter_name, "saving")
             config.child_sizes |= layer.sizes(adapter_name)
+    prefixes = tuple(f"{name}.child_" for name in layers)
+    selected = {key: whole(value) for key, value in state_dict.items() if key.startswith(prefixes)}
     for name in sorted(layers, key=len, reverse=True):
+        inside = f"{name}.base_layer."
+        for parameter in layers[name].base_layer._parameters:
+            state_dict.pop(f"{inside}{parameter}", None)
         if adapter_name not in layers[name].child_targets:  # another adapter's, which other models will not have
-            inside = f"{name}.base_layer."
             selected = {
                 f"{name}.{key.removeprefix(inside)}" if key.startswith(inside) else key: value
                 for key, value in selected.items()
             }
+    dense = [key for key in state_dict if f".modules_to_save.{adapter_name}." in key]
+    state_dict |= {key: whole(state_dict[key]) for key in dense}
     return stamped(selected, getattr(torch, config.delta_dtype))
+
+
+def _layers(model: nn.Module) -> dict[str, ChildTuningLayer]:
+    """The layers of a model by their names in its state dict."""
+    found = {}
+    for name, layer in child_tuning_layers(model).items():
+        for wrapper in _WRAPPERS:
+            name = name.replace(wrapper, "")
+        found[name] = layer
+    return found
 
 
 def fit_state_dict(
@@ -75,11 +99,12 @@ def fit_state_dict(
 
     Raises:
         FormatError: If a tensor is damaged, or does not fit the base model. Nothing has changed then.
-        ValueError: If the base model has other weights, and `check_base` is 'error'; or if the configuration did not
-            come with the file, and says that the child network or its gradient mask must be another.
+        ValueError: If the base model has other weights, and `check_base` is 'error'; or is sharded over processes; or
+            if the configuration did not come with the file, and says that the child network or its gradient mask must
+            be another.
     """
     children, remapped = read_children(state_dict)
-    layers = {path: layer for path, layer in child_tuning_layers(model).items() if adapter_name in layer.child_targets}
+    layers = {path: layer for path, layer in _layers(model).items() if adapter_name in layer.child_targets}
     rooms: list[tuple[ChildTuningLayer, dict[str, Room]]] = []
     sizes: dict[str, list[int]] = {}
     strange: list[str] = []
@@ -90,6 +115,7 @@ def fit_state_dict(
             child = children.pop(name, None)
             if child is None:
                 continue  # nothing was chosen there
+            check_whole(name, layer.base_parameter(parameter), "load adapters")
             indices = _fitting_indices(name, child, layer.base_parameter(parameter))
             if not layer.merged and not _is_at_home(child, layer.base_parameter(parameter), indices):
                 strange.append(name)

@@ -28,6 +28,7 @@ from peft_child.storage import Room
 from peft_child.surgery import (
     check_adapter_name,
     check_name_is_free,
+    check_not_sharded,
     check_sizes,
     keep_buffers_from_ddp,
     remove_adapter,
@@ -111,6 +112,7 @@ class ChildTuningModel(BaseTuner):
             peft_config.target_modules = all_linear(model, peft_config)
         targets = find_targets(model, peft_config)
         check_adapter_name(self._injected, targets)
+        check_not_sharded(targets)
         check_sizes(peft_config, targets)
 
         entries: dict[str, list[tuple[Target, Owner]]] = {}
@@ -379,11 +381,7 @@ class ChildTuningModel(BaseTuner):
 
         The sizes of the child network are recorded in the configuration, which is saved next.
         """
-        selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        for name, layer in child_tuning_layers(model).items():
-            for parameter in layer.base_layer._parameters:
-                state_dict.pop(f"{name}.base_layer.{parameter}", None)  # PEFT's own filtered copy
-        return tensors_to_save(model, cast(ChildTuningConfig, config), adapter_name, selected)
+        return tensors_to_save(model, cast(ChildTuningConfig, config), adapter_name, state_dict)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -1,0 +1,284 @@
+"""Training with every tensor sharded over two processes (FSDP2)."""
+
+import torch
+from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
+from accelerate.utils import DistributedType
+from peft import PeftModel, get_peft_model
+from torch import distributed
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+
+from peft_child import estimate_fisher, select_child_network
+
+from .helpers import assert_same, child_of, config_for, logits, move, snapshot, train
+from .problems import batch_of, build, tiny_bert, tiny_llama
+from .ranks import on_two_ranks
+from .test_trainer import trainer_for
+
+
+CASES = {  # model, how its child network is chosen, and how activations are checkpointed
+    "llama": ("llama", "random", None),
+    "llama checkpointed": ("llama", "task_driven", "wrapper"),
+    "bert": ("bert", "task_driven", None),
+    "bert checkpointed": ("bert", "task_free", "transformers"),
+    "bert loaded": ("bert", "loaded", None),
+}
+
+
+def batches(name, rank=None):
+    """Five global batches of eight examples, or the half of each that belongs to a rank."""
+    torch.manual_seed(11)
+    found = []
+    for _ in range(5):
+        ids = torch.randint(2, 50, (8, 6))
+        found.append({"input_ids": ids, "labels": ids.clone() if name == "llama" else torch.randint(0, 2, (8,))})
+    if rank is None:
+        return found
+    return [{key: value[4 * rank : 4 * rank + 4] for key, value in batch.items()} for batch in found]
+
+
+def base_of(name):
+    torch.manual_seed(0)
+    return tiny_llama() if name == "llama" else tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+
+
+def model_for(name, variant, folder, rank=None):
+    if variant == "loaded":
+        model = get_peft_model(base_of(name), config_for(name, variant="random", seed=5))
+        move(model)
+        model.save_pretrained(folder / f"seed5 {rank}")
+        return PeftModel.from_pretrained(base_of(name), folder / f"seed5 {rank}", is_trainable=True).train()
+    model = get_peft_model(base_of(name), config_for(name, variant=variant)).train()
+    if variant == "task_driven":
+        select_child_network(model, batches(name, rank)[:2], progress_bar=False)
+    return model
+
+
+def shard(model, checkpointing=None):
+    """Shard every block of a model, and then the rest."""
+    base = model.get_base_model()
+    layers = base.model.layers if hasattr(base, "lm_head") else base.bert.encoder.layer
+    if checkpointing == "transformers":
+        base.activation_checkpointing_enable()
+    for index, layer in enumerate(layers):
+        if checkpointing == "wrapper":
+            layers[index] = checkpoint_wrapper(layer)
+        fully_shard(layers[index])
+    return fully_shard(model)
+
+
+def whole(model):
+    """The state dict of a sharded model in one piece."""
+    return {
+        name: (value.full_tensor() if isinstance(value, DTensor) else value).detach().clone()
+        for name, value in model.state_dict().items()
+    }
+
+
+def save(model, folder):
+    """Save a sharded model, and count the entries that are gathered for it."""
+    gathered, full_tensor = [], DTensor.full_tensor
+
+    def counted(tensor):
+        gathered.append(tensor.numel())
+        return full_tensor(tensor)
+
+    DTensor.full_tensor = counted
+    try:
+        model.save_pretrained(folder, is_main_process=distributed.get_rank() == 0)
+    finally:
+        DTensor.full_tensor = full_tensor
+    return sum(gathered)
+
+
+def train_sharded(folder):
+    rank = distributed.get_rank()
+    found = {}
+    for case, (name, variant, checkpointing) in CASES.items():
+        model = shard(model_for(name, variant, folder, rank), checkpointing)
+        parameters = list(model.parameters())
+        assert all(isinstance(parameter, DTensor) for parameter in parameters)
+        train(model, batches(name, rank))
+        gathered = save(model, folder / case)
+        trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+        found[case] = whole(model), child_of(model), gathered, trained
+    return found
+
+
+def test_two_processes_train_as_one_with_the_whole_batch(tmp_path):
+    first, second = on_two_ranks(train_sharded, tmp_path)
+    for case, (name, variant, _) in CASES.items():
+        after, child, gathered, trained = first[case]
+        assert_same(after, second[case][0])
+        alone = model_for(name, variant, tmp_path)
+        assert_same(child, child_of(alone))
+        before = snapshot(alone)
+        train(alone, batches(name))
+        expected = snapshot(alone)
+        assert after.keys() == expected.keys()
+        assert any("child_delta" in key and not torch.equal(after[key], before[key]) for key in after)
+        for key, value in after.items():
+            if torch.equal(before[key], expected[key]):
+                assert torch.equal(value, before[key])
+            else:  # steps of 1e-2; AdamW magnifies the rounding of gradients that are near its eps
+                torch.testing.assert_close(value, expected[key], rtol=0, atol=2e-5)
+        # Saved in two processes without gathering more than what is trained, and loaded in one.
+        assert gathered == trained
+        loaded = PeftModel.from_pretrained(base_of(name), tmp_path / case)
+        alone.load_state_dict(after)
+        assert torch.equal(logits(loaded, batches(name)[0]), logits(alone, batches(name)[0]))
+
+
+def raised(call):
+    """The exception of a call, as seen here."""
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def refuse(folder):
+    rank = distributed.get_rank()
+    model = shard(model_for("bert", "random", folder))
+    model.save_pretrained(folder / "saved", is_main_process=rank == 0)
+    distributed.barrier()
+    before = whole(model)
+    inner = get_peft_model(base_of("bert"), config_for("bert", variant="random")).train()
+    fully_shard(inner.get_base_model().bert.encoder.layer[0].attention.self.query.base_layer)
+    unchosen = shard(get_peft_model(base_of("bert"), config_for("bert")))
+    errors = {
+        "add": raised(lambda: model.add_adapter("second", config_for("bert", variant="random"))),
+        "load": raised(lambda: model.load_adapter(folder / "saved", "second")),
+        "load again": raised(lambda: model.load_adapter(folder / "saved", "default")),
+        "merge": raised(model.merge_adapter),
+        "merge and unload": raised(model.merge_and_unload),
+        "choose": raised(lambda: select_child_network(unchosen, batches("bert"), progress_bar=False)),
+        "score": raised(lambda: estimate_fisher(unchosen, batches("bert"), progress_bar=False)),
+        "inner": raised(lambda: inner(**batches("bert")[0])),
+    }
+    assert_same(whole(model), before)
+    assert list(model.peft_config) == ["default"]
+    train(model, batches("bert", rank)[:1])  # goes on
+    return errors
+
+
+def test_what_needs_whole_tensors_is_refused(tmp_path):
+    first, second = on_two_ranks(refuse, tmp_path)
+    assert first == second
+    for case, what in {
+        "add": "add adapters",
+        "load": "add adapters",
+        "load again": "load adapters",
+        "choose": "choose the child network",
+        "score": "choose the child network",
+    }.items():
+        assert first[case].startswith("ValueError: 'bert.")
+        assert f"weight' is sharded over processes already (a DTensor): {what} before that." in first[case]
+    for case in ("merge", "merge and unload", "inner"):
+        assert "Linear is sharded (a DTensor), so that it cannot be composed or merged: apply" in first[case]
+
+
+def pretend_to_have_accelerators():
+    """Let accelerate shard on the CPU, where it would use DDP without a word."""
+    init = PartialState.__init__
+
+    def initialised(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        if PartialState._shared_state["distributed_type"] == DistributedType.MULTI_CPU:
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = initialised
+
+
+def accelerated(folder):
+    """A loop of one's own through accelerate."""
+    pretend_to_have_accelerators()
+    rank = distributed.get_rank()
+    accelerator = Accelerator(
+        cpu=True,
+        fsdp_plugin=FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            cpu_ram_efficient_loading=False,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+        ),
+    )
+    model = model_for("llama", "random", folder)
+    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-2)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    assert isinstance(model, FSDPModule)
+    for batch in batches("llama", rank):
+        accelerator.backward(model(**batch).loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    state_dict = accelerator.get_state_dict(model)  # on rank 0
+    model.save_pretrained(folder / "gathered by accelerate", is_main_process=rank == 0, state_dict=state_dict)
+    model.save_pretrained(folder / "gathered by us", is_main_process=rank == 0)
+    return whole(model)
+
+
+def test_accelerate_trains_as_one_process_with_the_whole_batch(tmp_path):
+    first, second = on_two_ranks(accelerated, tmp_path)
+    assert_same(first, second)
+    alone = model_for("llama", "random", tmp_path)
+    train(alone, batches("llama"))
+    for name, value in snapshot(alone).items():
+        torch.testing.assert_close(first[name], value, rtol=0, atol=1e-6)
+    files = [tmp_path / name / "adapter_model.safetensors" for name in ("gathered by accelerate", "gathered by us")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def resume(folder):
+    """Through the Trainer, with dropout, checkpointing, and stopped in the middle of an epoch."""
+    pretend_to_have_accelerators()
+    settings = {
+        "save_steps": 2,
+        "fsdp": True,
+        "fsdp_config": {"transformer_layer_cls_to_wrap": ["BertLayer"], "activation_checkpointing": True},
+    }
+
+    def trainer_of(seed, output):
+        model = get_peft_model(build("bert"), config_for("bert", variant="random", seed=seed))
+        return trainer_for(model, folder / output, **settings)
+
+    trainer = trainer_of(0, "whole")
+    trainer.train()
+    assert isinstance(trainer.model, FSDPModule)
+    again = trainer_of(0, "again")
+    again.train(resume_from_checkpoint=str(folder / "whole" / "checkpoint-2"))
+    other = trainer_of(1, "other")
+    error = raised(lambda: other.train(resume_from_checkpoint=str(folder / "whole" / "checkpoint-2")))
+    return whole(trainer.model), whole(again.model), error
+
+
+def test_resuming_the_trainer_equals_the_uninterrupted_run(tmp_path):
+    (first, first_resumed, error), (second, second_resumed, second_error) = on_two_ranks(resume, tmp_path)
+    assert_same(first, first_resumed)
+    assert_same(second, second_resumed)
+    assert_same(first, second)
+    # Another child network than that of the checkpoint is noticed.
+    assert error.startswith("RuntimeError: Error(s) in loading state_dict")
+    assert second_error == error
+    loaded = PeftModel.from_pretrained(build("bert"), tmp_path / "whole" / "checkpoint-6")
+    deltas = {name: value for name, value in snapshot(loaded).items() if "child_delta" in name}
+    assert deltas
+    assert_same(deltas, {name: first[name] for name in deltas})
+
+
+def test_adapters_are_saved_and_loaded_whatever_torch_wraps_around_layers(tmp_path):
+    model = get_peft_model(build("bert"), config_for("bert", variant="random"))
+    move(model)
+    model.save_pretrained(tmp_path / "plain")
+    layers = model.get_base_model().bert.encoder.layer
+    for index, layer in enumerate(layers):
+        layers[index] = checkpoint_wrapper(layer)
+    model.save_pretrained(tmp_path / "wrapped")
+    files = [tmp_path / name / "adapter_model.safetensors" for name in ("plain", "wrapped")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    expected = logits(model, batch_of("bert"))
+    move(model)
+    assert not torch.equal(logits(model, batch_of("bert")), expected)
+    model.load_adapter(tmp_path / "plain", "default")
+    assert torch.equal(logits(model, batch_of("bert")), expected)
