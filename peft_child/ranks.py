@@ -7,14 +7,15 @@ it. So none waits for another that has given up. Without torch.distributed, or i
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, distributed
 
 
 T = TypeVar("T")
+_NONE = object()
 
 
 class _Failure(NamedTuple):
@@ -22,6 +23,14 @@ class _Failure(NamedTuple):
 
     kind: type[ValueError | RuntimeError]
     message: str
+
+
+class _FailedElsewhereError(Exception):
+    """Another rank failed in the middle of the work; this one knows of it, and has told all."""
+
+    def __init__(self, answers: list[Any]) -> None:
+        super().__init__()
+        self.answers = answers
 
 
 def world_size() -> int:
@@ -47,7 +56,7 @@ def on_every_rank(work: Callable[[], T]) -> T:
     """Do this rank's part of the work.
 
     Args:
-        work: The part; it takes no part in any exchange.
+        work: The part. It takes part in no exchange but those of `in_step`.
 
     Returns:
         What `work` returns here.
@@ -62,14 +71,47 @@ def on_every_rank(work: Callable[[], T]) -> T:
     result, error = None, None
     try:
         result = work()
+    except _FailedElsewhereError as failed:
+        _raise_first_failure(failed.answers)
     except Exception as caught:  # whatever it is, the others must not wait
         error = caught
-    failures = gathered(None if error is None else _failure(error))
-    first = next((failure for failure in failures if failure is not None), None)
-    if first is not None:
-        failed = ", ".join(str(number) for number, failure in enumerate(failures) if failure == first)
-        raise first.kind(f"{first.message} (rank {failed} of {world_size()})") from error
+    _raise_first_failure(gathered(None if error is None else _failure(error)), error)
     return result  # type: ignore[return-value]
+
+
+def in_step(items: Iterable[T], has_enough: Callable[[], bool]) -> Iterator[T]:
+    """This rank's items, each taken when all ranks take one, so that all know at once if one fails.
+
+    It keeps step also for iterables that communicate themselves, as some dataloaders do: who has enough goes on taking
+    items until all are done.
+
+    Args:
+        items: The items of this rank; the numbers of items may differ.
+        has_enough: Whether this rank needs no more of them.
+
+    Raises:
+        _FailedElsewhereError: If another rank failed; only inside of `on_every_rank`, which knows what to do.
+    """
+    iterator = iter(items)
+    is_over = False
+    while True:
+        is_done = is_over or has_enough()
+        answers = gathered(is_done)
+        if any(isinstance(answer, _Failure) for answer in answers):
+            raise _FailedElsewhereError(answers)
+        if all(answers):
+            return
+        item = _NONE if is_over else next(iterator, _NONE)
+        is_over = item is _NONE
+        if not is_over and not is_done:
+            yield item  # type: ignore[misc]
+
+
+def _raise_first_failure(answers: list[Any], error: Exception | None = None) -> None:
+    first = next((answer for answer in answers if isinstance(answer, _Failure)), None)
+    if first is not None:
+        failed = ", ".join(str(number) for number, answer in enumerate(answers) if answer == first)
+        raise first.kind(f"{first.message} (rank {failed} of {world_size()})") from error
 
 
 def _failure(error: Exception) -> _Failure:

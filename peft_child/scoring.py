@@ -18,7 +18,7 @@ from peft_child.batches import batch_size, single_examples, to_device
 from peft_child.fisher import diagonal_fisher
 from peft_child.layer import child_tuning_layers
 from peft_child.quantised import is_quantised
-from peft_child.ranks import gathered, rank, world_size
+from peft_child.ranks import gathered, in_step, rank, world_size
 
 
 Forward = Callable[[Any, Any], Any]
@@ -66,22 +66,34 @@ class FisherPass:
         wanted = _share(self.num_examples)
         total = _total(self.dataloader, wanted) if self.split_batches else None
         silent = not self.progress_bar or rank() > 0
-        with tqdm(desc="Fisher information", unit=" examples", total=total, disable=silent) as bar:
-            for example, size in self._examples():
-                if wanted is not None and self.examples >= wanted:
-                    return
-                yield self._loss(to_device(example, device))
-                self.examples += size
-                bar.update(size)
 
-    def _examples(self) -> Iterator[tuple[Any, int]]:
+        def has_enough() -> bool:
+            return wanted is not None and self.examples >= wanted
+
+        with tqdm(desc="Fisher information", unit=" examples", total=total, disable=silent) as bar:
+            for batch in in_step(self._batches(), has_enough):
+                for example, size in self._examples(batch):
+                    if has_enough():
+                        break
+                    yield self._loss(to_device(example, device))
+                    self.examples += size
+                    bar.update(size)
+
+    def _batches(self) -> Iterator[Any]:
+        is_empty = True
         for batch in self.dataloader:
-            if not self.split_batches:
-                yield batch, 1
-            elif self.by_batch:
-                yield batch, batch_size(batch)
-            else:
-                yield from ((example, 1) for example in single_examples(batch))
+            is_empty = False
+            yield batch
+        if is_empty:
+            raise ValueError("The Fisher information needs at least one example, got none.")
+
+    def _examples(self, batch: Any) -> Iterator[tuple[Any, int]]:
+        if not self.split_batches:
+            yield batch, 1
+        elif self.by_batch:
+            yield batch, batch_size(batch)
+        else:
+            yield from ((example, 1) for example in single_examples(batch))
 
     def _loss(self, example: Any) -> Tensor:
         if self.forward_fn is not None:

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from peft import get_peft_model
 from torch import distributed
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from peft_child import estimate_fisher, select_child_network
 from peft_child.ranks import check_equal, gathered, on_every_rank, rank, world_size
@@ -78,6 +78,16 @@ def test_the_choice_is_that_of_one_process_with_all_examples(tmp_path):
         assert_same(child, {name: indices for name, indices in wanted.items() if len(indices)})
 
 
+class Stream(IterableDataset):
+    """Data without a length."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def __iter__(self):
+        return iter(self.data)
+
+
 def raised(call):
     """The exception of a call, as seen here."""
     try:
@@ -98,6 +108,55 @@ def broken(*indices):
     """Examples of which the last cannot be scored."""
     batch = rows(*indices)
     return [{**batch, "input_ids": batch["input_ids"].index_fill(0, torch.tensor([len(indices) - 1]), 99)}]
+
+
+def stop_early():
+    """How many examples this rank scores before it knows that the other one has failed in its second batch."""
+    seen = []
+
+    def forward(model, batch):
+        seen.append(batch)
+        if distributed.get_rank() == 1 and len(seen) == 3:
+            raise KeyError("the third example")
+        return model(**batch)
+
+    error = select([rows(0, 1)] * 50, {"forward_fn": forward})
+    return error, len(seen)
+
+
+def dispatched():
+    """A dataloader that communicates: rank 0 reads the data and sends the others their part of each batch."""
+    data = [{key: column[index] for key, column in rows(*range(8)).items()} for index in range(8)]
+    return Accelerator(cpu=True).prepare(DataLoader(Stream(data), batch_size=2))
+
+
+def fail_in_step(folder):
+    def forward(model, batch):
+        if distributed.get_rank() == 1:
+            raise KeyError("any example")
+        return model(**batch)
+
+    return {
+        "early": stop_early(),
+        "dispatched": select(dispatched(), {"forward_fn": forward}),
+        "after it": found(dispatched()),
+        "five": found(dispatched(), num_examples=5),
+    }
+
+
+def test_ranks_keep_step_while_they_score(tmp_path):
+    first, second = on_two_ranks(fail_in_step, tmp_path)
+    for error, examples in (first["early"], second["early"]):
+        assert error == ("RuntimeError", "KeyError: 'the third example' (rank 1 of 2)")
+        assert examples <= 4  # of a hundred
+    assert first["dispatched"] == second["dispatched"] == ("RuntimeError", "KeyError: 'any example' (rank 1 of 2)")
+    alone = {"after it": found([rows(*range(8))]), "five": found([rows(0, 1, 2, 3, 4)])}
+    for case, (expected, _, examples) in alone.items():
+        scores, child, counted = first[case]
+        assert counted == examples
+        assert_same(child, second[case][1])
+        for name, score in scores.items():
+            torch.testing.assert_close(score, expected[name], rtol=1e-4, atol=1e-12)
 
 
 def other_head():
