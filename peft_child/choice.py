@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from peft_child.config import ChildTuningConfig
 from peft_child.delta import fresh_delta
 from peft_child.layer import ChildTuningLayer, child_tuning_layers
-from peft_child.ranks import check_equal, check_whole, digest, gathered, on_every_rank, world_size
+from peft_child.ranks import check_equal, check_whole, digest, gathered, is_sharded, on_every_rank, world_size
 from peft_child.scoring import FisherPass, Forward
 from peft_child.selection import select_largest
 
@@ -138,8 +138,11 @@ def estimate_fisher(
 
     In several processes (torch.distributed) every rank scores its own shard, as `DistributedSampler` or accelerate
     divide the data, and all return the mean over the examples of all shards, whatever their sizes. Samplers that
-    repeat examples to make the shards equal give those double weight. The model must not be wrapped in DDP or sharded
-    yet. An error on one rank is raised on every rank.
+    repeat examples to make the shards equal give those double weight. The model must not be wrapped in DDP yet. An
+    error on one rank is raised on every rank.
+
+    A model that is sharded (FSDP2) averages the gradients of all ranks. So its ranks send each other their examples,
+    and score all of them together, which takes as long as in one process.
 
     Args:
         model: A model with a Child-Tuning adapter.
@@ -157,7 +160,8 @@ def estimate_fisher(
 
     Returns:
         Scores by name of the parameter in the base model, float32, in the shape and on the device of the parameter.
-        They can be kept with `safetensors.torch.save_file`.
+        They can be kept with `safetensors.torch.save_file`. Those of sharded parameters are sharded alike (DTensors,
+        whose `full_tensor()` every rank has to call); with them a child network is chosen before sharding, later.
 
     Raises:
         ValueError: If there are no examples, or none on one rank; an example has no loss or one that is not finite;
@@ -207,6 +211,8 @@ def _selectable(model: nn.Module, adapter_name: str) -> Adapter:
         raise ValueError(
             f"Only a task_driven child network is selected; '{adapter_name}' is {adapter.config.variant}."
         )
+    for name, parameter in adapter.targets.items():
+        check_whole(name, parameter, "choose the child network before that")
     _check_untrained(adapter_name, adapter.layers)
     adapter.config.child_size(sum(parameter.numel() for parameter in adapter.targets.values()))
     return adapter
@@ -219,6 +225,7 @@ def _check_same_settings(
     if world_size() == 1:
         return
     shapes = repr({name: tuple(parameter.shape) for name, parameter in targets.items()})
+    dense = {name: parameter for name, parameter in _dense_parameters(model) if not is_sharded(parameter)}
     check_equal(
         {
             "density": config.density,
@@ -226,9 +233,7 @@ def _check_same_settings(
             **others,
             "number of targeted parameters": len(targets),
             "digest of the targeted parameters' names and shapes": hashlib.sha256(shapes.encode()).hexdigest()[:12],
-            "digest of the densely trained weights (set the same seed before a new head is made)": digest(
-                dict(_dense_parameters(model))
-            )[:12],
+            "digest of the densely trained weights (set the same seed before a new head is made)": digest(dense)[:12],
         }
     )
 
@@ -264,7 +269,6 @@ def _targets(layers: list[ChildTuningLayer], adapter_name: str) -> dict[str, nn.
     for name, parameter in targets.items():
         if parameter.is_meta:
             raise RuntimeError(f"'{name}' is offloaded (on the meta device); load the base model without offloading.")
-        check_whole(name, parameter, "choose the child network")
     return targets
 
 

@@ -115,7 +115,7 @@ def fit_state_dict(
             child = children.pop(name, None)
             if child is None:
                 continue  # nothing was chosen there
-            check_whole(name, layer.base_parameter(parameter), "load adapters")
+            check_whole(name, layer.base_parameter(parameter), "load adapters before that")
             indices = _fitting_indices(name, child, layer.base_parameter(parameter))
             if not layer.merged and not _is_at_home(child, layer.base_parameter(parameter), indices):
                 strange.append(name)

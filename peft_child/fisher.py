@@ -13,11 +13,14 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from peft_child.ranks import add_over_ranks, gathered, on_every_rank
+from peft_child.ranks import add_over_ranks, gathered, on_every_rank, own_part, whole
 
 
 def diagonal_fisher(
-    parameters: Mapping[str, nn.Parameter], losses: Iterable[Tensor], max_norm: float | None = None
+    parameters: Mapping[str, nn.Parameter],
+    losses: Iterable[Tensor],
+    max_norm: float | None = None,
+    same_losses: bool = False,
 ) -> dict[str, Tensor]:
     """Average the squared gradients of losses.
 
@@ -26,13 +29,16 @@ def diagonal_fisher(
     mean over a batch of B examples gives `(1/B sum of gradients) ** 2` instead, which is not the same.
 
     In several processes (torch.distributed) it is the mean over the losses of all of them, whose numbers may differ.
-    The sums are exchanged tensor by tensor, in float32. An error on one rank is raised on every rank.
+    The sums are exchanged tensor by tensor, in float32. An error on one rank is raised on every rank. If the
+    parameters are sharded over the processes (FSDP2), which averages their gradients, all ranks have to take the same
+    losses at the same time; the scores are sharded alike, and nothing is exchanged.
 
     Args:
         parameters: Leaves that require gradients, by name. Their `.grad` must be None, and is None again afterwards.
         losses: Scalars, each with a graph to the parameters; taken one at a time, so they may be computed lazily. In
             several processes those of this rank, at least one.
         max_norm: Clip each parameter's gradient to this L2 norm before squaring, as the authors' code does.
+        same_losses: Whether all ranks take the same losses.
 
     Returns:
         Scores by name, float32, in the shape and on the device of the parameter. A parameter that no loss reached has
@@ -47,13 +53,19 @@ def diagonal_fisher(
         for name, parameter in parameters.items()
     }
     count = on_every_rank(partial(_add_squares, parameters, losses, max_norm, scores))
-    total = sum(gathered(count))
-    for name, score in scores.items():
-        add_over_ranks(score)
+    total = count if same_losses else sum(gathered(count))
+    for score in scores.values():
+        if not same_losses:
+            add_over_ranks(score)
         score.div_(total)
-        if not torch.isfinite(score).all():
-            raise ValueError(f"The Fisher information of '{name}' is not finite: a gradient was NaN or too large.")
+    on_every_rank(partial(_check_finite, scores))
     return scores
+
+
+def _check_finite(scores: Mapping[str, Tensor]) -> None:
+    for name, score in scores.items():
+        if not torch.isfinite(own_part(score)).all():
+            raise ValueError(f"The Fisher information of '{name}' is not finite: a gradient was NaN or too large.")
 
 
 def _add_squares(
@@ -102,7 +114,7 @@ def _square_into(score: Tensor, arrive: Callable[[], None], max_norm: float | No
         gradient = gradient.to_dense() if gradient.is_sparse else gradient
         gradient = gradient.float()
         if max_norm is not None:  # the factor of torch.nn.utils.clip_grad_norm_
-            gradient = gradient * (max_norm / (gradient.norm() + 1e-6)).clamp(max=1.0)
+            gradient = gradient * (max_norm / (whole(gradient.norm()) + 1e-6)).clamp(max=1.0)
         score.addcmul_(gradient, gradient)
 
     return add_square

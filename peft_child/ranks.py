@@ -44,7 +44,7 @@ def rank() -> int:
 
 
 def gathered(value: T) -> list[T]:
-    """The values of all ranks, in their order; they have to be picklable and small."""
+    """The values of all ranks, in their order; they have to be picklable."""
     if world_size() == 1:
         return [value]
     values: list[T | None] = [None] * world_size()
@@ -79,7 +79,7 @@ def on_every_rank(work: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
-def in_step(items: Iterable[T], has_enough: Callable[[], bool]) -> Iterator[T]:
+def in_step(items: Iterable[T], has_enough: Callable[[int], bool], shared: bool) -> Iterator[tuple[int, T]]:
     """This rank's items, each taken when all ranks take one, so that all know at once if one fails.
 
     It keeps step also for iterables that communicate themselves, as some dataloaders do: who has enough goes on taking
@@ -87,7 +87,11 @@ def in_step(items: Iterable[T], has_enough: Callable[[], bool]) -> Iterator[T]:
 
     Args:
         items: The items of this rank; the numbers of items may differ.
-        has_enough: Whether this rank needs no more of them.
+        has_enough: Whether no more items of a rank are needed.
+        shared: Whether every rank gets the items of all ranks, one after the other; they have to be picklable.
+
+    Yields:
+        The rank that an item belongs to, and the item.
 
     Raises:
         _FailedElsewhereError: If another rank failed; only inside of `on_every_rank`, which knows what to do.
@@ -95,16 +99,25 @@ def in_step(items: Iterable[T], has_enough: Callable[[], bool]) -> Iterator[T]:
     iterator = iter(items)
     is_over = False
     while True:
-        is_done = is_over or has_enough()
-        answers = gathered(is_done)
-        if any(isinstance(answer, _Failure) for answer in answers):
-            raise _FailedElsewhereError(answers)
-        if all(answers):
+        is_done = is_over or has_enough(rank())
+        if all(_answers(is_done)):
             return
         item = _NONE if is_over else next(iterator, _NONE)
         is_over = item is _NONE
-        if not is_over and not is_done:
-            yield item  # type: ignore[misc]
+        mine: list[Any] = [] if is_over or is_done else [(rank(), item)]
+        if shared:
+            for theirs in _answers(mine):
+                yield from theirs
+        else:
+            yield from mine
+
+
+def _answers(value: T) -> list[T]:
+    """The values of all ranks, if none has failed."""
+    answers = gathered(value)
+    if any(isinstance(answer, _Failure) for answer in answers):
+        raise _FailedElsewhereError(answers)
+    return answers
 
 
 def _raise_first_failure(answers: list[Any], error: Exception | None = None) -> None:
@@ -159,10 +172,15 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def check_whole(name: str, tensor: Tensor, what: str) -> None:
-    """Raise a `ValueError` if a tensor is sharded, saying that `what` comes first."""
+def own_part(tensor: Tensor) -> Tensor:
+    """A tensor itself, or this rank's shard of one that is sharded."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def check_whole(name: str, tensor: Tensor, way_out: str) -> None:
+    """Raise a `ValueError` if a tensor is sharded, saying what to do."""
     if is_sharded(tensor):
-        raise ValueError(f"'{name}' is sharded over processes already (a DTensor): {what} before that.")
+        raise ValueError(f"'{name}' is sharded over processes (a DTensor): {way_out}.")
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

@@ -18,7 +18,7 @@ from peft_child.batches import batch_size, single_examples, to_device
 from peft_child.fisher import diagonal_fisher
 from peft_child.layer import child_tuning_layers
 from peft_child.quantised import is_quantised
-from peft_child.ranks import gathered, in_step, rank, world_size
+from peft_child.ranks import gathered, in_step, is_sharded, rank, world_size
 
 
 Forward = Callable[[Any, Any], Any]
@@ -57,25 +57,32 @@ class FisherPass:
                     "Fisher information in the base model as it was before, and pass it as scores=."
                 )
         device = next(iter(targets.values())).device
+        shared = any(is_sharded(parameter) for parameter in targets.values())
+        max_norm = 1.0 if self.by_batch else None
         with _scoring(self.model, targets.values(), training=self.by_batch):
-            found = diagonal_fisher(targets, self._losses(device), max_norm=1.0 if self.by_batch else None)
-        self.examples = sum(gathered(self.examples))
+            if shared:  # dropout must be the same on every rank, as the example is
+                torch.manual_seed(gathered(torch.initial_seed())[0])
+            found = diagonal_fisher(targets, self._losses(device, shared), max_norm, shared)
+        if not shared:
+            self.examples = sum(gathered(self.examples))
         return found
 
-    def _losses(self, device: torch.device) -> Iterator[Tensor]:
-        wanted = _share(self.num_examples)
-        total = _total(self.dataloader, wanted) if self.split_batches else None
+    def _losses(self, device: torch.device, shared: bool) -> Iterator[Tensor]:
+        scored = [0] * world_size()  # examples of each rank
+
+        def has_enough(rank: int) -> bool:
+            return self.num_examples is not None and scored[rank] >= _share(self.num_examples, rank)
+
+        mine = None if self.num_examples is None else _share(self.num_examples, rank())
+        total = _total(self.dataloader, mine) if self.split_batches else None
         silent = not self.progress_bar or rank() > 0
-
-        def has_enough() -> bool:
-            return wanted is not None and self.examples >= wanted
-
         with tqdm(desc="Fisher information", unit=" examples", total=total, disable=silent) as bar:
-            for batch in in_step(self._batches(), has_enough):
+            for source, batch in in_step(self._batches(), has_enough, shared):
                 for example, size in self._examples(batch):
-                    if has_enough():
+                    if has_enough(source):
                         break
                     yield self._loss(to_device(example, device))
+                    scored[source] += size
                     self.examples += size
                     bar.update(size)
 
@@ -129,12 +136,10 @@ def _loss_of(output: Any) -> Tensor | None:
     return getattr(output, "loss", None)
 
 
-def _share(num_examples: int | None) -> int | None:
-    """The part of the examples that this rank scores; those that are left over go to the first ranks."""
-    if num_examples is None:
-        return None
+def _share(num_examples: int, rank: int) -> int:
+    """The part of the examples that a rank scores; those that are left over go to the first ranks."""
     each, left = divmod(num_examples, world_size())
-    return each + (rank() < left)
+    return each + (rank < left)
 
 
 def _total(dataloader: Iterable[Any], num_examples: int | None) -> int | None:

@@ -51,7 +51,7 @@ def check_sizes(config: ChildTuningConfig, targets: list[Target]) -> None:
 def check_not_sharded(targets: list[Target]) -> None:
     """Raise a `ValueError` if a target is sharded, since its delta would have to be as well."""
     for target in targets:
-        check_whole(target.name, target.parameter, "add adapters")
+        check_whole(target.name, target.parameter, "add adapters before that")
 
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 
 from peft_child.choice import adapter_of
 from peft_child.config import NO_MASK, ChildTuningConfig
+from peft_child.ranks import check_whole
 from peft_child.selection import select_largest
 
 
@@ -53,6 +54,8 @@ def keep_largest(model: nn.Module, density: float, *, adapter_name: str = "defau
         ValueError: If the density is out of range, or above that of the adapter.
     """
     config, layers, targets = adapter_of(model, adapter_name)
+    for name, parameter in targets.items():
+        check_whole(name, parameter, "save the adapter, and keep its largest changes in one process")
     for layer in layers:
         layer.check_is_chosen(adapter_name, "keeping its largest changes")
     changed = {name: delta for layer in layers for name, delta in layer.named_deltas(adapter_name).items()}

@@ -9,7 +9,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from peft_child import estimate_fisher, select_child_network
+from peft_child import estimate_fisher, keep_largest, select_child_network
 
 from .helpers import assert_same, child_of, config_for, logits, move, snapshot, train
 from .problems import batch_of, build, tiny_bert, tiny_llama
@@ -155,7 +155,7 @@ def refuse(folder):
         "merge": raised(model.merge_adapter),
         "merge and unload": raised(model.merge_and_unload),
         "choose": raised(lambda: select_child_network(unchosen, batches("bert"), progress_bar=False)),
-        "score": raised(lambda: estimate_fisher(unchosen, batches("bert"), progress_bar=False)),
+        "thin": raised(lambda: keep_largest(model, 0.1)),
         "inner": raised(lambda: inner(**batches("bert")[0])),
     }
     assert_same(whole(model), before)
@@ -172,12 +172,75 @@ def test_what_needs_whole_tensors_is_refused(tmp_path):
         "load": "add adapters",
         "load again": "load adapters",
         "choose": "choose the child network",
-        "score": "choose the child network",
     }.items():
         assert first[case].startswith("ValueError: 'bert.")
-        assert f"weight' is sharded over processes already (a DTensor): {what} before that." in first[case]
+        assert f"weight' is sharded over processes (a DTensor): {what} before that." in first[case]
+    assert "(a DTensor): save the adapter, and keep its largest changes in one process." in first["thin"]
     for case in ("merge", "merge and unload", "inner"):
         assert "Linear is sharded (a DTensor), so that it cannot be composed or merged: apply" in first[case]
+
+
+# Three of the eight examples are on rank 0 and five on rank 1.
+SHARES = ((0, 1), (2,)), ((3, 4, 5), (6, 7))
+IN_ROUNDS = (0, 1), (3, 4, 5), (2,), (6, 7)
+
+
+def rows(*indices):
+    return {key: value[list(indices)] for key, value in batches("bert")[0].items()}
+
+
+def unchosen(fisher, dropout=0.0):
+    torch.manual_seed(0)
+    base = tiny_bert(hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
+    return get_peft_model(base, config_for("bert", fisher=fisher))
+
+
+def scored(model, examples, **options):
+    data = [rows(*indices) for indices in examples]
+    torch.manual_seed(3)
+    return estimate_fisher(model, data, progress_bar=False, **options)
+
+
+def score_sharded(folder):
+    mine = SHARES[distributed.get_rank()]
+    found = {}
+    for case, (fisher, dropout, options) in SCORED.items():
+        model = shard(unchosen(fisher, dropout))
+        before = whole(model), [parameter.requires_grad for parameter in model.parameters()]
+        scores = scored(model, mine, **options)
+        assert all(isinstance(score, DTensor) for score in scores.values())
+        found[case] = {name: score.full_tensor() for name, score in scores.items()}
+        assert_same(whole(model), before[0])
+        assert [parameter.requires_grad for parameter in model.parameters()] == before[1]
+        assert all(parameter.grad is None for parameter in model.parameters())
+        found[f"{case}: local"] = {name: score.to_local().clone() for name, score in scores.items()}
+    failing = [rows(0), {**rows(1), "input_ids": torch.full((1, 6), 99)}] if mine is SHARES[1] else [rows(2)] * 20
+    error = raised(lambda: estimate_fisher(model, failing, progress_bar=False))
+    return found, error
+
+
+SCORED = {  # fisher, dropout and other options
+    "per_example": ("per_example", 0.0, {}),
+    "five": ("per_example", 0.0, {"num_examples": 5}),
+    "authors": ("authors", 0.5, {}),
+}
+
+
+def test_scores_of_a_sharded_model_are_those_of_one_process(tmp_path):
+    (first, error), (second, second_error) = on_two_ranks(score_sharded, tmp_path)
+    alone = {
+        "per_example": scored(unchosen("per_example"), IN_ROUNDS),
+        "five": scored(unchosen("per_example"), [(0, 1, 2), (3, 4)]),
+        "authors": scored(unchosen("authors", 0.5), IN_ROUNDS),  # the same dropout, in the same order
+    }
+    for case, expected in alone.items():
+        assert_same(first[case], second[case])
+        assert first[case].keys() == expected.keys()
+        for name, score in first[case].items():
+            torch.testing.assert_close(score, expected[name], rtol=1e-4, atol=1e-12)
+            shards = [found[f"{case}: local"][name] for found in (first, second)]
+            assert torch.equal(torch.cat(shards), score)
+    assert error == second_error == "RuntimeError: IndexError: index out of range in self (rank 0, 1 of 2)"
 
 
 def pretend_to_have_accelerators():
