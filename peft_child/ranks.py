@@ -162,6 +162,15 @@ def add_over_ranks(tensor: Tensor) -> None:
         distributed.all_reduce(tensor)
 
 
+def check_can_add(device: torch.device) -> None:
+    """Raise a `ValueError` if tensors of this device cannot be added over the ranks."""
+    if device.type == "cpu" and world_size() > 1 and distributed.get_backend() == "nccl":
+        raise ValueError(
+            "The processes talk through nccl, which takes tensors on GPUs only: move the model to its GPU before its "
+            "child network is chosen, or initialise torch.distributed with 'cpu:gloo,cuda:nccl'."
+        )
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """Whether every rank has a shard of the tensor (a DTensor, which torch may have been built without)."""
     return hasattr(tensor, "full_tensor")

@@ -18,7 +18,7 @@ from peft_child.batches import batch_size, single_examples, to_device
 from peft_child.fisher import diagonal_fisher
 from peft_child.layer import child_tuning_layers
 from peft_child.quantised import is_quantised
-from peft_child.ranks import gathered, in_step, is_sharded, rank, world_size
+from peft_child.ranks import check_can_add, gathered, in_step, is_sharded, rank, world_size
 
 
 Forward = Callable[[Any, Any], Any]
@@ -58,6 +58,8 @@ class FisherPass:
                 )
         device = next(iter(targets.values())).device
         shared = any(is_sharded(parameter) for parameter in targets.values())
+        if not shared:
+            check_can_add(device)
         max_norm = 1.0 if self.by_batch else None
         with _scoring(self.model, targets.values(), training=self.by_batch):
             if shared:  # dropout must be the same on every rank, as the example is

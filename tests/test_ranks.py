@@ -166,6 +166,14 @@ def other_head():
     return raised(lambda: estimate_fisher(model, [rows(0)], progress_bar=False))
 
 
+def through_nccl(data):
+    backend, distributed.get_backend = distributed.get_backend, lambda: "nccl"
+    try:
+        return select(data)
+    finally:
+        distributed.get_backend = backend
+
+
 def fail(folder):
     here = distributed.get_rank()
     data, last = [rows(0, 1)], here == 1
@@ -195,6 +203,7 @@ def fail(folder):
         "scores": select(None, {"scores": noise}),
         "missing score": select(None, {"scores": without}),
         "head": other_head(),
+        "nccl": through_nccl(data),
     }  # fmt: skip
     errors["seconds"] = time.monotonic() - started
     found(data)  # what failed leaves the ranks in step
@@ -217,6 +226,7 @@ MESSAGES = {
     "neither": r"needs either a dataloader or scores, got both or neither. \(rank 1 of 2\)",
     "scores": "Every process must have the same scores; these would choose different child networks.",
     "missing score": r"exactly one tensor for each.*2 are missing: .*query.bias'.* \(rank 1 of 2\)",
+    "nccl": "The processes talk through nccl, which takes tensors on GPUs only: move the model to its GPU before",
     "head": "the same digest of the densely trained weights .set the same seed before a new head is made.; got ",
 }
 
