@@ -291,6 +291,7 @@ def _check_scores(scores: Scores, targets: Mapping[str, nn.Parameter]) -> None:
                 f"scores must have exactly one tensor for each targeted parameter; {len(names)} {kind}: {some}."
             )
     for name, parameter in targets.items():
+        check_whole(name, scores[name], "pass the full_tensor() of its scores")
         if scores[name].shape != parameter.shape:
             raise ValueError(
                 f"Scores must have the shapes of their parameters; those of '{name}' have {tuple(scores[name].shape)},"

@@ -214,9 +214,11 @@ def score_sharded(folder):
         assert [parameter.requires_grad for parameter in model.parameters()] == before[1]
         assert all(parameter.grad is None for parameter in model.parameters())
         found[f"{case}: local"] = {name: score.to_local().clone() for name, score in scores.items()}
+    sharded = raised(lambda: select_child_network(unchosen("per_example"), scores=scores))
+    select_child_network(unchosen("per_example"), scores={name: score.full_tensor() for name, score in scores.items()})
     failing = [rows(0), {**rows(1), "input_ids": torch.full((1, 6), 99)}] if mine is SHARES[1] else [rows(2)] * 20
     error = raised(lambda: estimate_fisher(model, failing, progress_bar=False))
-    return found, error
+    return found, sharded, error
 
 
 SCORED = {  # fisher, dropout and other options
@@ -227,7 +229,7 @@ SCORED = {  # fisher, dropout and other options
 
 
 def test_scores_of_a_sharded_model_are_those_of_one_process(tmp_path):
-    (first, error), (second, second_error) = on_two_ranks(score_sharded, tmp_path)
+    (first, sharded, error), (second, *second_errors) = on_two_ranks(score_sharded, tmp_path)
     alone = {
         "per_example": scored(unchosen("per_example"), IN_ROUNDS),
         "five": scored(unchosen("per_example"), [(0, 1, 2), (3, 4)]),
@@ -240,7 +242,9 @@ def test_scores_of_a_sharded_model_are_those_of_one_process(tmp_path):
             torch.testing.assert_close(score, expected[name], rtol=1e-4, atol=1e-12)
             shards = [found[f"{case}: local"][name] for found in (first, second)]
             assert torch.equal(torch.cat(shards), score)
-    assert error == second_error == "RuntimeError: IndexError: index out of range in self (rank 0, 1 of 2)"
+    assert error == "RuntimeError: IndexError: index out of range in self (rank 0, 1 of 2)"
+    assert "(a DTensor): pass the full_tensor() of its scores. (rank 0, 1 of 2)" in sharded
+    assert second_errors == [sharded, error]
 
 
 def pretend_to_have_accelerators():
