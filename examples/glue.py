@@ -20,11 +20,11 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch.utils.data import DataLoader
 from transformers.utils import is_torch_bf16_gpu_available
 
-from peft_child import ChildTuningConfig, select_child_network
+from peft_child import ChildTuningConfig, keep_largest, select_child_network
 
 
 TASKS = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli")
-LEARNING_RATES = {"child": 3e-4, "full": 5e-5, "lora": 5e-4}
+LEARNING_RATES = {"child": 3e-4, "task_free": 1e-4, "full": 5e-5, "lora": 5e-4}
 
 
 def main() -> None:
@@ -43,6 +43,11 @@ def main() -> None:
         model = get_peft_model(model, config)
         examples = DataLoader(train, shuffle=True, collate_fn=collator)  # one at a time, so without padding
         print(select_child_network(model, examples, num_examples=args.num_fisher_examples))
+    elif args.method == "task_free":
+        config = ChildTuningConfig(
+            variant="task_free", density=args.density, target_modules="all-linear", task_type="SEQ_CLS", seed=args.seed
+        )
+        model = get_peft_model(model, config)
     elif args.method == "lora":
         model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", task_type="SEQ_CLS"))
 
@@ -63,6 +68,9 @@ def main() -> None:
     trainer = transformers.Trainer(model, settings, collator, train, validation, compute_metrics=metrics)
     trainer.train()
     print({name: round(value, 4) for name, value in trainer.evaluate().items()})
+    for density in args.keep:
+        print(keep_largest(model, density))
+        print({name: round(value, 4) for name, value in trainer.evaluate().items()})
     model.save_pretrained(args.output)
     saved = Path(args.output, "model.safetensors" if args.method == "full" else "adapter_model.safetensors")
     print(f"{saved}: {saved.stat().st_size / 1e6:.2f} MB")
@@ -110,7 +118,16 @@ def parse_arguments():
     add("--max-train-examples", type=int, help="train on so many rows, taken at random (default: all)")
     add("--max-length", type=int, default=128, help="longest example, in tokens (default: %(default)s)")
     add("--method", choices=LEARNING_RATES, default="child", help="what to train (default: %(default)s)")
-    add("--density", type=float, default=0.1, help="share of the child network (default: %(default)s)")
+    add(
+        "--density", type=float, default=0.1, help="share of the child network, or of gradients (default: %(default)s)"
+    )
+    add(
+        "--keep",
+        type=float,
+        nargs="*",
+        default=[],
+        help="after training keep so large a share of the changes, and less",
+    )
     add("--num-fisher-examples", type=int, default=512, help="examples that choose it (default: %(default)s)")
     add("--learning-rate", type=float, help=f"peak of the schedule (default by method: {LEARNING_RATES})")
     add("--epochs", type=float, default=3, help="passes over the training rows (default: %(default)s)")

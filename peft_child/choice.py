@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -55,6 +56,8 @@ def select_child_network(
     loss_fn: Forward | None = None,
     split_batches: bool = True,
     progress_bar: bool = True,
+    score_device: torch.device | str | None = None,
+    score_folder: str | Path | None = None,
 ) -> ChildNetwork:
     """Choose the child network of a task-driven adapter (Child-Tuning_D; Xu et al., 2021).
 
@@ -75,6 +78,8 @@ def select_child_network(
         loss_fn: See `estimate_fisher`.
         split_batches: See `estimate_fisher`.
         progress_bar: Show a progress bar.
+        score_device: See `estimate_fisher`.
+        score_folder: See `estimate_fisher`.
 
     Returns:
         The sizes of what was chosen; printing it gives one line.
@@ -92,7 +97,16 @@ def select_child_network(
     if dataloader is not None:
         by_batch = config.fisher == "authors"
         fisher_pass = FisherPass(
-            model, dataloader, by_batch, num_examples, forward_fn, loss_fn, split_batches, progress_bar
+            model,
+            dataloader,
+            by_batch,
+            num_examples,
+            forward_fn,
+            loss_fn,
+            split_batches,
+            progress_bar,
+            score_device,
+            score_folder,
         )
         found = fisher_pass.scores(targets)
         examples = fisher_pass.examples
@@ -123,6 +137,8 @@ def estimate_fisher(
     loss_fn: Forward | None = None,
     split_batches: bool = True,
     progress_bar: bool = True,
+    score_device: torch.device | str | None = None,
+    score_folder: str | Path | None = None,
 ) -> dict[str, Tensor]:
     """Estimate the Fisher information of the parameters that an adapter targets, at the base model's weights.
 
@@ -157,9 +173,13 @@ def estimate_fisher(
         split_batches: Take batches apart into single examples. False if each batch is one example as it is, such as a
             graph, or packed sequences.
         progress_bar: Show a progress bar, on the first rank.
+        score_device: Where to add up the scores, such as 'cpu' while the model is on a GPU; by default on the device
+            of each parameter. They take 4 bytes for each targeted weight.
+        score_folder: A folder to add up the scores in, in files that are mapped into memory (raw float32, one for each
+            parameter), where they do not fit into it. The files stay; delete them when they have served.
 
     Returns:
-        Scores by name of the parameter in the base model, float32, in the shape and on the device of the parameter.
+        Scores by name of the parameter in the base model, float32, in the shape of the parameter.
         They can be kept with `safetensors.torch.save_file`. Those of sharded parameters are sharded alike (DTensors,
         whose `full_tensor()` every rank has to call); with them a child network is chosen before sharding, later.
 
@@ -171,7 +191,16 @@ def estimate_fisher(
     _check_same_settings(model, config, targets, {"num_examples": num_examples})
     by_batch = config.fisher == "authors"
     fisher_pass = FisherPass(
-        model, dataloader, by_batch, num_examples, forward_fn, loss_fn, split_batches, progress_bar
+        model,
+        dataloader,
+        by_batch,
+        num_examples,
+        forward_fn,
+        loss_fn,
+        split_batches,
+        progress_bar,
+        score_device,
+        score_folder,
     )
     return fisher_pass.scores(targets)
 

@@ -21,6 +21,7 @@ def diagonal_fisher(
     losses: Iterable[Tensor],
     max_norm: float | None = None,
     same_losses: bool = False,
+    make_room: Callable[[str, Tensor], Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Average the squared gradients of losses.
 
@@ -39,19 +40,18 @@ def diagonal_fisher(
             several processes those of this rank, at least one.
         max_norm: Clip each parameter's gradient to this L2 norm before squaring, as the authors' code does.
         same_losses: Whether all ranks take the same losses.
+        make_room: From name and parameter to float32 zeros in the shape of the parameter, on any device, to add its
+            scores up in; by default on the device of the parameter.
 
     Returns:
-        Scores by name, float32, in the shape and on the device of the parameter. A parameter that no loss reached has
-        scores of zero.
+        Scores by name, float32, in the shape of the parameter. A parameter that no loss reached has scores of zero.
 
     Raises:
         ValueError: If there is no loss at all, or a score is not finite.
         RuntimeError: If one backward pass delivers a parameter's gradient in parts, which cannot be squared.
     """
-    scores = {
-        name: torch.zeros_like(parameter, dtype=torch.float32, memory_format=torch.contiguous_format)
-        for name, parameter in parameters.items()
-    }
+    make_room = make_room or zeros_beside
+    scores = {name: make_room(name, parameter) for name, parameter in parameters.items()}
     count = on_every_rank(partial(_add_squares, parameters, losses, max_norm, scores))
     total = count if same_losses else sum(gathered(count))
     for score in scores.values():
@@ -60,6 +60,11 @@ def diagonal_fisher(
         score.div_(total)
     on_every_rank(partial(_check_finite, scores))
     return scores
+
+
+def zeros_beside(name: str, parameter: Tensor) -> Tensor:
+    """Room for scores on the device of the parameter, sharded as it is."""
+    return torch.zeros_like(parameter, dtype=torch.float32, memory_format=torch.contiguous_format)
 
 
 def _check_finite(scores: Mapping[str, Tensor]) -> None:
@@ -115,6 +120,9 @@ def _square_into(score: Tensor, arrive: Callable[[], None], max_norm: float | No
         gradient = gradient.float()
         if max_norm is not None:  # the factor of torch.nn.utils.clip_grad_norm_
             gradient = gradient * (max_norm / (whole(gradient.norm()) + 1e-6)).clamp(max=1.0)
-        score.addcmul_(gradient, gradient)
+        if gradient.device == score.device:
+            score.addcmul_(gradient, gradient)
+        else:
+            score.add_(gradient.square().to(score.device))
 
     return add_square

@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from peft_child.batches import batch_size, single_examples, to_device
-from peft_child.fisher import diagonal_fisher
+from peft_child.fisher import diagonal_fisher, zeros_beside
 from peft_child.layer import child_tuning_layers
 from peft_child.quantised import is_quantised
 from peft_child.ranks import check_can_add, gathered, in_step, is_sharded, rank, world_size
@@ -41,6 +42,8 @@ class FisherPass:
     loss_fn: Forward | None = None
     split_batches: bool = True
     progress_bar: bool = True
+    score_device: torch.device | str | None = None
+    score_folder: str | Path | None = None
     examples: int = 0
 
     def scores(self, targets: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
@@ -58,16 +61,27 @@ class FisherPass:
                 )
         device = next(iter(targets.values())).device
         shared = any(is_sharded(parameter) for parameter in targets.values())
+        if shared and not (self.score_device is self.score_folder is None):
+            raise ValueError(
+                "Scores of a sharded model stay with its shards; leave out score_device and score_folder."
+            )
         if not shared:
-            check_can_add(device)
+            check_can_add(torch.device("cpu" if self.score_folder else self.score_device or device))
         max_norm = 1.0 if self.by_batch else None
         with _scoring(self.model, targets.values(), training=self.by_batch):
             if shared:  # dropout must be the same on every rank, as the example is
                 torch.manual_seed(gathered(torch.initial_seed())[0])
-            found = diagonal_fisher(targets, self._losses(device, shared), max_norm, shared)
+            found = diagonal_fisher(targets, self._losses(device, shared), max_norm, shared, self._make_room)
         if not shared:
             self.examples = sum(gathered(self.examples))
         return found
+
+    def _make_room(self, name: str, parameter: Tensor) -> Tensor:
+        if self.score_folder is not None:
+            return _mapped_zeros(Path(self.score_folder), name, parameter.shape)
+        if self.score_device is not None:
+            return torch.zeros(parameter.shape, device=self.score_device)
+        return zeros_beside(name, parameter)
 
     def _losses(self, device: torch.device, shared: bool) -> Iterator[Tensor]:
         scored = [0] * world_size()  # examples of each rank
@@ -136,6 +150,15 @@ def _loss_of(output: Any) -> Tensor | None:
     if isinstance(output, tuple) and not hasattr(output, "loss") and output:
         return output[0] if isinstance(output[0], Tensor) and not output[0].dim() else None
     return getattr(output, "loss", None)
+
+
+def _mapped_zeros(folder: Path, name: str, shape: torch.Size) -> Tensor:
+    """Zeros in a new file that is mapped into memory, one for each process."""
+    folder = folder / f"rank{rank()}" if world_size() > 1 else folder
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{name}.float32"
+    file.unlink(missing_ok=True)
+    return torch.from_file(str(file), shared=True, size=shape.numel(), dtype=torch.float32).view(shape)
 
 
 def _share(num_examples: int, rank: int) -> int:

@@ -438,3 +438,33 @@ def test_a_forward_pass_that_switches_adapters_off_and_on_changes_no_score(fishe
     batches = [batch_of("bert", seed) for seed in range(2)]
     expected = estimate_fisher(model(), batches, progress_bar=False)
     assert_same(estimate_fisher(model(), batches, forward_fn=with_reference, progress_bar=False), expected)
+
+
+@pytest.mark.parametrize("where", [{"score_device": "cpu"}, {"score_folder": "scores"}])
+def test_scores_kept_elsewhere_are_the_same(tmp_path, monkeypatch, where):
+    monkeypatch.chdir(tmp_path)
+    model = get_peft_model(build("bert"), config_for("bert"))
+    batches = [batch_of("bert", seed) for seed in range(2)]
+    expected = estimate_fisher(model, batches, progress_bar=False)
+    for _ in range(2):  # files of an earlier pass give way
+        assert_same(estimate_fisher(model, batches, progress_bar=False, **where), expected)
+    files = sorted(tmp_path.glob("scores/*.float32"))
+    assert [file.name for file in files] == sorted(f"{name}.float32" for name in expected if "score_folder" in where)
+    for file in files:
+        found = np.fromfile(file, dtype=np.float32)
+        assert np.array_equal(found, expected[file.name.removesuffix(".float32")].flatten().numpy())
+    select_child_network(model, batches, progress_bar=False, **where)
+    twin = get_peft_model(build("bert"), config_for("bert"))
+    select_child_network(twin, batches, progress_bar=False)
+    assert_same(child_of(model), child_of(twin))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_scores_on_the_cpu_of_a_model_on_a_gpu():
+    batches = [batch_of("bert", seed) for seed in range(2)]
+    model = get_peft_model(build("bert"), config_for("bert")).cuda()
+    beside = estimate_fisher(model, batches, progress_bar=False)
+    apart = estimate_fisher(model, batches, progress_bar=False, score_device="cpu")
+    for name, score in beside.items():
+        assert (score.device.type, apart[name].device.type) == ("cuda", "cpu")
+        torch.testing.assert_close(apart[name], score.cpu())
