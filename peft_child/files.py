@@ -7,6 +7,7 @@ leaves the model as it was.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +50,7 @@ def tensors_to_save(
             it is changed: targeted base weights are removed, and `modules_to_save` are whole.
 
     Raises:
-        RuntimeError: If no child network was chosen.
+        RuntimeError: If no child network was chosen, or the state dict does not hold all of it.
     """
     layers = _layers(model)
     config.child_sizes = {}
@@ -68,9 +69,23 @@ def tensors_to_save(
                 f"{name}.{key.removeprefix(inside)}" if key.startswith(inside) else key: value
                 for key, value in selected.items()
             }
+    if state_dict:  # accelerate gives an empty one to the ranks that do not write
+        _check_saved(config.child_sizes, selected)
     dense = [key for key in state_dict if f".modules_to_save.{adapter_name}." in key]
     state_dict |= {key: whole(state_dict[key]) for key in dense}
     return stamped(selected, getattr(torch, config.delta_dtype))
+
+
+def _check_saved(sizes: Mapping[str, list[int]], selected: Mapping[str, Tensor]) -> None:
+    entries = sum(value.numel() for key, value in selected.items() if f".{DELTA}." in key)
+    blocks = sum(f".{INDEX}." in key for key in selected)
+    expected = sum(size for _, size, _ in sizes.values())
+    if (entries, blocks) != (expected, len(sizes)):
+        raise RuntimeError(
+            f"The state dict holds {entries} entries and {blocks} indices of child networks, the layers here have "
+            f"{expected} and {len(sizes)}. Pass the state dict of the whole model; to save sharded models, use "
+            "FSDP2 (fully_shard), not FSDP1."
+        )
 
 
 def _layers(model: nn.Module) -> dict[str, ChildTuningLayer]:

@@ -1,5 +1,6 @@
 """Training with every tensor sharded over two processes (FSDP2)."""
 
+import pytest
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
 from accelerate.utils import DistributedType
@@ -332,6 +333,15 @@ def test_resuming_the_trainer_equals_the_uninterrupted_run(tmp_path):
     deltas = {name: value for name, value in snapshot(loaded).items() if "child_delta" in name}
     assert deltas
     assert_same(deltas, {name: first[name] for name in deltas})
+
+
+@pytest.mark.parametrize("kind", ["child_delta", "child_index"])
+def test_a_state_dict_that_lacks_a_part_of_the_child_network_is_not_saved(tmp_path, kind):
+    model = get_peft_model(build("bert"), config_for("bert", variant="random"))
+    state_dict = model.state_dict()
+    del state_dict[next(key for key in state_dict if kind in key)]
+    with pytest.raises(RuntimeError, match=r"state dict holds .* of child networks, the layers here have"):
+        model.save_pretrained(tmp_path, state_dict=state_dict)
 
 
 def test_adapters_are_saved_and_loaded_whatever_torch_wraps_around_layers(tmp_path):
