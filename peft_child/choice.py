@@ -17,9 +17,10 @@ from torch.nn.parallel import DistributedDataParallel
 from peft_child.config import ChildTuningConfig
 from peft_child.delta import fresh_delta
 from peft_child.layer import ChildTuningLayer, child_tuning_layers
-from peft_child.ranks import check_equal, check_whole, digest, gathered, is_sharded, on_every_rank, world_size
+from peft_child.ranks import check_equal, digest, gathered, is_sharded, on_every_rank, own_part, world_size
 from peft_child.scoring import FisherPass, Forward
 from peft_child.selection import select_largest
+from peft_child.sharded import select_largest_of_shards
 
 
 Scores = Mapping[str, Tensor]
@@ -65,7 +66,9 @@ def select_child_network(
     parameters together. Call it once, before the optimizer is made, since it creates the parameters to be trained.
 
     In several processes (torch.distributed) every rank calls it with its own shard of the data, before the model is
-    wrapped in DDP or sharded; see `estimate_fisher`. All end with the same child network, which is checked.
+    wrapped in DDP; see `estimate_fisher`. All end with the same child network, which is checked. The scores of a model
+    that is sharded already (FSDP2) stay in shards; to train what was chosen in it, save the adapter, and load that
+    before sharding.
 
     Args:
         model: A model with a Child-Tuning adapter: a `PeftModel`, or a transformers model after `add_adapter`.
@@ -110,7 +113,9 @@ def select_child_network(
         )
         found = fisher_pass.scores(targets)
         examples = fisher_pass.examples
-    chosen = on_every_rank(partial(_chosen, found, targets, config))
+    on_every_rank(partial(_check_scores, found, targets))
+    targeted = sum(parameter.numel() for parameter in targets.values())
+    chosen = _choose(found, targets, config.child_size(targeted))
     if len(set(gathered(digest(chosen)))) > 1:
         raise ValueError("Every process must have the same scores; these would choose different child networks.")
 
@@ -122,7 +127,6 @@ def select_child_network(
             for key, name in layer.child_targets[adapter_name].items()
         }
         layer.set_child(adapter_name, children, trainable=not config.inference_mode)
-    targeted = sum(parameter.numel() for parameter in targets.values())
     dense = sum(parameter.numel() for _, parameter in _dense_parameters(model))
     return ChildNetwork(sum(map(len, chosen.values())), targeted, dense)
 
@@ -180,8 +184,7 @@ def estimate_fisher(
 
     Returns:
         Scores by name of the parameter in the base model, float32, in the shape of the parameter.
-        They can be kept with `safetensors.torch.save_file`. Those of sharded parameters are sharded alike (DTensors,
-        whose `full_tensor()` every rank has to call); with them a child network is chosen before sharding, later.
+        They can be kept with `safetensors.torch.save_file`. Those of sharded parameters are sharded alike (DTensors).
 
     Raises:
         ValueError: If there are no examples, or none on one rank; an example has no loss or one that is not finite;
@@ -240,8 +243,6 @@ def _selectable(model: nn.Module, adapter_name: str) -> Adapter:
         raise ValueError(
             f"Only a task_driven child network is selected; '{adapter_name}' is {adapter.config.variant}."
         )
-    for name, parameter in adapter.targets.items():
-        check_whole(name, parameter, "choose the child network before that")
     _check_untrained(adapter_name, adapter.layers)
     adapter.config.child_size(sum(parameter.numel() for parameter in adapter.targets.values()))
     return adapter
@@ -281,12 +282,14 @@ def _ready_scores(dataloader: Iterable[Any] | None, scores: Scores | str | Path 
     return load_file(scores) if isinstance(scores, (str, Path)) else scores or {}
 
 
-def _chosen(scores: Scores, targets: Mapping[str, nn.Parameter], config: ChildTuningConfig) -> dict[str, Tensor]:
+def _choose(scores: Scores, targets: Mapping[str, nn.Parameter], size: int) -> dict[str, Tensor]:
     """Indices of the child network by name."""
-    _check_scores(scores, targets)
-    size = config.child_size(sum(parameter.numel() for parameter in targets.values()))
-    chosen = select_largest({name: scores[name] for name in targets}, size)
-    if not any(bool(score.any()) for score in scores.values()):
+    ordered = {name: scores[name] for name in targets}
+    if any(is_sharded(score) for score in ordered.values()):
+        chosen = select_largest_of_shards(ordered, size)
+    else:
+        chosen = on_every_rank(partial(select_largest, ordered, size))
+    if not any(gathered(any(bool(own_part(score).any()) for score in ordered.values()))):
         raise ValueError("No score is positive: the loss does not depend on any targeted weight.")
     return chosen
 
@@ -320,7 +323,6 @@ def _check_scores(scores: Scores, targets: Mapping[str, nn.Parameter]) -> None:
                 f"scores must have exactly one tensor for each targeted parameter; {len(names)} {kind}: {some}."
             )
     for name, parameter in targets.items():
-        check_whole(name, scores[name], "pass the full_tensor() of its scores")
         if scores[name].shape != parameter.shape:
             raise ValueError(
                 f"Scores must have the shapes of their parameters; those of '{name}' have {tuple(scores[name].shape)},"

@@ -17,7 +17,7 @@ from peft_child.config import ChildTuningConfig
 from peft_child.delta import SparseDelta
 from peft_child.layer import ChildTuningLayer, child_tuning_layers
 from peft_child.mask import GradientMask
-from peft_child.ranks import check_whole, whole
+from peft_child.ranks import alike, whole
 from peft_child.sparse_file import (
     DELTA,
     INDEX,
@@ -130,7 +130,6 @@ def fit_state_dict(
             child = children.pop(name, None)
             if child is None:
                 continue  # nothing was chosen there
-            check_whole(name, layer.base_parameter(parameter), "load adapters before that")
             indices = _fitting_indices(name, child, layer.base_parameter(parameter))
             if not layer.merged and not _is_at_home(child, layer.base_parameter(parameter), indices):
                 strange.append(name)
@@ -142,7 +141,8 @@ def fit_state_dict(
                 _check_mask(name, mask, child.mask)
                 remapped[f"{path}.{MASK}.{adapter_name}.{parameter}"] = (child.mask or mask).pack()
             sizes[name] = [child.header.numel, delta.numel(), child.block.numel()]
-            remapped[f"{path}.{DELTA}.{adapter_name}.{parameter}"] = delta
+            present = layer.named_deltas(adapter_name).get(name)
+            remapped[f"{path}.{DELTA}.{adapter_name}.{parameter}"] = alike(delta, present)
             remapped[f"{path}.{INDEX}.{adapter_name}.{parameter}"] = _unsealed(child.block)
         rooms.append((layer, room))
     _check_complete(sizes, children)

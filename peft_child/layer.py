@@ -110,6 +110,11 @@ class ChildTuningLayer(ChildStorage):
             return
         for adapter in self.active_adapters:
             self.check_is_chosen(adapter, "training")
+            if self.child_beside_shards.get(adapter, False):
+                raise RuntimeError(
+                    f"Adapter '{adapter}' came to a model that was sharded already, so its gradients would not be "
+                    "averaged over the processes: save it, and load it before sharding, to train it."
+                )
 
     def check_is_chosen(self, adapter: str, what: str) -> None:
         """Raise a `RuntimeError` if `what` would be done to an adapter without a child network."""

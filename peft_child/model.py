@@ -28,7 +28,6 @@ from peft_child.storage import Room
 from peft_child.surgery import (
     check_adapter_name,
     check_name_is_free,
-    check_not_sharded,
     check_sizes,
     keep_buffers_from_ddp,
     remove_adapter,
@@ -112,7 +111,6 @@ class ChildTuningModel(BaseTuner):
             peft_config.target_modules = all_linear(model, peft_config)
         targets = find_targets(model, peft_config)
         check_adapter_name(self._injected, targets)
-        check_not_sharded(targets)
         check_sizes(peft_config, targets)
 
         entries: dict[str, list[tuple[Target, Owner]]] = {}

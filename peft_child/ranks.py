@@ -186,6 +186,16 @@ def own_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
+def alike(tensor: Tensor, example: Tensor | None) -> Tensor:
+    """A tensor itself, or sharded as an example is; every rank has to ask for that, with the same tensor."""
+    if example is None or not is_sharded(example):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor  # not in every build of torch
+
+    whole = tensor.to(example.device)
+    return distribute_tensor(whole, example.device_mesh, example.placements)  # type: ignore[attr-defined]
+
+
 def check_whole(name: str, tensor: Tensor, way_out: str) -> None:
     """Raise a `ValueError` if a tensor is sharded, saying what to do."""
     if is_sharded(tensor):

@@ -8,7 +8,7 @@ joining of the tensors, and memory for one piece of one tensor at a time.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -56,12 +56,15 @@ def select_largest(scores: Mapping[str, Tensor], size: int) -> dict[str, Tensor]
     return chosen
 
 
-def find_cutoff(scores: Mapping[str, Tensor], size: int) -> Cutoff:
+def find_cutoff(
+    scores: Mapping[str, Tensor], size: int, add_up: Callable[[Tensor], None] = lambda counts: None
+) -> Cutoff:
     """Find what separates the `size` largest scores of all tensors together from the others.
 
     Args:
         scores: As in `select_largest`. They are asked for twice, one at a time, so they may be computed lazily.
         size: Number of entries to choose, from 1 to the number of scores.
+        add_up: Adds what other processes have counted to int64 counts, in place, if each has a part of the scores.
 
     Returns:
         The cutoff for the first of the tensors.
@@ -69,21 +72,22 @@ def find_cutoff(scores: Mapping[str, Tensor], size: int) -> Cutoff:
     Raises:
         ValueError: As `select_largest`.
     """
-    total = 0
 
     def upper_halves() -> Iterator[Tensor]:
-        nonlocal total
         for name, score in scores.items():
-            _check(name, score)
-            total += score.numel()
+            check_scores(name, score)
             yield from (bits >> 16 for bits in _pieces(score))
 
     counts = _histogram(upper_halves())
+    add_up(counts)
+    total = int(counts.sum())
     if not 1 <= size <= total:
         raise ValueError(f"size must be from 1 to {total}, the number of scores, got {size}.")
     upper, left = _bin_of(size, counts)
     inside = (bits[bits >> 16 == upper] & 0xFFFF for score in scores.values() for bits in _pieces(score))
-    lower, left = _bin_of(left, _histogram(inside))
+    counts = _histogram(inside)
+    add_up(counts)
+    lower, left = _bin_of(left, counts)
     return Cutoff(upper << 16 | lower, left)
 
 
@@ -104,6 +108,11 @@ def choose(score: Tensor, cutoff: Cutoff) -> tuple[Tensor, Cutoff]:
         above[equal] = True
         left -= equal.numel()
     return above.nonzero().view(-1), cutoff._replace(ties=left)
+
+
+def count_ties(score: Tensor, cutoff: Cutoff) -> int:
+    """How many scores of one tensor are equal to the threshold."""
+    return int((_bits(score) == cutoff.threshold).sum())
 
 
 def _histogram(digits: Iterator[Tensor]) -> Tensor:
@@ -129,7 +138,8 @@ def _pieces(score: Tensor) -> Iterator[Tensor]:
     return iter(_bits(score).split(_PIECE))
 
 
-def _check(name: str, score: Tensor) -> None:
+def check_scores(name: str, score: Tensor) -> None:
+    """Raise a `ValueError` if scores are negative, NaN, infinite, or not float32."""
     if score.dtype != torch.float32:
         raise ValueError(f"Scores must be float32, those of '{name}' are {score.dtype}.")
     if not score.numel():

@@ -23,6 +23,7 @@ from peft_child.codec import (
 )
 from peft_child.mask import GradientMask
 from peft_child.quantised import is_quantised
+from peft_child.ranks import whole
 
 
 DELTA, INDEX, MASK = "child_delta", "child_index", "child_mask"
@@ -135,10 +136,12 @@ def checksum_of(delta: Tensor) -> int:
 def fingerprint_of(base: Tensor, indices: Tensor) -> int:
     """The fingerprint of the base values at some flat positions, unless they are rounded by quantisation.
 
-    See `fingerprint_of_values`.
+    See `fingerprint_of_values`. If the base is sharded, every rank has to ask for it.
     """
-    unknown = base.is_meta or is_quantised(base)
-    return 0 if unknown else fingerprint_of_values(base.detach().reshape(-1)[indices.to(base.device)])
+    if base.is_meta or is_quantised(base):
+        return 0
+    base = whole(base.detach())
+    return fingerprint_of_values(base.reshape(-1)[indices.to(base.device)])
 
 
 def fingerprint_of_values(values: Tensor) -> int:

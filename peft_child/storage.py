@@ -15,6 +15,7 @@ from peft_child.codec import FormatError, decode, encode
 from peft_child.compose import Child, lock_of
 from peft_child.delta import SparseDelta
 from peft_child.mask import GradientMask, MaskUse, owner_of, watch
+from peft_child.ranks import check_whole, is_sharded
 from peft_child.sparse_file import fingerprint_of
 
 
@@ -64,11 +65,19 @@ class ChildStorage(nn.Module, BaseTunerLayer):
         child_mask: By adapter and parameter, the packed mask of the delta's gradient, int64, if it is masked.
         child_masking: By adapter, the mask that new deltas start with, or None.
         child_chosen: By adapter, whether its child network has been chosen or loaded.
+        child_beside_shards: By adapter, whether its deltas are not sharded as the base layer is (FSDP2).
         child_ties: Parameters of this layer whose tensor also belongs to an earlier layer, which holds its delta.
     """
 
     adapter_layer_names = ("child_delta",)
-    other_param_names = ("child_index", "child_mask", "child_masking", "child_targets", "child_chosen")
+    other_param_names = (
+        "child_index",
+        "child_mask",
+        "child_masking",
+        "child_targets",
+        "child_chosen",
+        "child_beside_shards",
+    )
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -79,6 +88,7 @@ class ChildStorage(nn.Module, BaseTunerLayer):
         self.child_masking: dict[str, GradientMask | None] = {}
         self.child_targets: dict[str, dict[str, str]] = {}
         self.child_chosen: dict[str, bool] = {}
+        self.child_beside_shards: dict[str, bool] = {}
         self.child_ties: dict[str, tuple[ChildStorage, str]] = {}
         self._decoded: dict[tuple[str, str], _Read[Tensor]] = {}
         self._unpacked: dict[tuple[str, str], _Read[GradientMask]] = {}
@@ -105,6 +115,7 @@ class ChildStorage(nn.Module, BaseTunerLayer):
         self.child_masking[adapter_name] = mask
         self.child_targets[adapter_name] = dict(targets)
         self.child_chosen[adapter_name] = not targets
+        self.child_beside_shards[adapter_name] = False
         self.child_ties.update(ties)
 
     def base_parameter(self, name: str) -> nn.Parameter:
@@ -290,6 +301,8 @@ class ChildStorage(nn.Module, BaseTunerLayer):
         return cast(BufferDict, self.child_mask[adapter_name])
 
     def _clear(self, adapter_name: str) -> None:
+        for name, delta in self.named_deltas(adapter_name).items():
+            check_whole(name, delta, "give its adapter another child network before that")
         self._deltas(adapter_name).clear()
         self._blocks(adapter_name).clear()
         self._packed_masks(adapter_name).clear()
@@ -298,6 +311,7 @@ class ChildStorage(nn.Module, BaseTunerLayer):
     def _put(self, adapter_name: str, parameter: str, delta: Tensor, block: Tensor, trainable: bool) -> None:
         self._deltas(adapter_name)[parameter] = nn.Parameter(delta, requires_grad=trainable)
         self._blocks(adapter_name)[parameter] = block
+        self.child_beside_shards[adapter_name] = is_sharded(self.base_parameter(parameter))
         mask = self.child_masking[adapter_name]
         if mask is not None:
             self._packed_masks(adapter_name)[parameter] = mask.pack().to(block.device)

@@ -6,7 +6,6 @@ from torch import nn
 
 from peft_child.config import ChildTuningConfig
 from peft_child.layer import child_tuning_layers
-from peft_child.ranks import check_whole
 from peft_child.targets import Target
 
 
@@ -46,12 +45,6 @@ def check_sizes(config: ChildTuningConfig, targets: list[Target]) -> None:
             raise ValueError(
                 f"The adapter does not fit the base model: its '{name}' has {numel} entries, the model has {here}."
             )
-
-
-def check_not_sharded(targets: list[Target]) -> None:
-    """Raise a `ValueError` if a target is sharded, since its delta would have to be as well."""
-    for target in targets:
-        check_whole(target.name, target.parameter, "add adapters before that")
 
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:

@@ -12,7 +12,7 @@ LAYERS = [
     {"plot", "quantised", "streaming"},
     {"card", "ranks"},
     {"mask", "codec", "selection", "fisher", "batches", "checkpoint"},
-    {"compose", "config", "hooks", "sparse_file"},
+    {"compose", "config", "hooks", "sharded", "sparse_file"},
     {"delta"},
     {"storage"},
     {"layer", "adapter_folder"},
