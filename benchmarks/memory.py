@@ -41,7 +41,7 @@ def planned(weights, targeted, density, itemsize):
         "weights": itemsize * weights,
         "scores": 4 * targeted,
         "index on disk": 0.7 * chosen,
-        "index in memory": 8 * chosen,
+        "index in memory": 4 * chosen,
         "deltas": 4 * chosen,
         "gradients": 4 * chosen,
         "AdamW": 8 * chosen,

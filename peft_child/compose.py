@@ -27,8 +27,8 @@ class Child(NamedTuple):
 
     Attributes:
         delta: Change of the chosen entries, float, shape `(k,)`.
-        indices: Flat row-major positions of the chosen entries, int64, shape `(k,)`, strictly increasing; None for
-            all entries of the tensor.
+        indices: Flat row-major positions of the chosen entries, int32 or int64, shape `(k,)`, strictly increasing;
+            None for all entries of the tensor.
         mask: The mask of the delta's gradient, if it has one.
     """
 
@@ -114,7 +114,7 @@ def _composed(base: Tensor, deltas: Sequence[Tensor], indices: Sequence[Tensor |
     # One child in low precision: only the k chosen entries need the wider type.
     total = base.clone(memory_format=torch.contiguous_format)
     chosen = total.view(-1).index_select(0, indices[0]).to(precise) + deltas[0]
-    total.view(-1).index_copy_(0, indices[0], chosen.to(base.dtype))
+    total.view(-1).index_copy_(0, indices[0].long(), chosen.to(base.dtype))
     return total
 
 

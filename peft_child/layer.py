@@ -256,7 +256,7 @@ class ChildTuningLayer(ChildStorage):
 
 def _union(children: tuple[Child, ...]) -> Tensor | None:
     """Positions of all children, some of them repeatedly, or None for all entries."""
-    indices = [child.indices for child in children if child.indices is not None]
+    indices = [child.indices.long() for child in children if child.indices is not None]
     return torch.cat(indices) if len(indices) == len(children) else None
 
 

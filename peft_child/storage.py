@@ -171,6 +171,10 @@ class ChildStorage(nn.Module, BaseTunerLayer):
 
     def indices(self, adapter_name: str, parameter: str) -> Tensor:
         """Flat indices of the child in a parameter, int64, shape `(k,)`, on the device of the delta."""
+        return self._indices(adapter_name, parameter).long()
+
+    def _indices(self, adapter_name: str, parameter: str) -> Tensor:
+        """The indices as they are kept: int32 wherever that is wide enough."""
         if torch.compiler.is_compiling():  # it cannot decode, nor ask whether something was loaded since
             _decode_now(self._number)
             return self._decoded[adapter_name, parameter].value
@@ -203,7 +207,7 @@ class ChildStorage(nn.Module, BaseTunerLayer):
         is_masked = parameter in self._packed_masks(adapter_name)
         return Child(
             delta,
-            None if is_whole else self.indices(adapter_name, parameter),
+            None if is_whole else self._indices(adapter_name, parameter),
             MaskUse(self._number, f"{adapter_name}.{parameter}") if is_masked else None,
         )
 
@@ -317,7 +321,9 @@ class ChildStorage(nn.Module, BaseTunerLayer):
             self._packed_masks(adapter_name)[parameter] = mask.pack().to(block.device)
 
     def _remember(self, adapter_name: str, parameter: str, indices: Tensor) -> _Read[Tensor]:
-        read = self._decoded[adapter_name, parameter] = _Read.of(self._blocks(adapter_name)[parameter], indices)
+        wide = self.base_parameter(parameter).numel() > torch.iinfo(torch.int32).max
+        kept = indices if wide else indices.int()
+        read = self._decoded[adapter_name, parameter] = _Read.of(self._blocks(adapter_name)[parameter], kept)
         return read
 
     def _forget(self, adapter_name: str) -> None:
