@@ -40,7 +40,7 @@ def planned(weights, targeted, density, itemsize):
     return {
         "weights": itemsize * weights,
         "scores": 4 * targeted,
-        "index on disk": 0.7 * chosen,
+        "index on disk": 0.6 * chosen,
         "index in memory": 4 * chosen,
         "deltas": 4 * chosen,
         "gradients": 4 * chosen,

@@ -13,7 +13,7 @@ import struct
 from collections.abc import Container
 from functools import cache
 from typing import Any, NamedTuple, Protocol
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import numpy as np
 import torch
@@ -153,6 +153,10 @@ class MaskUse(NamedTuple):
 
 _OWNERS: WeakValueDictionary[int, MaskOwner] = WeakValueDictionary()
 _NUMBERS = itertools.count()
+_last_arrival = 0  # number of gradients that were masked so far
+_COUNTED: WeakKeyDictionary[torch.optim.Optimizer, int] = (
+    WeakKeyDictionary()
+)  # the last arrival before each one's step
 
 
 def watch(owner: MaskOwner) -> int:
@@ -169,6 +173,8 @@ def owner_of(number: int) -> MaskOwner:
 
 
 def _mask_gradient(gradient: Tensor, owner: int, key: str) -> Tensor:
+    global _last_arrival
+    _last_arrival += 1
     name, mask = owner_of(owner).named_mask(key)
     return mask.apply(name, gradient)
 
@@ -188,11 +194,12 @@ def _start_watching() -> None:
 
 
 def _count_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    if not _OWNERS:
+    if _COUNTED.get(optimizer, 0) == _last_arrival:  # nothing new, as when one `step` calls another one's
         return
     found_inf = getattr(optimizer, "found_inf", None)  # a fused optimizer under GradScaler skips the step by itself
     if found_inf is not None and bool(found_inf):
         return
+    _COUNTED[optimizer] = _last_arrival
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for owner in list(_OWNERS.values()):
         owner.count_step(stepped)

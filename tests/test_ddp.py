@@ -18,6 +18,8 @@ from .ranks import on_two_ranks
 from .test_trainer import Rows, trainer_for
 
 
+pytestmark = pytest.mark.slow  # two processes each
+
 VARIANTS = ("task_driven", "random", "task_free")
 TOLD_TO_DDP = "_ddp_params_and_buffers_to_ignore"
 

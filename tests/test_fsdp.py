@@ -20,6 +20,8 @@ from .ranks import on_two_ranks
 from .test_trainer import trainer_for
 
 
+pytestmark = pytest.mark.slow  # two processes each
+
 CASES = {  # model, how its child network is chosen, and how activations are checkpointed
     "llama": ("llama", "random", None),
     "llama checkpointed": ("llama", "task_driven", "wrapper"),

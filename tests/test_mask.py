@@ -120,12 +120,28 @@ OPTIMIZERS = {
 def test_steps_are_noticed(kind):
     mine, other = nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(3))
     counter = Counter([mine])
-    mine.grad, other.grad = torch.ones(3), torch.ones(3)
-    optimizer = OPTIMIZERS[kind]([mine, other])
-    optimizer.step()
-    OPTIMIZERS[kind]([other]).step()
-    optimizer.step()
-    assert counter.steps == 2
+    optimizer, another = OPTIMIZERS[kind]([mine, other]), OPTIMIZERS[kind]([other])
+    for step, (each, steps) in enumerate([(optimizer, 1), (another, 1), (optimizer, 2)]):
+        mine.grad, other.grad = torch.ones(3), MaskUse(counter.number, "a").apply(torch.full((3,), float(step)))
+        each.step()
+        assert counter.steps == steps
+
+
+class Clipped(torch.optim.SGD):
+    def step(self, closure=None):
+        torch.nn.utils.clip_grad_norm_(self.param_groups[0]["params"], 1.0)
+        return super().step(closure)
+
+
+def test_a_step_within_a_step_counts_once():
+    """torch calls its hooks for both, once an optimizer of the outer and one of the inner class have been made."""
+    parameter = nn.Parameter(torch.randn(3))
+    torch.optim.SGD([parameter])
+    counter, optimizer = Counter([parameter]), Clipped([parameter])
+    for steps in (1, 2, 3):
+        parameter.grad = MaskUse(counter.number, "a").apply(torch.ones(3))
+        optimizer.step()
+        assert counter.steps == steps
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
@@ -137,6 +153,7 @@ def test_a_step_that_a_grad_scaler_skips_does_not_count(kind):
     for factor, steps in ((1.0, 1), (float("inf"), 1), (1.0, 2)):
         before = parameter.detach().clone()
         scaler.scale((parameter * factor).sum()).backward()
+        parameter.grad = MaskUse(counter.number, "a").apply(parameter.grad)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()

@@ -329,6 +329,7 @@ def large_files(tmp_path_factory):
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells and resets the peak of memory")
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_tensors(large_files):
     works = ["lossless", "density", "merge", "combine", "patch"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}  # freed is given back

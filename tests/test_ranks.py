@@ -19,6 +19,9 @@ from .problems import tiny_bert
 from .ranks import on_two_ranks
 
 
+pytestmark = pytest.mark.slow  # two processes each
+
+
 def rows(*indices):
     """Some of eight examples for BERT."""
     torch.manual_seed(7)
