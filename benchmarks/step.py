@@ -27,7 +27,13 @@ from transformers import BertConfig, BertModel
 from peft_child import ChildTuningConfig
 
 
-METHODS = {"full": "full fine-tuning", "shira": "PEFT SHiRA", "lora": "PEFT LoRA, r=8", "child": "Child-Tuning"}
+METHODS = {
+    "full": "full fine-tuning",
+    "shira": "PEFT SHiRA",
+    "lora": "PEFT LoRA, r=8",
+    "child": "Child-Tuning",
+    "task_free": "Child-Tuning_F",
+}
 WARM_UP = 3
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -76,8 +82,9 @@ def adapter_config(method, density, base):
     """The configuration of an adapter for all linear layers of `base`."""
     if method == "lora":
         return LoraConfig(r=8, target_modules="all-linear")
-    if method == "child":
-        return ChildTuningConfig(variant="random", density=density, target_modules="all-linear")
+    if method in ("child", "task_free"):
+        variant = "random" if method == "child" else "task_free"
+        return ChildTuningConfig(variant=variant, density=density, target_modules="all-linear")
     linears = [module for module in base.modules() if isinstance(module, nn.Linear)]
     targeted = sum(parameter.numel() for linear in linears for parameter in linear.parameters())
     entries_per_rank = sum(linear.in_features + linear.out_features for linear in linears)
@@ -137,7 +144,7 @@ def main() -> None:
         times = "".join(f"{1e3 * median(seconds[method]):12.1f}" for seconds in (train, infer))
         print(f"{name:26}{runs[method].entries:12,}{times}{memory[method]:12.0f}")
     print("\nChild-Tuning relative to")
-    for method in ("full", "shira", "lora"):
+    for method in (method for method in METHODS if method != "child"):
         pairs = (zip(seconds["child"], seconds[method], strict=True) for seconds in (train, infer))
         ratios = "".join(f"{median(ours / other for ours, other in pair):12.2f}" for pair in pairs)
         print(f"  {METHODS[method]:36}{ratios}{memory['child'] / memory[method]:12.2f}")

@@ -19,6 +19,9 @@ from .problems import batch_of, build
 from .test_trainer import Rows
 
 
+pytestmark = pytest.mark.slow
+
+
 def arguments(folder, **changes):
     return TrainingArguments(
         **{
@@ -214,7 +217,6 @@ print(json.dumps(found))
 """
 
 
-@pytest.mark.slow
 def test_numbers_of_a_sharded_model_are_those_of_the_whole(tmp_path):
     processes = [
         subprocess.Popen(

@@ -9,14 +9,16 @@ from .helpers import chosen_model, logits, move
 from .problems import batch_of, build
 
 
+pytestmark = pytest.mark.slow
+
 CASES = [
     ("linear", "task_driven", "aot_eager"),
     ("linear", "random", "aot_eager"),
     ("bert", "task_driven", "aot_eager"),
     ("llama", "random", "aot_eager"),
     ("llama", "task_free", "aot_eager"),
-    pytest.param("linear", "task_driven", "inductor", marks=pytest.mark.slow),
-    pytest.param("llama", "task_free", "inductor", marks=pytest.mark.slow),
+    ("linear", "task_driven", "inductor"),
+    ("llama", "task_free", "inductor"),
 ]
 
 
@@ -73,7 +75,7 @@ def test_a_loaded_adapter_has_one_graph_at_once(tmp_path):
         assert torch.equal(compiled(**batch).logits, logits(other, batch))
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_gradients_equal_those_of_eager_execution(backend):
     model, batch = model_of("bert"), batch_of("bert")
     move(model)
@@ -122,7 +124,6 @@ def test_activation_checkpointing_breaks_no_graph():
     torch.testing.assert_close(losses(compiled, model, steps=3), expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch asks for it itself
 def test_reentrant_checkpointing_as_transformers_sets_it_up():
     expected = losses(*[model_of("llama")] * 2, steps=3)

@@ -14,6 +14,9 @@ from .helpers import assert_same, child_of, chosen_model, config_for, logits, sn
 from .problems import batch_of, build, tiny_bert
 
 
+pytestmark = pytest.mark.slow
+
+
 class Rows(Dataset):
     def __init__(self, name, count=24):
         torch.manual_seed(5)
