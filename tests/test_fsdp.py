@@ -1,5 +1,7 @@
 """Training with every tensor sharded over two processes (FSDP2)."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
@@ -81,8 +83,9 @@ def whole(model):
     }
 
 
-def save(model, folder):
-    """Save a sharded model, and count the entries that are gathered for it."""
+@contextmanager
+def counted_gathers():
+    """A list of the entries of every tensor that is gathered meanwhile."""
     gathered, full_tensor = [], DTensor.full_tensor
 
     def counted(tensor):
@@ -91,10 +94,9 @@ def save(model, folder):
 
     DTensor.full_tensor = counted
     try:
-        model.save_pretrained(folder, is_main_process=distributed.get_rank() == 0)
+        yield gathered
     finally:
         DTensor.full_tensor = full_tensor
-    return sum(gathered)
 
 
 def train_sharded(folder):
@@ -105,9 +107,10 @@ def train_sharded(folder):
         parameters = list(model.parameters())
         assert all(isinstance(parameter, DTensor) for parameter in parameters)
         train(model, batches(name, rank))
-        gathered = save(model, folder / case)
+        with counted_gathers() as gathered:
+            model.save_pretrained(folder / case, is_main_process=rank == 0)
         trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-        found[case] = whole(model), child_of(model), gathered, trained
+        found[case] = whole(model), child_of(model), sum(gathered), trained
     return found
 
 
@@ -218,23 +221,14 @@ def choose_on_shards(folder):
     """Scores and choice in shards; what was chosen is saved there, and trained in another model."""
     rank = distributed.get_rank()
     model = shard(unchosen("per_example"))
-    gathered, full_tensor = [], DTensor.full_tensor
-
-    def counted(tensor):
-        gathered.append(tensor.numel())
-        return full_tensor(tensor)
-
-    DTensor.full_tensor = counted
-    try:
+    with counted_gathers() as gathered:
         select_child_network(model, [rows(*indices) for indices in SHARES[rank]], progress_bar=False)
-    finally:
-        DTensor.full_tensor = full_tensor
     model.save_pretrained(folder / "chosen", is_main_process=rank == 0)
     scores = estimate_fisher(model, [rows(*indices) for indices in SHARES[rank]], progress_bar=False)
     ready = unchosen("per_example")  # not sharded, with scores that are
     select_child_network(ready, scores=scores)
     assert_same(child_of(ready), child_of(model))
-    expected = reference.largest({name: full_tensor(score) for name, score in scores.items()}, len_of(model))
+    expected = reference.largest({name: score.full_tensor() for name, score in scores.items()}, len_of(model))
     assert_same(child_of(model), {name: indices for name, indices in expected.items() if len(indices)})
     constant = {name: torch.zeros_like(score) for name, score in scores.items()}
     ties = select_largest_of_shards({name: score + 1 for name, score in constant.items()}, 1000)
