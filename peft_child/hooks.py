@@ -98,7 +98,7 @@ def mask_gradients(
     gradients (Child-Tuning_D as the authors train it, with dense tensors). With both the two masks are multiplied.
 
     A hook sees gradients and nothing else. An optimizer with weight decay or momentum still moves masked entries, its
-    states stay dense, and nothing is saved sparsely: an adapter with a `ChildTuningConfig` has none of these limits.
+    states stay dense, and nothing is saved sparsely: the fixed child network of an adapter has none of these limits.
     Where parameters are sharded (FSDP, ZeRO-3), a hook sees pieces of gradients, or none at all; use an adapter there.
 
     Args:
