@@ -92,6 +92,8 @@ class ChildTuningCallback(TrainerCallback):
         """
         if model is None or world_size() == 1:
             return
+        for layer in child_tuning_layers(model).values():
+            layer.read_again()  # what broadcasts wrote goes unnoticed
         buffers = dict(model.named_buffers())
         held = {
             kind: {name: buffer for name, buffer in buffers.items() if f".{kind}.{self.adapter_name}." in name}

@@ -36,7 +36,7 @@ VARIANTS = {
     "task_driven": "the entries with the largest Fisher information on the task (Child-Tuning_D)",
     "random": "a fixed random choice",
     "task_free": "every weight, through random gradient masks (Child-Tuning_F)",
-    "extracted": "taken from checkpoints or from other adapters",
+    "extracted": "taken from checkpoints, from other adapters, or from a dense change",
 }
 AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -284,8 +284,8 @@ def _facts(settings: Mapping[str, Any], sizes: Mapping[str, Sequence[int]]) -> s
 def _gradient_mask(settings: Mapping[str, Any]) -> str:
     density = settings.get("density" if settings.get("variant") == "task_free" else "gradient_density") or 1
     every = settings.get("resample_every") or 1
-    often = "every optimizer step" if every == 1 else f"every {every} optimizer steps"
-    return f"each gradient kept with probability {density}, drawn anew at {often}" if density < 1 else ""
+    often = "at every optimizer step" if every == 1 else f"every {every} optimizer steps"
+    return f"each gradient kept with probability {density}, drawn anew {often}" if density < 1 else ""
 
 
 def _fisher(settings: Mapping[str, Any]) -> str:

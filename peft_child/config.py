@@ -217,9 +217,9 @@ class ChildTuningConfig(PeftConfig):
         density = self.density if self.variant == "task_free" else self.gradient_density
         return GradientMask(float(density), self.seed, self.resample_every) if density < 1 else None
 
-    def for_names(self, names: list[str]) -> ChildTuningConfig:
+    def for_names(self, names: list[str], density: float) -> ChildTuningConfig:
         """Settings of an adapter whose child network was made of others', in the parameters of these names."""
-        return replace(self, **OF_OTHERS, target_parameters=names)
+        return replace(self, **OF_OTHERS, target_parameters=names, density=density)
 
     @classmethod
     def describe(cls) -> str:

@@ -135,18 +135,18 @@ def fit_state_dict(
                 strange.append(name)
             delta = child.delta if child.delta.dtype == torch.float64 else child.delta.float()
             room[parameter] = Room(delta.numel(), child.block.numel(), delta.dtype)
-            if config.child_sizes is None:
-                _check_drawn(config, name, layer.sparse_deltas(adapter_name).get(name), indices)
-            if mask is not None:
-                _check_mask(name, mask, child.mask)
-                remapped[f"{path}.{MASK}.{adapter_name}.{parameter}"] = (child.mask or mask).pack()
             sizes[name] = [child.header.numel, delta.numel(), child.block.numel()]
+            if sizes[name] != (config.child_sizes or {}).get(name):  # the configuration did not come with the file
+                _check_drawn(config, name, layer.sparse_deltas(adapter_name).get(name), indices)
+            _check_mask(config, name, mask, child.mask)
+            if mask is not None:
+                remapped[f"{path}.{MASK}.{adapter_name}.{parameter}"] = (child.mask or mask).pack()
             present = layer.named_deltas(adapter_name).get(name)
             remapped[f"{path}.{DELTA}.{adapter_name}.{parameter}"] = alike(delta, present)
             remapped[f"{path}.{INDEX}.{adapter_name}.{parameter}"] = _unsealed(child.block)
         rooms.append((layer, room))
     _check_complete(sizes, children)
-    if config.child_sizes is None:
+    if config.child_sizes != sizes:
         _check_density(config, [layer.named_numels(adapter_name) for layer in layers.values()], sizes)
     _check_base(config.check_base, strange, len(sizes))
     for layer, room in rooms:
@@ -196,11 +196,13 @@ def _check_drawn(config: ChildTuningConfig, name: str, drawn: SparseDelta | None
         )
 
 
-def _check_mask(name: str, mask: GradientMask, stored: GradientMask | None) -> None:
-    if stored is not None and stored._replace(step=mask.step) != mask:
+def _check_mask(config: ChildTuningConfig, name: str, mask: GradientMask | None, stored: GradientMask | None) -> None:
+    if stored is None or config.variant == "extracted":
+        return
+    if mask is None or stored._replace(step=mask.step) != mask:
         raise ValueError(
             f"The gradient mask of '{name}' must be the one that the adapter was trained with, {stored.describe()}; "
-            f"this configuration says {mask.describe()}."
+            f"this configuration says {mask.describe() if mask else 'none'}."
         )
 
 

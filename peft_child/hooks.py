@@ -24,7 +24,7 @@ class GradientMaskHandle:
         number = watch(self)
         self._handles = [
             parameter.register_hook(
-                partial(_masked, child.get(name), MaskUse(number, name) if mask.density < 1 else None)
+                partial(_masked, self, child.get(name), MaskUse(number, name) if mask.density < 1 else None)
             )
             for name, parameter in parameters.items()
         ]
@@ -114,8 +114,8 @@ def mask_gradients(
         A handle to remove the hooks, and to save and load the number of the present step.
 
     Raises:
-        ValueError: If there is no parameter that requires gradients, or an argument is out of range or names unknown
-            parameters.
+        ValueError: If there is no parameter that requires gradients, one comes twice or is masked already, or an
+            argument is out of range or names unknown parameters.
     """
     if not 0 < density <= 1:
         raise ValueError(f"density must be a number in (0, 1], got {density!r}.")
@@ -130,9 +130,17 @@ def mask_gradients(
 
 
 def _named(parameters: Iterable[Tensor] | Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    if isinstance(parameters, (Tensor, Mapping)):
+        raise ValueError(
+            f"mask_gradients needs parameters, or pairs of name and parameter, got a {type(parameters).__name__}."
+        )
     named: dict[str, Tensor] = {}
     for position, item in enumerate(parameters):
         name, parameter = item if isinstance(item, tuple) else (str(position), item)
+        if name in named or any(parameter is other for other in named.values()):
+            raise ValueError(f"Parameters and their names must differ; '{name}' or its tensor comes twice.")
+        if _is_masked(parameter):
+            raise ValueError(f"The gradient of '{name}' is masked already; remove that handle first.")
         if parameter.requires_grad:
             named[name] = parameter
     if not named:
@@ -140,11 +148,18 @@ def _named(parameters: Iterable[Tensor] | Iterable[tuple[str, Tensor]]) -> dict[
     return named
 
 
+def _is_masked(parameter: Tensor) -> bool:
+    hooks: Iterable[Any] = (parameter._backward_hooks or {}).values()
+    return any(isinstance(hook, partial) and hook.func is _masked for hook in hooks)
+
+
 def _check_child(named: Mapping[str, Tensor], child: Mapping[str, Tensor]) -> None:
     for name, indices in child.items():
         if name not in named:
             raise ValueError(f"child_network names '{name}', which is none of {_some(named)}.")
         numel = named[name].numel()
+        if indices.dtype != torch.int64:
+            raise ValueError(f"Positions in '{name}' must be int64, got {indices.dtype}.")
         if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < numel:
             raise ValueError(f"Positions in '{name}' must lie in [0, {numel}).")
 
@@ -154,7 +169,8 @@ def _some(names: Iterable[str]) -> str:
     return ", ".join(f"'{name}'" for name in listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")
 
 
-def _masked(indices: Tensor | None, mask: MaskUse | None, gradient: Tensor) -> Tensor:
+def _masked(handle: GradientMaskHandle, indices: Tensor | None, mask: MaskUse | None, gradient: Tensor) -> Tensor:
+    """What the hooks do; the handle is there to live as long as they do."""
     if indices is not None:
         gradient = _only_at(gradient, indices.to(gradient.device))
     return gradient if mask is None else mask.apply(gradient)

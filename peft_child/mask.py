@@ -13,12 +13,12 @@ import struct
 from collections.abc import Container
 from functools import cache
 from typing import Any, NamedTuple, Protocol
-from weakref import WeakKeyDictionary, WeakValueDictionary
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 
 PACKED_SIZE = 4
@@ -71,7 +71,10 @@ class GradientMask(NamedTuple):
         return torch.empty(numel, dtype=torch.bool, device=device).bernoulli_(self.density, generator=generator)
 
     def apply(self, name: str, gradient: Tensor) -> Tensor:
-        """The masked and scaled gradient, a new tensor of the same shape and dtype."""
+        """The masked and scaled gradient, a new tensor of the same shape and dtype.
+
+        A gradient that is not finite stays so, or becomes NaN where it is masked, for a `GradScaler` to notice.
+        """
         kept = self.draw(name, gradient.numel(), gradient.device).view(gradient.shape)
         return kept.to(gradient.dtype).mul_(gradient).div_(self.density)
 
@@ -153,10 +156,40 @@ class MaskUse(NamedTuple):
 
 _OWNERS: WeakValueDictionary[int, MaskOwner] = WeakValueDictionary()
 _NUMBERS = itertools.count()
-_last_arrival = 0  # number of gradients that were masked so far
-_COUNTED: WeakKeyDictionary[torch.optim.Optimizer, int] = (
-    WeakKeyDictionary()
-)  # the last arrival before each one's step
+
+
+class _Step:
+    """The optimizer step that is being done, with the steps inside of it: wrappers call the optimizers they wrap.
+
+    Attributes:
+        open: Optimizers whose steps have begun and not ended.
+        counted: Identities of the parameters that it was counted for.
+        has_news: Whether a gradient was masked since a step began; then that one has ended, maybe with an error.
+    """
+
+    def __init__(self) -> None:
+        self.open: list[int] = []
+        self.counted: set[int] = set()
+        self.has_news = False
+
+    def begin(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if self.has_news or not self.open:
+            self.open, self.counted, self.has_news = [], set(), False
+        self.open.append(id(optimizer))
+
+    def end(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if id(optimizer) in self.open:
+            del self.open[self.open.index(id(optimizer)) :]
+        found_inf = getattr(optimizer, "found_inf", None)  # a fused optimizer under GradScaler skips it by itself
+        if not _OWNERS or (found_inf is not None and bool(found_inf)):
+            return
+        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for owner in list(_OWNERS.values()):
+            owner.count_step(stepped - self.counted)
+        self.counted |= stepped
+
+
+_STEP = _Step()
 
 
 def watch(owner: MaskOwner) -> int:
@@ -173,33 +206,24 @@ def owner_of(number: int) -> MaskOwner:
 
 
 def _mask_gradient(gradient: Tensor, owner: int, key: str) -> Tensor:
-    global _last_arrival
-    _last_arrival += 1
+    _STEP.has_news = True
     name, mask = owner_of(owner).named_mask(key)
     return mask.apply(name, gradient)
 
 
+# CUDA graphs would replay one mask for ever.
+_TAGS: dict[str, Any] = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
 _operator = torch.library.custom_op(
     "peft_child::mask_gradient",
     _mask_gradient,
     mutates_args=(),
     schema="(Tensor gradient, int owner, str key) -> Tensor",
+    **_TAGS,
 )
 _operator.register_fake(lambda gradient, owner, key: torch.empty_like(gradient))
 
 
 @cache
 def _start_watching() -> None:
-    register_optimizer_step_post_hook(_count_step)
-
-
-def _count_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    if _COUNTED.get(optimizer, 0) == _last_arrival:  # nothing new, as when one `step` calls another one's
-        return
-    found_inf = getattr(optimizer, "found_inf", None)  # a fused optimizer under GradScaler skips the step by itself
-    if found_inf is not None and bool(found_inf):
-        return
-    _COUNTED[optimizer] = _last_arrival
-    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    for owner in list(_OWNERS.values()):
-        owner.count_step(stepped)
+    register_optimizer_step_pre_hook(_STEP.begin)
+    register_optimizer_step_post_hook(_STEP.end)

@@ -320,7 +320,9 @@ class ChildTuningModel(BaseTuner):
         )
         config = cast(ChildTuningConfig, self.peft_config[adapters[0]])
         check_name_is_free(self.model, adapter_name)
-        self.peft_config[adapter_name] = config.for_names(list(combined))
+        sizes = [(delta.indices.numel(), delta.numel) for delta in combined.values()]
+        chosen, numel = (sum(column) for column in zip(*sizes, strict=True))
+        self.peft_config[adapter_name] = config.for_names(list(combined), chosen / numel)
         try:
             self.inject_adapter(self.model, adapter_name)
         except Exception:

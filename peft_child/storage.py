@@ -326,6 +326,10 @@ class ChildStorage(nn.Module, BaseTunerLayer):
         read = self._decoded[adapter_name, parameter] = _Read.of(self._blocks(adapter_name)[parameter], kept)
         return read
 
+    def read_again(self) -> None:
+        """Read indices and masks from their buffers again, after writes that autograd does not count."""
+        self._decoded, self._unpacked = {}, {}
+
     def _forget(self, adapter_name: str) -> None:
         self._decoded = {key: known for key, known in self._decoded.items() if key[0] != adapter_name}
         self._unpacked = {key: known for key, known in self._unpacked.items() if key[0] != adapter_name}

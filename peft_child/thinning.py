@@ -51,7 +51,7 @@ def keep_largest(model: nn.Module, density: float, *, adapter_name: str = "defau
         How much was kept; printing it gives one line.
 
     Raises:
-        ValueError: If the density is out of range, or above that of the adapter.
+        ValueError: If the density is out of range, or above that of the adapter, or a change is not finite.
     """
     config, layers, targets = adapter_of(model, adapter_name)
     for name, parameter in targets.items():
@@ -64,6 +64,9 @@ def keep_largest(model: nn.Module, density: float, *, adapter_name: str = "defau
     trained = sum(delta.numel() for delta in changed.values())
     if size > trained:
         raise ValueError(f"density must be at most that of the adapter; {density} is {size} of {trained} entries.")
+    for name, delta in changed.items():
+        if not delta.isfinite().all():
+            raise ValueError(f"Changes must be finite; those of '{name}' hold another value.")
     chosen = select_largest({name: delta.abs().float() for name, delta in changed.items()}, size)
 
     squares = [0.0, 0.0]

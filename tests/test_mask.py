@@ -144,6 +144,66 @@ def test_a_step_within_a_step_counts_once():
         assert counter.steps == steps
 
 
+class Wrapper(torch.optim.Optimizer):
+    """An optimizer around another one, which has some of the parameters; as for sharded states, or SAM."""
+
+    def __init__(self, parameters, inner, between=lambda: None):
+        super().__init__(parameters, {})
+        self.inner, self.between = inner, between
+
+    def step(self, closure=None):
+        self.between()
+        self.inner.step()
+
+
+@pytest.mark.parametrize("has_backward_inside", [False, True])
+def test_an_optimizer_within_an_optimizer_counts_once(has_backward_inside):
+    first, second = nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(3))
+    counters = Counter([first]), Counter([second])
+
+    def backward():
+        first.grad = MaskUse(counters[0].number, "a").apply(torch.ones(3))
+
+    inner = torch.optim.SGD([first])
+    optimizer = Wrapper([first, second], inner, backward if has_backward_inside else lambda: None)
+    for steps in (1, 2, 3):
+        backward()
+        optimizer.step()
+        assert [counter.steps for counter in counters] == [steps, steps]
+
+
+def test_steps_without_gradients_and_after_errors_count():
+    parameter = nn.Parameter(torch.randn(3))
+    counter, optimizer = Counter([parameter]), torch.optim.SGD([parameter])
+    for steps in (1, 2):  # no gradient was masked here; other ranks may have had some
+        optimizer.step()
+        assert counter.steps == steps
+    failing = Wrapper([parameter], optimizer, lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        failing.step()
+    for steps in (3, 4):
+        parameter.grad = MaskUse(counter.number, "a").apply(torch.ones(3))
+        optimizer.step()
+        assert counter.steps == steps
+
+
+def test_a_closure_with_several_backward_passes_is_one_step():
+    parameter = nn.Parameter(torch.randn(3))
+    counter = Counter([parameter])
+    optimizer = torch.optim.LBFGS([parameter], max_iter=4)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (parameter - 1).square().sum()
+        loss.backward()
+        parameter.grad = MaskUse(counter.number, "a").apply(parameter.grad)
+        return loss
+
+    for steps in (1, 2):
+        optimizer.step(closure)
+        assert counter.steps == steps
+
+
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_a_step_that_a_grad_scaler_skips_does_not_count(kind):
     parameter = nn.Parameter(torch.ones(3))
@@ -177,4 +237,6 @@ def test_the_operator_for_the_compiler_is_the_same_function():
     gradient = torch.randn(10, 10)
     expected = MaskUse(counter.number, "a").apply(gradient)
     assert torch.equal(torch.ops.peft_child.mask_gradient(gradient, counter.number, "a"), expected)
+    if hasattr(torch.Tag, "cudagraph_unsafe"):
+        assert torch.Tag.cudagraph_unsafe in torch.ops.peft_child.mask_gradient.default.tags
     torch.library.opcheck(torch.ops.peft_child.mask_gradient.default, (gradient, counter.number, "a"))

@@ -1,6 +1,7 @@
 """Child-Tuning_F: a random gradient mask at every optimizer step, over all weights or over a fixed child network."""
 
 import copy
+import gc
 import io
 import json
 
@@ -276,12 +277,36 @@ def test_a_plain_state_dict_carries_the_step():
     assert set(steps_of(other).values()) == {3}
 
 
+@pytest.mark.parametrize("is_saved", [False, True])
 @pytest.mark.parametrize("changes", [{"seed": 1}, {"density": 0.5}, {"resample_every": 2}])
-def test_resuming_with_other_masks_is_refused(tmp_path, changes):
+def test_resuming_with_other_masks_is_refused(tmp_path, changes, is_saved):
     model_of("linear").save_pretrained(tmp_path)
     other = model_of("linear", **changes)
+    if is_saved:
+        other.save_pretrained(tmp_path / "other")
     before = snapshot(other)
     with pytest.raises(ValueError, match=r"The gradient mask of 'body.0.weight' must be the one .* this config"):
+        other.load_adapter(tmp_path, "default", is_trainable=True)
+    assert_same(snapshot(other), before)
+
+
+@pytest.mark.parametrize("is_saved", [False, True])
+@pytest.mark.parametrize(
+    ("saved", "resumed", "message"),
+    [
+        ({"gradient_density": 0.5}, {}, "this configuration says none"),
+        ({}, {"seed": 1}, "random child network of .* another seed"),
+        ({}, {"density": 0.3}, "random child network of .* another seed"),
+    ],
+)
+def test_resuming_with_another_child_network_is_refused(tmp_path, saved, resumed, message, is_saved):
+    settings = {"variant": "random", "density": 0.6}
+    chosen_model("bert", **{**settings, **saved}).save_pretrained(tmp_path)
+    other = chosen_model("bert", **{**settings, **resumed})
+    if is_saved:
+        other.save_pretrained(tmp_path / "other")
+    before = snapshot(other)
+    with pytest.raises(ValueError, match=message):
         other.load_adapter(tmp_path, "default", is_trainable=True)
     assert_same(snapshot(other), before)
 
@@ -353,6 +378,14 @@ def test_keeping_the_largest_changes(tmp_path, name):
         if key in dense:
             change[expected[key]] = dense[key][expected[key]]
         assert torch.equal(merged[key], value + change.view(value.shape))
+
+
+def test_changes_that_are_not_finite_are_refused():
+    model = model_of("linear")
+    with torch.no_grad():
+        next(parameter for name, parameter in model.named_parameters() if "child_delta" in name)[0] = float("nan")
+    with pytest.raises(ValueError, match=r"Changes must be finite; those of 'body.0.weight'"):
+        keep_largest(model, 0.1)
 
 
 def test_what_was_kept_can_be_trained_on():
@@ -435,10 +468,16 @@ def test_hooks_can_be_removed_and_resumed():
     again.load_state_dict(state)
     assert torch.equal(masked(), second)
     again.remove()
-    with pytest.raises(ValueError, match="must have the settings that it was saved with, density"):
-        mask_gradients(parameters, density=0.4).load_state_dict(state)
-    with pytest.raises(ValueError, match="must belong to the same parameters"):
-        mask_gradients(model.named_parameters(), density=0.5).load_state_dict(state)
+    with (
+        mask_gradients(parameters, density=0.4) as other,
+        pytest.raises(ValueError, match="must have the settings that it was saved with, density"),
+    ):
+        other.load_state_dict(state)
+    with (
+        mask_gradients(model.named_parameters(), density=0.5) as other,
+        pytest.raises(ValueError, match="must belong to the same parameters"),
+    ):
+        other.load_state_dict(state)
 
 
 @pytest.mark.parametrize(
@@ -448,12 +487,37 @@ def test_hooks_can_be_removed_and_resumed():
         ({"seed": -1}, "seed must be an integer from 0"),
         ({"resample_every": 0}, "resample_every must be a positive integer, got 0"),
         ({"child_network": {"x": torch.tensor([0])}}, "child_network names 'x', which is none of 'body.0.weight'"),
+        ({"child_network": {"body.2.bias": torch.tensor([True])}}, "'body.2.bias' must be int64, got torch.bool"),
         ({"child_network": {"body.2.bias": torch.tensor([3])}}, r"'body.2.bias' must lie in \[0, 3\)"),
     ],
 )
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         mask_gradients(build("linear").named_parameters(), **arguments)
+
+
+def test_hooks_live_without_their_handle():
+    model, batch = build("linear"), batch_of("linear")
+    mask_gradients(model.parameters(), density=0.5)
+    gc.collect()
+    model(**batch).loss.backward()
+    assert 0 < sum(int((parameter.grad == 0).sum()) for parameter in model.parameters()) < 83
+    with pytest.raises(ValueError, match="gradient of '0' is masked already"):
+        mask_gradients(model.parameters(), density=0.5)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        (lambda model: model.body[0].weight, "got a Parameter"),
+        (lambda model: dict(model.named_parameters()), "got a dict"),
+        (lambda model: [("a", model.body[0].weight), ("a", model.body[2].weight)], "'a' or its tensor comes twice"),
+        (lambda model: [("a", model.body[0].weight), ("b", model.body[0].weight)], "'b' or its tensor comes twice"),
+    ],
+)
+def test_parameters_that_cannot_be_told_apart(parameters, message):
+    with pytest.raises(ValueError, match=message):
+        mask_gradients(parameters(build("linear")), density=0.5)
 
 
 def test_nothing_to_mask():

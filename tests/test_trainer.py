@@ -80,7 +80,7 @@ def test_resuming_equals_the_uninterrupted_run(tmp_path, selected_before):
             r"gradient mask of .* says density 0\.3, seed 1",
         ),
         ({"variant": "task_free"}, {"variant": "task_free", "density": 0.2}, "gradient mask of "),
-        ({"variant": "task_free"}, {}, "must have the density of the configuration"),
+        ({"variant": "task_free"}, {}, "this configuration says none"),
         ({}, {"target_modules": ["query"]}, "is no parameter that this adapter targets"),
     ],
 )
