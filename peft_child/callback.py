@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from peft_child.choice import Scores, select_child_network
 from peft_child.layer import child_tuning_layers
+from peft_child.model import next_gradient_mask
 from peft_child.plot import places_of
 from peft_child.ranks import check_equal, digest, world_size
 
@@ -40,6 +41,8 @@ class ChildTuningCallback(TrainerCallback):
         dataloader: The task's data, as `select_child_network` takes it; in several processes each one's own shard.
         scores: Ready-made scores instead of data, as `select_child_network` takes them.
         adapter_name: The adapter.
+        count_steps: Count optimizer steps for random gradient masks where torch's hooks do not, because the engine
+            steps on copies of the parameters or without a torch optimizer (DeepSpeed); see `next_gradient_mask`.
         kwargs: Further arguments of `select_child_network`, such as `num_examples`.
     """
 
@@ -49,11 +52,14 @@ class ChildTuningCallback(TrainerCallback):
         *,
         scores: Scores | str | Path | None = None,
         adapter_name: str = "default",
+        count_steps: bool = False,
         **kwargs: Any,
     ) -> None:
         self.dataloader = dataloader
         self.scores = scores
         self.adapter_name = adapter_name
+        self.count_steps = count_steps
+        self.steps_before: list[int] = []
         self.kwargs = kwargs
 
     def on_init_end(
@@ -106,6 +112,30 @@ class ChildTuningCallback(TrainerCallback):
             }
         )
 
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Remember the steps that were counted so far."""
+        if self.count_steps and model is not None:
+            self.steps_before = _counted_steps(model)
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Count the step, unless torch's hooks did."""
+        if self.count_steps and model is not None and _counted_steps(model) == self.steps_before:
+            next_gradient_mask(model)
+
     def on_log(
         self,
         args: TrainingArguments,
@@ -121,6 +151,10 @@ class ChildTuningCallback(TrainerCallback):
         numbers = _numbers(model, self.adapter_name)
         logs.update(numbers)
         state.log_history[-1].update(numbers)  # the Trainer put a copy there before it called anyone
+
+
+def _counted_steps(model: nn.Module) -> list[int]:
+    return [step for layer in child_tuning_layers(model).values() for step in layer.counted_steps()]
 
 
 def _numbers(model: nn.Module, adapter_name: str) -> dict[str, float]:

@@ -226,6 +226,14 @@ class ChildStorage(nn.Module, BaseTunerLayer):
             known = self._unpacked[adapter_name, parameter] = _Read.of(packed, GradientMask.unpack(packed))
         return known.value
 
+    def counted_steps(self) -> list[int]:
+        """Optimizer steps done, for every delta whose gradient is masked."""
+        return [
+            self.gradient_mask(adapter, parameter).step
+            for adapter in self.child_mask
+            for parameter in self._packed_masks(adapter)
+        ]
+
     @torch.no_grad()
     def count_step(self, stepped: Container[int] | None = None) -> None:
         """Go on to the masks of the next optimizer step.

@@ -233,3 +233,43 @@ def test_numbers_of_a_sharded_model_are_those_of_the_whole(tmp_path):
         whole, sharded = json.loads(printed.splitlines()[-1])
         assert whole["child/norm"] > 0
         assert sharded == pytest.approx(whole, rel=1e-12)
+
+
+class StepsOnCopies(torch.optim.SGD):
+    """As engines do that keep master copies: torch calls its hooks, for tensors that nobody knows."""
+
+    def __init__(self, parameters):
+        self.originals = list(parameters)
+        super().__init__([parameter.detach().clone() for parameter in self.originals], lr=0.1)
+
+    def step(self, closure=None):
+        copies = self.param_groups[0]["params"]
+        for copied, original in zip(copies, self.originals, strict=True):
+            copied.grad = original.grad
+        super().step()
+        with torch.no_grad():
+            for copied, original in zip(copies, self.originals, strict=True):
+                original.copy_(copied)
+
+    def zero_grad(self, set_to_none=True):
+        for original in self.originals:
+            original.grad = None
+
+
+@pytest.mark.parametrize("on_copies", [False, True])
+def test_steps_are_counted_once_whatever_the_optimizer_steps_on(tmp_path, on_copies):
+    seen = []
+    for count_steps in (False, True):
+        model = unchosen(variant="task_free")
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = StepsOnCopies(trainable) if on_copies else torch.optim.SGD(trainable, lr=0.1)
+        trainer = Trainer(
+            model,
+            arguments(tmp_path, gradient_accumulation_steps=2),
+            train_dataset=Rows("bert"),
+            callbacks=[ChildTuningCallback(count_steps=count_steps)],
+            optimizers=(optimizer, None),
+        )
+        trainer.train()
+        seen.append({step for layer in child_tuning_layers(model).values() for step in layer.counted_steps()})
+    assert seen == [{0}, {6}] if on_copies else [{6}, {6}]
