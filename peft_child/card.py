@@ -50,9 +50,9 @@ AUTO_CLASSES = {
 INTRODUCTION = """\
 ## Child-Tuning adapter
 
-Child-Tuning fine-tunes a *child network*, a small and fixed part of the weights of a pretrained model, and leaves all
-other weights as they are. This adapter holds the positions of the child network in the base model and what training
-added there; loading or merging it gives the fine-tuned model.
+Child-Tuning fine-tunes a *child network*, usually a small and fixed part of the weights of a pretrained model, and
+leaves all other weights as they are. This adapter holds the positions of the child network in the base model and what
+training added there; loading or merging it gives the fine-tuned model.
 
 Runxin Xu, Fuli Luo, Zhiyuan Zhang, Chuanqi Tan, Baobao Chang, Songfang Huang and Fei Huang: [Raise a Child in Large
 Language Model: Towards Effective and Generalizable Fine-tuning](https://aclanthology.org/2021.emnlp-main.749),
