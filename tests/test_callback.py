@@ -1,21 +1,21 @@
 """ChildTuningCallback in transformers.Trainer."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 from peft import get_peft_model
 from safetensors.torch import save_file
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from peft_child import ChildTuningCallback, estimate_fisher, select_child_network
 from peft_child.layer import child_tuning_layers
 
-from .helpers import assert_same, child_of, chosen_model, config_for, snapshot
+from .helpers import assert_same, child_of, chosen_model, config_for, move, snapshot
 from .problems import batch_of, build
+from .ranks import on_two_ranks
 from .test_trainer import Rows
 
 
@@ -189,48 +189,23 @@ def test_numbers_of_a_child_network_that_has_not_moved(tmp_path):
     assert first["child/moved"] == first["child/norm"] == 0.0
 
 
-SHARDED = """
-import json, sys
-import torch
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from transformers import TrainerState
-from peft_child import ChildTuningCallback
-from tests.helpers import chosen_model, move
-
-rank, store = int(sys.argv[1]), sys.argv[2]
-torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-model = chosen_model("llama")
-torch.manual_seed(3)
-move(model)
-found = []
-for shard in (False, True):
-    if shard:
-        mesh = init_device_mesh("cpu", (2,))
-        for part in (*model.base_model.model.model.layers, model):
-            fully_shard(part, mesh=mesh)
-    logs, state = {"loss": 1.0}, TrainerState(log_history=[{}])
-    ChildTuningCallback().on_log(None, state, None, logs=logs, model=model)
-    found.append(logs)
-torch.distributed.destroy_process_group()
-print(json.dumps(found))
-"""
+def numbers_of_both(folder):
+    """What is logged of a model before and after it is sharded."""
+    model = chosen_model("llama")
+    torch.manual_seed(3)
+    move(model)
+    found = []
+    for parts in ((), (*model.base_model.model.model.layers, model)):
+        for part in parts:
+            fully_shard(part)
+        logs, state = {"loss": 1.0}, TrainerState(log_history=[{}])
+        ChildTuningCallback().on_log(None, state, None, logs=logs, model=model)
+        found.append(logs)
+    return found
 
 
 def test_numbers_of_a_sharded_model_are_those_of_the_whole(tmp_path):
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", SHARDED, str(rank), str(tmp_path / "store")],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for process in processes:
-        printed, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
-        whole, sharded = json.loads(printed.splitlines()[-1])
+    for whole, sharded in on_two_ranks(numbers_of_both, tmp_path):
         assert whole["child/norm"] > 0
         assert sharded == pytest.approx(whole, rel=1e-12)
 

@@ -149,11 +149,10 @@ def raised(call):
 
 def refuse(folder):
     rank = distributed.get_rank()
-    model = shard(model_for("bert", "random", folder))
-    model.save_pretrained(folder / "saved", is_main_process=rank == 0)
-    other = get_peft_model(base_of("bert"), config_for("bert", variant="random", density=0.2))
+    model = shard(model_for("bert", "task_driven", folder))
+    other = get_peft_model(base_of("bert"), config_for("bert"))
+    select_child_network(other, batches("bert")[4:], progress_bar=False)
     other.save_pretrained(folder / f"other {rank}")
-    distributed.barrier()
     before = whole(model)
     inner = get_peft_model(base_of("bert"), config_for("bert", variant="random")).train()
     fully_shard(inner.get_base_model().bert.encoder.layer[0].attention.self.query.base_layer)
