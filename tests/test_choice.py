@@ -372,7 +372,10 @@ def test_choosing_again_after_training_is_refused():
         (lambda s: s.update({"body.0.bias": torch.ones(3)}), r"those of 'body.0.bias' have \(3,\), .*\(8,\)"),
         (lambda s: s["body.0.bias"].fill_(-1), "finite and not negative; those of 'body.0.bias'"),
         (lambda s: s["body.0.bias"].fill_(float("nan")), "finite and not negative; those of 'body.0.bias'"),
-        (lambda s: s.update({"body.0.bias": torch.ones(8).double()}), "must be float32, those of 'body.0.bias'"),
+        (
+            lambda s: s.update({"body.0.bias": torch.ones(8).double()}),
+            "must be float32, bfloat16 or float16, those of 'body.0.bias'",
+        ),
     ],
 )
 def test_bad_scores(change, message):

@@ -56,6 +56,35 @@ def test_pieces_join_to_the_whole(monkeypatch):
     assert all(torch.equal(indices, expected[name]) for name, indices in select_largest(scores, 20).items())
 
 
+@pytest.mark.parametrize("large", [0, 1])
+def test_a_sample_that_misleads(large):
+    """Every 22nd score, all that the sample sees, is unlike the others."""
+    scores = torch.rand(22**3) + 1 - large
+    scores[::22] += 2 * large - 1
+    exact = select_largest({"a": scores}, 3000)["a"]
+    assert torch.equal(exact, reference.largest({"a": scores}, 3000)["a"])
+
+
+def test_many_scores_with_ties_close_to_the_threshold():
+    scores = {name: (torch.rand(60_000) * 500).round() for name in "abc"}
+    for size in (500, 20_000, 179_000):
+        expected = reference.largest(scores, size)
+        assert all(torch.equal(indices, expected[name]) for name, indices in select_largest(scores, size).items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scores_in_low_precision_are_compared_as_they_are(dtype):
+    scores = {name: (score / 1000).to(dtype) for name, score in scores_with(1000).items()}
+    exact = reference.largest({name: score.float() for name, score in scores.items()}, 20)
+    assert all(torch.equal(indices, exact[name]) for name, indices in select_largest(scores, 20).items())
+
+
+def test_scores_in_a_mapped_file(tmp_path):
+    mapped = torch.from_file(str(tmp_path / "scores"), shared=True, size=1000, dtype=torch.float32)
+    mapped.copy_(torch.rand(1000))
+    assert torch.equal(select_largest({"a": mapped}, 100)["a"], select_largest({"a": mapped.clone()}, 100)["a"])
+
+
 def test_a_tensor_that_is_not_contiguous():
     score = torch.rand(4, 6)
     chosen = select_largest({"a": score.t()}, 5)
@@ -77,7 +106,7 @@ def test_scores_must_be_finite_and_not_negative(value):
 
 
 def test_scores_must_be_float32():
-    with pytest.raises(ValueError, match=r"must be float32, those of 'a' are torch.float64"):
+    with pytest.raises(ValueError, match=r"must be float32, bfloat16 or float16, those of 'a' are torch.float64"):
         select_largest({"a": torch.rand(3).double()}, 1)
 
 
