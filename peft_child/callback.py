@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.linalg import vector_norm
 from transformers import TrainerCallback
 
@@ -15,7 +15,7 @@ from peft_child.choice import Scores, select_child_network
 from peft_child.layer import child_tuning_layers
 from peft_child.model import next_gradient_mask
 from peft_child.plot import places_of
-from peft_child.ranks import check_equal, digest, world_size
+from peft_child.ranks import check_equal, digest, whole, world_size
 
 
 if TYPE_CHECKING:
@@ -62,14 +62,7 @@ class ChildTuningCallback(TrainerCallback):
         self.steps_before: list[int] = []
         self.kwargs = kwargs
 
-    def on_init_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_init_end(self, *event: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
         """Choose the child network, if there is something to choose by and it is not chosen yet.
 
         Raises:
@@ -83,14 +76,7 @@ class ChildTuningCallback(TrainerCallback):
                 model, self.dataloader, scores=self.scores, adapter_name=self.adapter_name, **self.kwargs
             )
 
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_train_begin(self, *event: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
         """In several processes, check that all of them train the same child network with the same gradient masks.
 
         Raises:
@@ -112,26 +98,12 @@ class ChildTuningCallback(TrainerCallback):
             }
         )
 
-    def on_step_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_step_begin(self, *event: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
         """Remember the steps that were counted so far."""
         if self.count_steps and model is not None:
             self.steps_before = _counted_steps(model)
 
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_step_end(self, *event: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
         """Count the step, unless torch's hooks did."""
         if self.count_steps and model is not None and _counted_steps(model) == self.steps_before:
             next_gradient_mask(model)
@@ -167,8 +139,8 @@ def _numbers(model: nn.Module, adapter_name: str) -> dict[str, float]:
     }
     if not deltas:
         return {}
-    squares = {name: _whole(vector_norm(delta, dtype=torch.float64)) ** 2 for name, delta in deltas.items()}
-    moved = sum(_whole(delta.ne(0).sum()) for delta in deltas.values())
+    squares = {name: float(whole(vector_norm(delta, dtype=torch.float64))) ** 2 for name, delta in deltas.items()}
+    moved = sum(float(whole(delta.ne(0).sum())) for delta in deltas.values())
     by_layer: dict[int | None, float] = {}
     for name, place in places_of(deltas).items():
         by_layer[place.layer] = by_layer.get(place.layer, 0.0) + squares[name]
@@ -178,9 +150,3 @@ def _numbers(model: nn.Module, adapter_name: str) -> dict[str, float]:
     }
     chosen = sum(delta.numel() for delta in deltas.values())
     return {"child/moved": moved / chosen, "child/norm": sum(squares.values()) ** 0.5, **norms}
-
-
-def _whole(number: Tensor) -> float:
-    """The value of a number, added up over all processes if they hold parts of it (FSDP2)."""
-    full: Callable[[], Tensor] | None = getattr(number, "full_tensor", None)
-    return float(full() if full else number)
