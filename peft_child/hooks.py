@@ -117,16 +117,11 @@ def mask_gradients(
         ValueError: If there is no parameter that requires gradients, one comes twice or is masked already, or an
             argument is out of range or names unknown parameters.
     """
-    if not 0 < density <= 1:
-        raise ValueError(f"density must be a number in (0, 1], got {density!r}.")
-    if not 0 <= seed < 1 << 63:
-        raise ValueError(f"seed must be an integer from 0 to 2**63 - 1, got {seed!r}.")
-    if resample_every < 1:
-        raise ValueError(f"resample_every must be a positive integer, got {resample_every!r}.")
+    mask = GradientMask(density, seed, resample_every).checked()
     named = _named(parameters)
     child = dict(child_network or {})
     _check_child(named, child)
-    return GradientMaskHandle(named, child, GradientMask(density, seed, resample_every))
+    return GradientMaskHandle(named, child, mask)
 
 
 def _named(parameters: Iterable[Tensor] | Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:

@@ -96,12 +96,26 @@ class GradientMask(NamedTuple):
             )
         step, every, seed, bits = packed.tolist()
         (density,) = struct.unpack("<d", struct.pack("<q", bits))
-        if step < 0 or every < 1 or seed < 0 or not 0 < density <= 1:
-            raise ValueError(
-                f"A gradient mask has a step and a seed from 0, steps per mask from 1 and a density in (0, 1]; got "
-                f"step {step}, seed {seed}, {every} steps per mask, density {density}."
-            )
-        return cls(density, seed, every, step)
+        try:
+            return cls(density, seed, every, step).checked()
+        except ValueError as error:
+            raise ValueError(f"A gradient mask cannot be read. {error}") from error
+
+    def checked(self) -> GradientMask:
+        """This mask.
+
+        Raises:
+            ValueError: If a setting, by the name that users know it by, or the step is out of range.
+        """
+        if not 0 < self.density <= 1:  # NaN as well
+            raise ValueError(f"density must be a number in (0, 1], got {self.density!r}.")
+        if not 0 <= self.seed < 1 << 63:
+            raise ValueError(f"seed must be an integer from 0 to 2**63 - 1, got {self.seed!r}.")
+        if self.every < 1:
+            raise ValueError(f"resample_every must be a positive integer, got {self.every!r}.")
+        if self.step < 0:
+            raise ValueError(f"The step of a gradient mask must not be negative, got {self.step}.")
+        return self
 
     def describe(self) -> str:
         """The settings, without the step."""
