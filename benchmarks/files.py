@@ -24,7 +24,8 @@ from peft_child.adapter_folder import SparseAdapter, read_adapter, write_adapter
 from peft_child.checkpoint import Checkpoint
 from peft_child.codec import decode, encode
 from peft_child.delta import SparseDelta
-from peft_child.operations import extract_adapter, merge_checkpoint
+from peft_child.extraction import extract_adapter
+from peft_child.merging import merge_checkpoint
 from peft_child.selection import draw_random, select_largest
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from peft_child.card import complete_card
 from peft_child.checkpoint import replacing
 from peft_child.codec import FormatError, encode
 from peft_child.delta import Progress, SparseDelta, silent
+from peft_child.lazy import Lazy
 from peft_child.sparse_file import DELTA, INDEX, PREFIX, checked_child, child_keys, claimed_sizes, stamped
 from peft_child.streaming import TensorWriter
 
@@ -41,39 +42,6 @@ class SparseAdapter:
     deltas: Mapping[str, SparseDelta]
     dense: dict[str, Tensor] = field(default_factory=dict)
     sizes: dict[str, list[int]] = field(default_factory=dict)
-
-
-class _StoredDeltas(Mapping[str, SparseDelta]):
-    """The deltas of a file, each read and checked when it is asked for."""
-
-    def __init__(self, file: Path, keys: Mapping[str, Mapping[str, str]], sizes: Mapping[str, list[int]]) -> None:
-        self.file, self.keys_of, self.sizes = file, keys, sizes
-
-    def __getitem__(self, name: str) -> SparseDelta:
-        keys = self.keys_of[name]
-        with safe_open(self.file, framework="pt") as file:
-            child = checked_child(name, {kind: file.get_tensor(key) for kind, key in keys.items()})
-        found = [child.header.numel, child.header.size, child.block.numel()]
-        if self.sizes[name] != found:
-            raise FormatError(
-                f"The child of '{name}' cannot be loaded. The settings say {self.sizes[name]} entries, chosen entries "
-                f"and bytes of it, the file {found}."
-            )
-        try:
-            indices = child.indices()
-        except FormatError as error:
-            raise FormatError(f"The child of '{name}' cannot be loaded. {error}") from error
-        shape = (child.header.numel // child.header.width, child.header.width)
-        return SparseDelta(shape, indices, child.delta, child.header.fingerprint)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.keys_of
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.keys_of)
-
-    def __len__(self) -> int:
-        return len(self.keys_of)
 
 
 def open_adapter(folder: str | Path) -> SparseAdapter:
@@ -106,7 +74,8 @@ def open_adapter(folder: str | Path) -> SparseAdapter:
     whole = isinstance(sizes, dict) and all(isinstance(size, list) and len(size) == 3 for size in sizes.values())
     if not whole or sizes.keys() != keys.keys():
         raise FormatError(f"child_sizes of '{CONFIG_NAME}' names other parameters than '{WEIGHTS_NAME}' has.")
-    return SparseAdapter(settings, _StoredDeltas(folder / WEIGHTS_NAME, keys, sizes), dense, sizes)
+    deltas = Lazy(keys, lambda name: _read_delta(folder / WEIGHTS_NAME, name, keys[name], sizes[name]))
+    return SparseAdapter(settings, deltas, dense, sizes)
 
 
 def read_adapter(folder: str | Path) -> SparseAdapter:
@@ -120,6 +89,19 @@ def read_adapter(folder: str | Path) -> SparseAdapter:
     for name in adapter.deltas:
         adapter.deltas[name]
     return adapter
+
+
+def _read_delta(file: Path, name: str, keys: Mapping[str, str], size: list[int]) -> SparseDelta:
+    """Read and check one delta; `keys` are its names in the file by kind."""
+    with safe_open(file, framework="pt") as tensors:
+        child = checked_child(name, {kind: tensors.get_tensor(key) for kind, key in keys.items()})
+    if size != child.sizes():
+        raise FormatError(
+            f"The child of '{name}' cannot be loaded. The settings say {size} entries, chosen entries and bytes of "
+            f"it, the file {child.sizes()}."
+        )
+    shape = (child.header.numel // child.header.width, child.header.width)
+    return SparseDelta(shape, child.indices(name), child.delta, child.header.fingerprint)
 
 
 def _check_method(folder: Path, settings: object) -> None:

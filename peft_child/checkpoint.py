@@ -7,6 +7,7 @@ once from beginning to end: what does not change is copied, a tensor that change
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -42,6 +43,11 @@ class Place(NamedTuple):
     shape: tuple[int, ...]
     offset: int
     num_bytes: int
+
+    @property
+    def numel(self) -> int:
+        """Its entries."""
+        return math.prod(self.shape)
 
 
 class Checkpoint:

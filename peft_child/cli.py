@@ -15,19 +15,12 @@ import typer
 from peft_child.adapter_folder import CONFIG_NAME, SparseAdapter, open_adapter, read_adapter, write_adapter
 from peft_child.checkpoint import INDEX_NAME, WEIGHTS_NAME, Checkpoint, replacing
 from peft_child.codec import FormatError
+from peft_child.combination import combine_adapters, compare_adapters
 from peft_child.config import ChildTuningConfig
 from peft_child.delta import COMBINATIONS, MAJORITIES, Overlap
+from peft_child.extraction import extract_adapter
 from peft_child.locate import locate_adapter, locate_checkpoint
-from peft_child.operations import (
-    NamesDifferError,
-    check_fits,
-    check_weights,
-    combine_adapters,
-    compare_adapters,
-    export_patch,
-    extract_adapter,
-    merge_checkpoint,
-)
+from peft_child.merging import NamesDifferError, check_fits, check_weights, export_patch, merge_checkpoint
 from peft_child.plot import draw_child_network, draw_overlap
 from peft_child.summary import summarize
 from peft_child.terminal import (

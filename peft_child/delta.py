@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from peft_child.compose import Child, Composition
+from peft_child.lazy import Lazy
 from peft_child.selection import seeded, select_largest
 
 
@@ -239,8 +240,7 @@ def combine_named(
     density: float = 1.0,
     majority_sign_method: str = "total",
     seed: int = 0,
-    progress: Progress = silent,
-) -> dict[str, SparseDelta]:
+) -> Lazy[SparseDelta]:
     """Combine the deltas of several adapters tensor by tensor, wherever one of them has a child; see `combine_deltas`.
 
     Args:
@@ -250,22 +250,21 @@ def combine_named(
         density: As in `combine_deltas`.
         majority_sign_method: As in `combine_deltas`.
         seed: For the random choices of DARE, which also depend on the name of the tensor.
-        progress: Wraps the loop over names.
 
     Returns:
-        The combined deltas by name, float32 or wider.
+        The combined deltas by name, float32 or wider, each combined whenever it is asked for. Asking raises
+        `ValueError` if tensors of one name differ in shape.
 
     Raises:
-        ValueError: If an argument is out of range, or tensors of one name differ in shape.
+        ValueError: If an argument is out of range.
     """
     if not adapters or len(adapters) != len(weights):
         raise ValueError(f"Every adapter needs one weight, got {len(adapters)} adapters and {len(weights)} weights.")
     check_combination(combination_type, density, majority_sign_method)
-    names = list(dict.fromkeys(name for deltas in adapters for name in deltas))
-    combined = {}
-    for name in progress(names, "Combining"):
+
+    def combined(name: str) -> SparseDelta:
         parts = [(deltas[name], weight) for deltas, weight in zip(adapters, weights, strict=True) if name in deltas]
-        combined[name] = combine_deltas(
+        return combine_deltas(
             [delta for delta, _ in parts],
             [weight for _, weight in parts],
             combination_type=combination_type,
@@ -273,7 +272,22 @@ def combine_named(
             majority_sign_method=majority_sign_method,
             generator=seeded(name, seed),
         )
-    return combined
+
+    return Lazy(union_of_names(adapters), combined)
+
+
+def union_of_names(adapters: Iterable[Mapping[str, SparseDelta]]) -> list[str]:
+    """Names of the tensors in which one adapter or another has a child, in the order of their first appearance."""
+    return list(dict.fromkeys(name for deltas in adapters for name in deltas))
+
+
+def density_of(deltas: Mapping[str, SparseDelta], progress: Progress = silent) -> float:
+    """Share of the entries of all tensors together that combined deltas change; asks for each of them once."""
+    chosen = numel = 0
+    for name in progress(list(deltas), "Combining"):
+        delta = deltas[name]
+        chosen, numel = chosen + delta.indices.numel(), numel + delta.numel
+    return chosen / numel
 
 
 def check_combination(combination_type: str, density: float, majority_sign_method: str) -> None:

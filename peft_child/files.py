@@ -114,9 +114,8 @@ def fit_state_dict(
 
     Raises:
         FormatError: If a tensor is damaged, or does not fit the base model. Nothing has changed then.
-        ValueError: If the base model has other weights, and `check_base` is 'error'; or is sharded over processes; or
-            if the configuration did not come with the file, and says that the child network or its gradient mask must
-            be another.
+        ValueError: If the base model has other weights, and `check_base` is 'error'; or if the configuration did not
+            come with the file, and says that the child network or its gradient mask must be another.
     """
     children, remapped = read_children(state_dict)
     layers = {path: layer for path, layer in _layers(model).items() if adapter_name in layer.child_targets}
@@ -125,25 +124,23 @@ def fit_state_dict(
     strange: list[str] = []
     mask = config.gradient_mask()
     for path, layer in layers.items():
+        own = {
+            parameter: (name, children.pop(name))
+            for parameter, name in layer.child_targets[adapter_name].items()
+            if name in children  # nothing was chosen in the others
+        }
+        strange += _check_indices(layer, config, adapter_name, own)
+        present = layer.named_deltas(adapter_name)
         room: dict[str, Room] = {}
-        for parameter, name in layer.child_targets[adapter_name].items():
-            child = children.pop(name, None)
-            if child is None:
-                continue  # nothing was chosen there
-            indices = _fitting_indices(name, child, layer.base_parameter(parameter))
-            if not layer.merged and not _is_at_home(child, layer.base_parameter(parameter), indices):
-                strange.append(name)
-            delta = child.delta if child.delta.dtype == torch.float64 else child.delta.float()
-            room[parameter] = Room(delta.numel(), child.block.numel(), delta.dtype)
-            sizes[name] = [child.header.numel, delta.numel(), child.block.numel()]
-            if sizes[name] != (config.child_sizes or {}).get(name):  # the configuration did not come with the file
-                _check_drawn(config, name, layer.sparse_deltas(adapter_name).get(name), indices)
+        for parameter, (name, child) in own.items():
             _check_mask(config, name, mask, child.mask)
             if mask is not None:
                 remapped[f"{path}.{MASK}.{adapter_name}.{parameter}"] = (child.mask or mask).pack()
-            present = layer.named_deltas(adapter_name).get(name)
-            remapped[f"{path}.{DELTA}.{adapter_name}.{parameter}"] = alike(delta, present)
+            delta = child.delta if child.delta.dtype == torch.float64 else child.delta.float()
+            remapped[f"{path}.{DELTA}.{adapter_name}.{parameter}"] = alike(delta, present.get(name))
             remapped[f"{path}.{INDEX}.{adapter_name}.{parameter}"] = _unsealed(child.block)
+            room[parameter] = Room(delta.numel(), child.block.numel(), delta.dtype)
+            sizes[name] = child.sizes()
         rooms.append((layer, room))
     _check_complete(sizes, children)
     if config.child_sizes != sizes:
@@ -156,17 +153,27 @@ def fit_state_dict(
     return remapped
 
 
-def _fitting_indices(name: str, child: StoredChild, base: Tensor) -> Tensor:
-    numel = child.header.numel
-    if numel != base.numel():
-        raise FormatError(
-            f"The child of '{name}' cannot be loaded. It belongs to a tensor of {numel} entries, the base model's has "
-            f"{base.numel()}."
-        )
-    try:
-        return child.indices()
-    except FormatError as error:
-        raise FormatError(f"The child of '{name}' cannot be loaded. {error}") from error
+def _check_indices(
+    layer: ChildTuningLayer, config: ChildTuningConfig, adapter_name: str, own: Mapping[str, tuple[str, StoredChild]]
+) -> list[str]:
+    """Check the positions of a layer's children; returns the names of those that were made on other base values."""
+    strange = []
+    drawn: dict[str, SparseDelta] | None = None
+    for parameter, (name, child) in own.items():
+        base = layer.base_parameter(parameter)
+        if child.header.numel != base.numel():
+            raise FormatError(
+                f"The child of '{name}' cannot be loaded. It belongs to a tensor of {child.header.numel} entries, the "
+                f"base model's has {base.numel()}."
+            )
+        indices = child.indices(name)
+        if not layer.merged and not _is_at_home(child, base, indices):
+            strange.append(name)
+        came_alone = child.sizes() != (config.child_sizes or {}).get(name)  # without its configuration
+        if config.variant == "random" and came_alone:
+            drawn = layer.sparse_deltas(adapter_name) if drawn is None else drawn
+            _check_drawn(name, drawn.get(name), indices)
+    return strange
 
 
 def _check_complete(sizes: dict[str, list[int]], left: dict[str, StoredChild]) -> None:
@@ -186,10 +193,8 @@ def _check_density(config: ChildTuningConfig, numels: list[dict[str, int]], size
         )
 
 
-def _check_drawn(config: ChildTuningConfig, name: str, drawn: SparseDelta | None, indices: Tensor) -> None:
-    if config.variant != "random" or drawn is None or drawn.indices.is_meta:
-        return
-    if not drawn.indices.cpu().equal(indices):
+def _check_drawn(name: str, drawn: SparseDelta | None, indices: Tensor) -> None:
+    if drawn is not None and not drawn.indices.is_meta and not drawn.indices.cpu().equal(indices):
         raise ValueError(
             f"The random child network of '{name}' must be the one that was saved; it was drawn with another seed, or "
             "by another version."

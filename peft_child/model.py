@@ -19,7 +19,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
 from peft_child.config import ChildTuningConfig
-from peft_child.delta import SparseDelta, combine_named, fresh_delta
+from peft_child.delta import SparseDelta, combine_named, density_of, fresh_delta
 from peft_child.files import fit_state_dict, tensors_to_save
 from peft_child.layer import ChildTuningLayer, child_tuning_layers
 from peft_child.mask import GradientMask
@@ -310,7 +310,7 @@ class ChildTuningModel(BaseTuner):
         for name in self._known(adapters):
             if cast(ChildTuningConfig, self.peft_config[name]).modules_to_save:
                 raise ValueError(f"Modules saved whole cannot be combined, and adapter '{name}' has some.")
-        combined = combine_named(
+        combine = combine_named(
             [self._sparse_deltas(name) for name in adapters],
             weights,
             combination_type=combination_type,
@@ -318,11 +318,10 @@ class ChildTuningModel(BaseTuner):
             majority_sign_method=majority_sign_method,
             seed=seed,
         )
+        combined = dict(combine)
         config = cast(ChildTuningConfig, self.peft_config[adapters[0]])
         check_name_is_free(self.model, adapter_name)
-        sizes = [(delta.indices.numel(), delta.numel) for delta in combined.values()]
-        chosen, numel = (sum(column) for column in zip(*sizes, strict=True))
-        self.peft_config[adapter_name] = config.for_names(list(combined), chosen / numel)
+        self.peft_config[adapter_name] = config.for_names(list(combined), density_of(combined))
         try:
             self.inject_adapter(self.model, adapter_name)
         except Exception:

@@ -47,13 +47,23 @@ class StoredChild(NamedTuple):
     header: Header
     mask: GradientMask | None = None
 
-    def indices(self) -> Tensor:
+    def sizes(self) -> list[int]:
+        """Entries, chosen entries, and bytes of the block."""
+        return [self.header.numel, self.header.size, self.block.numel()]
+
+    def indices(self, name: str) -> Tensor:
         """Flat row-major positions, int64, shape `(k,)`.
+
+        Args:
+            name: Name of the parameter, for the error.
 
         Raises:
             FormatError: If the block holds other positions than it says.
         """
-        return torch.from_numpy(decode(self.block.cpu().numpy().data))
+        try:
+            return torch.from_numpy(decode(self.block.cpu().numpy().data))
+        except FormatError as error:
+            raise FormatError(f"The child of '{name}' cannot be loaded. {error}") from error
 
 
 def read_children(tensors: Mapping[str, Tensor]) -> tuple[dict[str, StoredChild], dict[str, Tensor]]:

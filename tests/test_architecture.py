@@ -9,14 +9,14 @@ import peft_child
 
 
 LAYERS = [
-    {"plot", "quantised", "streaming"},
+    {"lazy", "plot", "quantised", "streaming"},
     {"card", "ranks"},
     {"mask", "codec", "selection", "fisher", "batches", "checkpoint"},
     {"compose", "config", "hooks", "sharded", "sparse_file"},
     {"delta"},
     {"storage"},
     {"layer", "adapter_folder"},
-    {"targets", "scoring", "files", "operations", "locate", "summary", "whole_model"},
+    {"targets", "scoring", "files", "combination", "extraction", "merging", "locate", "summary", "whole_model"},
     {"surgery", "choice", "terminal", "hub"},
     {"model", "thinning"},
     {"registration", "cli", "callback"},

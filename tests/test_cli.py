@@ -28,7 +28,9 @@ from typer.testing import CliRunner
 from peft_child import ChildTuningConfig, cli, locate, terminal
 from peft_child.adapter_folder import CONFIG_NAME, WEIGHTS_NAME, read_adapter, write_adapter
 from peft_child.checkpoint import Checkpoint
-from peft_child.operations import combine_adapters, compare_adapters, export_patch, extract_adapter, merge_checkpoint
+from peft_child.combination import combine_adapters, compare_adapters
+from peft_child.extraction import extract_adapter
+from peft_child.merging import export_patch, merge_checkpoint
 
 from .helpers import assert_same, chosen_model, move
 from .hubserver import File, HubServer, Repository

@@ -18,14 +18,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from peft_child import FormatError
 from peft_child.adapter_folder import SparseAdapter, read_adapter, write_adapter
 from peft_child.checkpoint import Checkpoint, replacing
-from peft_child.operations import (
-    NamesDifferError,
-    combine_adapters,
-    compare_adapters,
-    export_patch,
-    extract_adapter,
-    merge_checkpoint,
-)
+from peft_child.combination import combine_adapters, compare_adapters
+from peft_child.extraction import extract_adapter
+from peft_child.merging import NamesDifferError, export_patch, merge_checkpoint
 
 from .helpers import assert_same, child_of, chosen_model, config_for, logits, move
 from .problems import batch_of, build, tiny_llama
@@ -285,7 +280,9 @@ import re, sys, tempfile
 from pathlib import Path
 from peft_child.adapter_folder import open_adapter, write_adapter
 from peft_child.checkpoint import Checkpoint
-from peft_child.operations import combine_adapters, export_patch, extract_adapter, merge_checkpoint
+from peft_child.combination import combine_adapters
+from peft_child.extraction import extract_adapter
+from peft_child.merging import export_patch, merge_checkpoint
 
 folder = Path(sys.argv[1])
 
@@ -345,7 +342,9 @@ PREPARED = """
 import sys
 from peft_child.adapter_folder import read_adapter, write_adapter
 from peft_child.checkpoint import Checkpoint
-from peft_child.operations import combine_adapters, export_patch, extract_adapter, merge_checkpoint
+from peft_child.combination import combine_adapters
+from peft_child.extraction import extract_adapter
+from peft_child.merging import export_patch, merge_checkpoint
 child, base, expected, output = sys.argv[1:]
 """
 REPEATED = """

@@ -1,0 +1,43 @@
+"""A mapping whose items are computed when they are asked for, and not kept: memory is that of one item at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TypeVar
+
+
+T = TypeVar("T")
+
+
+class Lazy(Mapping[str, T]):
+    """Named items, each computed whenever it is asked for.
+
+    Args:
+        names: The names, in order.
+        compute: Gives the item of one of these names.
+        loop: Wraps every loop over the names, as a progress bar does.
+    """
+
+    def __init__(
+        self,
+        names: Iterable[str],
+        compute: Callable[[str], T],
+        loop: Callable[[list[str]], Iterable[str]] = lambda names: names,
+    ) -> None:
+        self._names = dict.fromkeys(names)
+        self._compute = compute
+        self._loop = loop
+
+    def __getitem__(self, name: str) -> T:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._compute(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._loop(list(self._names))
+
+    def __len__(self) -> int:
+        return len(self._names)
