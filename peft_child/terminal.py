@@ -24,7 +24,12 @@ from peft_child.summary import Part, Summary
 
 EXPECTED_ERRORS = (OSError, ValueError, ImportError, SafetensorError)
 SETTINGS = ("variant", "density", "delta_dtype")
-SETTINGS_OF_VARIANT = {"task_driven": ("fisher", "fisher_examples"), "random": ("seed",)}
+SETTINGS_OF_VARIANT = {
+    "task_driven": ("fisher", "fisher_examples"),
+    "random": ("seed",),
+    "task_free": ("resample_every",),
+}
+SETTINGS_OF_MASKS = ("gradient_density", "resample_every")
 PART_COLUMNS = ("chosen", "of", "density", "index bytes", "delta bytes", "delta norm", "dtype")
 OVERLAP_COLUMNS = ("shared", "of first", "of second", "Jaccard", "times chance")
 TABLE_WIDTH = 1000  # as wide as its content: a terminal that is narrower wraps lines better than columns
@@ -99,6 +104,8 @@ def print_settings(adapter: str, settings: Mapping[str, Any]) -> None:
     typer.echo(f"adapter: {plain(adapter)}")
     typer.echo(f"base: {plain(base)}" + (f", revision {plain(revision)}" if revision else ""))
     keys = (*SETTINGS, *SETTINGS_OF_VARIANT.get(str(settings.get("variant")), ()))
+    if settings.get("gradient_density", 1) != 1:
+        keys += SETTINGS_OF_MASKS
     known = [f"{key} {plain(settings[key])}" for key in keys if settings.get(key) is not None]
     typer.echo(f"settings: {', '.join(known)}")
 

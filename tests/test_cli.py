@@ -141,6 +141,28 @@ def test_inspect_prints_tables(files):
     assert "seed 1" in output_of("inspect", files / "random")
 
 
+@pytest.mark.parametrize(
+    ("changes", "shown"),
+    [
+        (
+            {"variant": "random", "gradient_density": 0.5, "resample_every": 4},
+            "random, density 0.3, delta_dtype float32, seed 0, gradient_density 0.5, resample_every 4",
+        ),
+        (
+            {"variant": "task_free", "resample_every": 2},
+            "task_free, density 0.3, delta_dtype float32, resample_every 2",
+        ),
+    ],
+    ids=["fixed", "task_free"],
+)
+def test_inspect_shows_gradient_masks(tmp_path, changes, shown):
+    saved_adapter(saved_base(tmp_path / "base"), tmp_path / "child", **changes)
+    assert shown in output_of("inspect", tmp_path / "child")
+    settings = json.loads(output_of("inspect", tmp_path / "child", "--json"))["settings"]
+    assert settings["gradient_density"] == changes.get("gradient_density", 1.0)
+    assert settings["resample_every"] == changes["resample_every"]
+
+
 def test_inspect_knows_modules_saved_whole(tmp_path):
     tiny_bert().save_pretrained(tmp_path / "base")
     model = chosen_model("bert", AutoModelForSequenceClassification.from_pretrained(tmp_path / "base"))
