@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Container, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Generic, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -15,27 +14,10 @@ from peft_child.codec import FormatError, decode, encode
 from peft_child.compose import Child, lock_of
 from peft_child.delta import SparseDelta
 from peft_child.mask import GradientMask, MaskUse, owner_of, watch
+from peft_child.mask_buffers import MaskBuffers
 from peft_child.ranks import check_whole, is_sharded
+from peft_child.reading import Read
 from peft_child.sparse_file import fingerprint_of
-
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class _Read(Generic[T]):
-    """What was read from a buffer, and what tells whether something else has been written into it since."""
-
-    buffer: Tensor
-    version: int
-    value: T
-
-    @classmethod
-    def of(cls, buffer: Tensor, value: T) -> _Read[T]:
-        return cls(buffer, _version(buffer), value)
-
-    def holds(self, buffer: Tensor) -> bool:
-        return self.buffer is buffer and self.version == _version(buffer)
 
 
 class Room(NamedTuple):
@@ -84,14 +66,13 @@ class ChildStorage(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.child_delta = nn.ModuleDict()
         self.child_index = nn.ModuleDict()
-        self.child_mask = nn.ModuleDict()
+        self.child_mask = MaskBuffers()
         self.child_masking: dict[str, GradientMask | None] = {}
         self.child_targets: dict[str, dict[str, str]] = {}
         self.child_chosen: dict[str, bool] = {}
         self.child_beside_shards: dict[str, bool] = {}
         self.child_ties: dict[str, tuple[ChildStorage, str]] = {}
-        self._decoded: dict[tuple[str, str], _Read[Tensor]] = {}
-        self._unpacked: dict[tuple[str, str], _Read[GradientMask]] = {}
+        self._decoded: dict[tuple[str, str], Read[Tensor]] = {}
         self._number = watch(self)
 
     def add_adapter(
@@ -111,7 +92,7 @@ class ChildStorage(nn.Module, BaseTunerLayer):
         """
         self.child_delta[adapter_name] = nn.ParameterDict()
         self.child_index[adapter_name] = BufferDict(persistent=True)
-        self.child_mask[adapter_name] = BufferDict(persistent=True)
+        self.child_mask.add_adapter(adapter_name)
         self.child_masking[adapter_name] = mask
         self.child_targets[adapter_name] = dict(targets)
         self.child_chosen[adapter_name] = not targets
@@ -204,7 +185,7 @@ class ChildStorage(nn.Module, BaseTunerLayer):
         delta, base = self._deltas(adapter_name)[parameter], self.base_layer._parameters[parameter]
         assert base is not None
         is_whole = delta.numel() == base.numel()
-        is_masked = parameter in self._packed_masks(adapter_name)
+        is_masked = parameter in self.child_mask.of(adapter_name)
         return Child(
             delta,
             None if is_whole else self._indices(adapter_name, parameter),
@@ -219,34 +200,26 @@ class ChildStorage(nn.Module, BaseTunerLayer):
         return self.child_targets[adapter][parameter], self.gradient_mask(adapter, parameter)
 
     def gradient_mask(self, adapter_name: str, parameter: str) -> GradientMask:
-        """The present mask of the gradient of a delta, read again only if something else wrote the buffer."""
-        packed = self._packed_masks(adapter_name)[parameter]
-        known = self._unpacked.get((adapter_name, parameter))
-        if known is None or not known.holds(packed):
-            known = self._unpacked[adapter_name, parameter] = _Read.of(packed, GradientMask.unpack(packed))
-        return known.value
+        """The present mask of the gradient of a delta."""
+        return self.child_mask.present(adapter_name, parameter)
 
     def counted_steps(self) -> list[int]:
         """Optimizer steps done, for every delta whose gradient is masked."""
-        return [
-            self.gradient_mask(adapter, parameter).step
-            for adapter in self.child_mask
-            for parameter in self._packed_masks(adapter)
-        ]
+        return [self.gradient_mask(*key).step for key in self._masked()]
 
-    @torch.no_grad()
     def count_step(self, stepped: Container[int] | None = None) -> None:
         """Go on to the masks of the next optimizer step.
 
         Args:
             stepped: Identities of the parameters that the optimizer has; by default all deltas were updated.
         """
-        for adapter in self.child_mask:
-            for parameter, packed in self._packed_masks(adapter).items():
-                if stepped is None or id(self._deltas(adapter)[parameter]) in stepped:
-                    mask = self.gradient_mask(adapter, parameter)
-                    packed[:1].add_(1)
-                    self._unpacked[adapter, parameter] = _Read.of(packed, mask._replace(step=mask.step + 1))
+        for adapter, parameter in self._masked():
+            if stepped is None or id(self._deltas(adapter)[parameter]) in stepped:
+                self.child_mask.count_step(adapter, parameter)
+
+    def _masked(self) -> list[tuple[str, str]]:
+        """Adapters and parameters of the deltas whose gradients are masked."""
+        return [(adapter, parameter) for adapter in self.child_mask for parameter in self.child_mask.of(adapter)]
 
     def sizes(self, adapter_name: str) -> dict[str, list[int]]:
         """Entries, chosen entries and bytes of the block of the parameters with a child, by name in the model."""
@@ -309,15 +282,12 @@ class ChildStorage(nn.Module, BaseTunerLayer):
     def _blocks(self, adapter_name: str) -> BufferDict:
         return cast(BufferDict, self.child_index[adapter_name])
 
-    def _packed_masks(self, adapter_name: str) -> BufferDict:
-        return cast(BufferDict, self.child_mask[adapter_name])
-
     def _clear(self, adapter_name: str) -> None:
         for name, delta in self.named_deltas(adapter_name).items():
             check_whole(name, delta, "give its adapter another child network before that")
         self._deltas(adapter_name).clear()
         self._blocks(adapter_name).clear()
-        self._packed_masks(adapter_name).clear()
+        self.child_mask.of(adapter_name).clear()
         self._forget(adapter_name)
 
     def _put(self, adapter_name: str, parameter: str, delta: Tensor, block: Tensor, trainable: bool) -> None:
@@ -326,21 +296,22 @@ class ChildStorage(nn.Module, BaseTunerLayer):
         self.child_beside_shards[adapter_name] = is_sharded(self.base_parameter(parameter))
         mask = self.child_masking[adapter_name]
         if mask is not None:
-            self._packed_masks(adapter_name)[parameter] = mask.pack().to(block.device)
+            self.child_mask.put(adapter_name, parameter, mask, block.device)
 
-    def _remember(self, adapter_name: str, parameter: str, indices: Tensor) -> _Read[Tensor]:
+    def _remember(self, adapter_name: str, parameter: str, indices: Tensor) -> Read[Tensor]:
         wide = self.base_parameter(parameter).numel() > torch.iinfo(torch.int32).max
         kept = indices if wide else indices.int()
-        read = self._decoded[adapter_name, parameter] = _Read.of(self._blocks(adapter_name)[parameter], kept)
+        read = self._decoded[adapter_name, parameter] = Read.of(self._blocks(adapter_name)[parameter], kept)
         return read
 
     def read_again(self) -> None:
         """Read indices and masks from their buffers again, after writes that autograd does not count."""
-        self._decoded, self._unpacked = {}, {}
+        self._decoded = {}
+        self.child_mask.read_again()
 
     def _forget(self, adapter_name: str) -> None:
         self._decoded = {key: known for key, known in self._decoded.items() if key[0] != adapter_name}
-        self._unpacked = {key: known for key, known in self._unpacked.items() if key[0] != adapter_name}
+        self.child_mask.read_again()
 
     def _load_from_state_dict(self, *args: Any) -> None:
         """As torch's; what is loaded is decoded anew, which compiled code notices by its absence."""
@@ -348,8 +319,8 @@ class ChildStorage(nn.Module, BaseTunerLayer):
         super()._load_from_state_dict(*args)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles decode their indices again, and count steps on their own."""
-        return {**self.__dict__, "_decoded": {}, "_unpacked": {}}
+        """Copies and pickles decode their indices again."""
+        return {**self.__dict__, "_decoded": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """As torch's."""
@@ -372,10 +343,6 @@ class ChildStorage(nn.Module, BaseTunerLayer):
             device = device or next(self.base_layer.parameters()).device
             for held in (self.child_delta, self.child_index, self.child_mask):
                 held[adapter_name].to(device)
-
-
-def _version(block: Tensor) -> int:
-    return 0 if block.is_inference() else block._version
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

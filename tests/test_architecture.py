@@ -9,10 +9,10 @@ import peft_child
 
 
 LAYERS = [
-    {"lazy", "plot", "quantised", "streaming"},
+    {"lazy", "plot", "quantised", "reading", "streaming"},
     {"card", "ranks"},
     {"mask", "codec", "selection", "fisher", "batches", "checkpoint"},
-    {"compose", "config", "hooks", "sharded", "sparse_file"},
+    {"compose", "config", "hooks", "mask_buffers", "sharded", "sparse_file"},
     {"delta"},
     {"storage"},
     {"layer", "adapter_folder"},

@@ -46,7 +46,7 @@ def steps_of(model):
         name: layer.gradient_mask("default", key).step
         for layer in child_tuning_layers(model).values()
         for key, name in layer.child_targets["default"].items()
-        if key in layer._packed_masks("default")
+        if key in layer.child_mask.of("default")
     }
 
 
