@@ -29,8 +29,8 @@ wheel: $(VENV)/.installed  ## Build the wheel, and run the fast tests on it in a
 	cp -r tests examples pyproject.toml README.md "$$folder"; \
 	cd "$$folder"; PYTHONPYCACHEPREFIX="$$folder/pycache" venv/bin/pytest -m "not slow"
 
-benchmark: $(VENV)/.installed
-	$(BIN)/python benchmarks/step.py
+benchmark: $(VENV)/.installed  ## All methods side by side: some minutes; FLAGS=--long takes longer
+	$(BIN)/python -m benchmarks.run --output docs $(FLAGS)
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
