@@ -1,1 +1,8 @@
 """Time and memory of Child-Tuning beside other methods; `make benchmark` runs `benchmarks.run`."""
+
+import warnings
+
+
+# PEFT makes its SHiRA of sparse tensors, and asks transformers for an attribute that has been renamed.
+warnings.filterwarnings("ignore", "Sparse invariant checks are implicitly disabled", UserWarning)
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)

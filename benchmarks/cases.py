@@ -11,7 +11,7 @@ from peft import get_peft_model
 from torch import Tensor
 
 from benchmarks import authors
-from benchmarks.measure import DEVICE, Turns, in_fresh_process, peak_memory, take_turns, timed
+from benchmarks.measure import DEVICE, Turns, in_fresh_process, peak_memory, say, take_turns, timed
 from benchmarks.peers import ADAPTERS, METHODS, Peer, weights_file
 from benchmarks.shapes import SHAPES, Shape, batch_of, build, targeted
 from peft_child import ChildTuningConfig, estimate_fisher, select_child_network
@@ -20,7 +20,7 @@ from peft_child.selection import select_largest
 
 
 EXAMPLES = 8  # of a Fisher pass, in one batch
-SOME = ("native", "full", "shira", "lora", "task_driven", "task_free")  # what larger batches are measured with
+SOME = ("native", "full", "shira", "lora", "task_driven")  # what larger batches are measured with
 
 
 class Plan(NamedTuple):
@@ -50,16 +50,19 @@ def measure(name: str, plan: Plan) -> dict[str, Any]:
     del model
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
+        say(f"{name}: memory")
         memory = measure_memory(shape, plan.density, batches[0], folder / "chosen")
         peers = {method: Peer(shape, method, plan.density, folder / "chosen") for method in METHODS}
-        steps = {
-            f"{size} x {length}": measure_steps(peers, batch, plan.turns, index == 0, plan.all_methods)
-            for index, (size, length) in enumerate(batches)
-            for batch in [on_device(batch_of(shape, size, length))]
-        }
+        steps = {}
+        for size, length in batches:
+            say(f"{name}: steps of {size} x {length} tokens")
+            batch = on_device(batch_of(shape, size, length))
+            steps[f"{size} x {length}"] = measure_steps(peers, batch, plan.turns, not steps, plan.all_methods)
+        say(f"{name}: files")
         files, file_sizes = measure_files(peers, plan.turns, folder)
         trained = {method: sum(parameter.numel() for parameter in peer.trained) for method, peer in peers.items()}
     peers.clear()
+    say(f"{name}: Fisher pass and choice")
     fisher, choice = measure_choosing(shape, plan.density, batches[0][1], plan.turns)
     return {
         "model": name,

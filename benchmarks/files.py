@@ -1,6 +1,6 @@
 """Sizes and times of adapter files: index blocks, the file beside SHiRA's, merging and extracting checkpoints.
 
-    python benchmarks/files.py [--scores fisher.safetensors] [--gigabytes 0.5]
+    python -m benchmarks.files [--scores fisher.safetensors] [--gigabytes 0.5]
 
 Without scores, the child networks are random, and bound by entropy; with the scores of a real task (the tensors that
 `estimate_fisher` returns, kept with safetensors) they are those that training would have. Times are medians.
@@ -8,18 +8,17 @@ Without scores, the child networks are random, and bound by entropy; with the sc
 
 import argparse
 import math
-import multiprocessing
 import os
-import re
 import shutil
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks.measure import in_fresh_process, peak_memory, timed
 from peft_child.adapter_folder import SparseAdapter, read_adapter, write_adapter
 from peft_child.checkpoint import Checkpoint
 from peft_child.codec import decode, encode
@@ -34,12 +33,7 @@ SHIRA = 12  # bytes for each entry of PEFT's SHiRA: a float32 value and two int3
 
 def seconds(function, repeats):
     """Median time of a call."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return median(times)
+    return median(timed(function) for _ in range(repeats))
 
 
 def measure_blocks(scores, densities, repeats):
@@ -78,10 +72,8 @@ def flush(folder):
             os.fsync(file.fileno())
 
 
-def peak_of(arguments):
-    """Largest resident size after some work on files, in a process that does nothing else."""
-    work, folder = arguments
-    torch.set_num_threads(1)
+def peak_of(work, folder):
+    """Largest memory of some work on files, in a process that does nothing else."""
     base = Checkpoint(folder / "base")
     if work == "merge":
         merge_checkpoint(read_adapter(folder / "child"), base, folder / "peak", force=True)
@@ -89,8 +81,7 @@ def peak_of(arguments):
         extract_to(folder / "peak", base, Checkpoint(folder / "merged"))
     if work == "read":
         read_adapter(folder / "child")
-    status = Path("/proc/self/status").read_text()  # ru_maxrss would start at the size of the parent
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
+    return peak_memory()
 
 
 def measure_checkpoints(gigabytes, repeats):
@@ -112,19 +103,18 @@ def measure_checkpoints(gigabytes, repeats):
         for _ in range(repeats):  # in turn, each into a fresh folder, so that all meet the same disk
             for made in ("copy", "merged"):
                 shutil.rmtree(folder / made, ignore_errors=True)
-            copies.append(seconds(lambda: shutil.copytree(folder / "base", folder / "copy"), 1))
-            merges.append(seconds(lambda: merge_checkpoint(adapter, base, folder / "merged"), 1))
-            readings.append(seconds(lambda: read_adapter(folder / "child"), 1))
-            flushes.append([seconds(lambda: flush(folder / made), 1) for made in ("copy", "merged")])  # noqa: B023
+            copies.append(timed(lambda: shutil.copytree(folder / "base", folder / "copy")))
+            merges.append(timed(lambda: merge_checkpoint(adapter, base, folder / "merged")))
+            readings.append(timed(lambda: read_adapter(folder / "child")))
+            flushes.append([timed(partial(flush, folder / made)) for made in ("copy", "merged")])
         ratio = median(merge / copy for merge, copy in zip(merges, copies, strict=True))
         to_disk = median(
             (merge + after) / (copy + before)
             for merge, copy, (before, after) in zip(merges, copies, flushes, strict=True)
         )
-        extract = seconds(lambda: extract_to(folder / "extracted", base, Checkpoint(folder / "merged")), 1)
-        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-            work = [(kind, folder) for kind in ("nothing", "read", "merge", "extract")]
-            nothing, *peaks = pool.map(peak_of, work, chunksize=1)
+        extract = timed(lambda: extract_to(folder / "extracted", base, Checkpoint(folder / "merged")))
+        work = ("nothing", "read", "merge", "extract")
+        nothing, *peaks = (in_fresh_process(peak_of, kind, folder) for kind in work)
     size, largest = count * rows * columns * 2, rows * columns * 2
     print(f"\nA checkpoint of {size / 1e9:.2f} GB in bfloat16, largest tensor {largest / 1e6:.0f} MB, density 0.1")
     print(

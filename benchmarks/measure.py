@@ -6,7 +6,6 @@ import platform
 import resource
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
@@ -19,12 +18,9 @@ import torch
 
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+START = time.perf_counter()
 Calls = Mapping[str, Callable[[], object]]
 Turns = dict[str, dict[str, list[float]]]
-
-# PEFT makes its SHiRA of sparse tensors, and asks transformers for an attribute that has been renamed.
-warnings.filterwarnings("ignore", "Sparse invariant checks are implicitly disabled", UserWarning)
-warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 
 def take_turns(work: Mapping[str, Calls], turns: int, warm_up: int = 1) -> Turns:
@@ -57,6 +53,11 @@ def timed(call: Callable[[], object]) -> float:
     call()
     wait()
     return time.perf_counter() - start
+
+
+def say(text: str) -> None:
+    """Tell people on standard error what is about to be measured, and when."""
+    print(f"{time.perf_counter() - START:6.0f} s  {text}", file=sys.stderr, flush=True)
 
 
 def wait() -> None:

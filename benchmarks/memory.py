@@ -1,6 +1,6 @@
 """Bytes that Child-Tuning takes by part, as docs/scale.md plans them and as they are, for three sizes of a Llama.
 
-    python benchmarks/memory.py
+    python -m benchmarks.memory
 
 Counts the bytes of the tensors themselves, so it does not depend on the machine. Each size is built from a
 configuration, given a random child network (whose index blocks are the largest there are), scored on one example and
@@ -11,27 +11,13 @@ import argparse
 
 import torch
 from peft import get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.shapes import build, llama, targeted
 from peft_child import ChildTuningConfig, estimate_fisher
 from peft_child.layer import child_tuning_layers
 
 
-SIZES = {"10M": (288, 10), "50M": (512, 16), "200M": (1024, 16)}  # width and layers
-
-
-def build(width, layers, dtype):
-    """A Llama whose linear layers are nearly all of it."""
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=width,
-        intermediate_size=8 * width // 3,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 32,
-        num_key_value_heads=width // 32,
-    )
-    torch.manual_seed(0)
-    return LlamaForCausalLM(config).to(dtype)
+SIZES = {"10M": llama(10, 288), "50M": llama(16, 512), "200M": llama(16, 1024)}
 
 
 def planned(weights, targeted, density, itemsize):
@@ -84,13 +70,13 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", help="of the weights")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    for name, (width, layers) in SIZES.items():
-        base = build(width, layers, getattr(torch, args.dtype))
+    for name, shape in SIZES.items():
+        base = build(shape).to(getattr(torch, args.dtype))
         weights = sum(parameter.numel() for parameter in base.parameters())
-        targeted = sum(parameter.numel() for parameter in base.model.layers.parameters() if parameter.dim() == 2)
-        plan = planned(weights, targeted, args.density, base.dtype.itemsize)
+        scored = sum(parameter.numel() for _, parameter in targeted(base))
+        plan = planned(weights, scored, args.density, base.dtype.itemsize)
         found = measured(base, args.density)
-        print(f"\n{name}: {weights:,} weights, {targeted:,} targeted, density {args.density}")
+        print(f"\n{name}: {weights:,} weights, {scored:,} targeted, density {args.density}")
         print(f"{'':18}{'planned MB':>12}{'counted MB':>12}{'ratio':>8}")
         for part, expected in plan.items():
             print(f"{part:18}{expected / 1e6:12.2f}{found[part] / 1e6:12.2f}{found[part] / expected:8.3f}")

@@ -3,11 +3,12 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any, NamedTuple
 
+from benchmarks.fits import growth
 from benchmarks.measure import Turns, ratio, total
 from benchmarks.peers import METHODS, STEP
+from benchmarks.tables import made_with, ms, table
 
 
 Case = Mapping[str, Any]
@@ -104,19 +105,6 @@ def page(stored: Mapping[str, Any]) -> str:
     return "\n\n".join([text, *(render(stored[part]) for part, render in parts.items() if part in stored)]) + "\n"
 
 
-def made_with(results: Mapping[str, Any]) -> str:
-    """Command, machine and versions."""
-    versions = ", ".join(f"{name} {number}" for name, number in results["machine"]["versions"].items())
-    facts = ", ".join(f"{key}: {value}" for key, value in results["machine"].items() if key != "versions")
-    return f"`{results['command']}`, {results['turns']} turns, {results['seconds']:.0f} s. {facts}. {versions}."
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table with numbers to the right."""
-    lines = [head, ["---", *["--:"] * (len(head) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def peers(results: Mapping[str, Any]) -> str:
     """All methods side by side."""
     cases = results["cases"]
@@ -191,16 +179,3 @@ def choosing(case: Case) -> str:
     ]
     head = ["", "Fisher pass", "choice", "MB of a choice besides its result", "peak MB of both above the base"]
     return "Choosing the child network from 8 examples; milliseconds:\n\n" + table(head, rows)
-
-
-def ms(seconds: Sequence[float] | None) -> str:
-    """Median in milliseconds, with three digits."""
-    if seconds is None:
-        return ""
-    number = 1e3 * median(seconds)
-    return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
-
-
-def growth(results: Mapping[str, Any]) -> str:
-    """How cost grows."""
-    return "\n\n".join(["## How cost grows", made_with(results), *results["text"]])

@@ -15,7 +15,7 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.cases import Plan, measure, measure_many_scores
-from benchmarks.measure import machine
+from benchmarks.measure import machine, say
 from benchmarks.report import peers, write
 
 
@@ -42,10 +42,8 @@ def main() -> None:
     name = args.plan or "default"
     plan, facts, start = PLANS[name], machine(), time.time()
     scores = 10**7 if name == "quick" else 10**9
-    cases = []
-    for model in args.models or plan.batches:
-        cases.append(measure(model, plan))
-        print(f"{model} measured after {time.time() - start:.0f} s", file=sys.stderr)
+    cases = [measure(model, plan) for model in args.models or plan.batches]
+    say(f"choice from {scores:,} scores")
     results = {
         "machine": facts,
         "command": " ".join(["python -m benchmarks.run", *sys.argv[1:]]),

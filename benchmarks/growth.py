@@ -1,0 +1,144 @@
+"""How time and memory of each phase grow with the model, the density and the batch.
+
+    python -m benchmarks.growth [--quick] [--output docs]
+
+The models are Llamas of up to 300 million weights. Beside each stands the native model: the base with gradients for
+the targeted weights.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers.utils.logging import disable_progress_bar
+
+from benchmarks.cases import on_device, peak_of_base, peak_of_choosing, peak_of_training
+from benchmarks.fits import growth
+from benchmarks.measure import DEVICE, in_fresh_process, machine, peak_memory, say, take_turns, total
+from benchmarks.peers import Peer
+from benchmarks.report import write
+from benchmarks.shapes import Shape, batch_of, build, llama
+from peft_child import estimate_fisher
+from peft_child.selection import select_largest
+
+
+SIZES = [llama(10, 288), llama(12, 448), llama(14, 768), llama(24, 1024)]  # 10, 30, 100 and 300 million weights
+DENSITIES = [0.01, 0.03, 0.1, 0.3]
+LENGTH = 32
+BATCHES = [2, 8, 32, 64]  # sequences
+
+
+def measure_point(shape: Shape, density: float, batch_size: int, turns: int) -> dict[str, Any]:
+    """Seconds of every turn by phase for one model, density and batch."""
+    say(f"{shape}, density {density}, {batch_size} x {LENGTH} tokens")
+    batch = on_device(batch_of(shape, batch_size, LENGTH))
+    with tempfile.TemporaryDirectory() as temporary:
+        native, ours = (Peer(shape, method, density, Path(temporary)) for method in ("native", "random"))
+        numel = sum(parameter.numel() for parameter in native.model.parameters())
+        size = sum(parameter.numel() for parameter in ours.trained)
+        work = {
+            "native": {**native.training(batch), **native.inference(batch)},
+            "ours": {
+                **ours.training(batch),
+                **ours.inference(batch),
+                **choosing(ours, batch_of(shape, 2, LENGTH), size),
+                **adding(ours),
+                **ours.merging(batch),
+                **ours.filing(Path(temporary)),
+            },
+        }
+        seconds = take_turns(work, turns)
+    passes = {f"pass, {who}": total(found, ("forward", "backward")) for who, found in seconds.items()}
+    return {
+        "weights": numel,
+        "targeted": round(size / density),
+        "chosen": size,
+        "density": density,
+        "tokens": batch_size * LENGTH,
+        "seconds": {**passes, "inference, native": seconds["native"]["inference"], **seconds["ours"]},
+    }
+
+
+def choosing(peer: Peer, batch: Mapping[str, Tensor], size: int) -> dict[str, Any]:
+    """The Fisher pass of two examples, and the choice."""
+    scores: dict[str, Tensor] = {}
+    return {
+        "Fisher pass": lambda: scores.update(estimate_fisher(peer.model, [batch], progress_bar=False)),
+        "choice": lambda: select_largest(scores, size),
+        "_forget": scores.clear,
+    }
+
+
+def adding(peer: Peer) -> dict[str, Any]:
+    """Adding another adapter to the model."""
+    config = replace(peer.model.peft_config["default"], child_sizes=None)
+    return {
+        "add an adapter": partial(peer.model.add_adapter, "added", config),
+        "_delete it": partial(peer.model.delete_adapter, "added"),
+    }
+
+
+def measure_peaks(shape: Shape, density: float) -> dict[str, int]:
+    """Peak memory above the base model, each in a fresh process."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, batch = Path(temporary) / "chosen", (2, LENGTH)
+        base = in_fresh_process(peak_of_base, shape)
+        peaks = {
+            "training": in_fresh_process(peak_of_training, shape, "random", density, batch, folder),
+            "choosing": in_fresh_process(peak_of_choosing, shape, density, batch, folder),
+            "loading": in_fresh_process(peak_of_loading, shape, folder, False),
+            "loading and merging": in_fresh_process(peak_of_loading, shape, folder, True),
+        }
+    return {phase: peak - base for phase, peak in peaks.items()}
+
+
+def peak_of_loading(shape: Shape, folder: Path, merge: bool) -> int:
+    """Peak memory of loading an adapter, and of merging it or one pass with it."""
+    model = PeftModel.from_pretrained(build(shape).to(DEVICE), folder)
+    if merge:
+        model.merge_adapter()
+    else:
+        with torch.inference_mode():
+            model(**on_device(batch_of(shape, 2, LENGTH)))
+    return peak_memory()
+
+
+def main() -> None:
+    """Measure, fit, print, and write if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="tiny models")
+    parser.add_argument("--turns", type=int, default=7, help="measured turns")
+    parser.add_argument("--threads", type=int, default=psutil.cpu_count(logical=False), help="default: all cores")
+    parser.add_argument("--output", type=Path, help="folder for benchmarks.md and benchmarks.json")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    disable_progress_bar()
+    facts, start = machine(), time.time()
+    shapes = [llama(layers, 64) for layers in (1, 2, 3)] if args.quick else SIZES
+    some = 2 if args.quick else None
+    results = {
+        "machine": facts,
+        "command": " ".join(["python -m benchmarks.growth", *sys.argv[1:]]),
+        "turns": args.turns,
+        "size": [{**measure_point(shape, 0.1, 2, args.turns), "peaks": measure_peaks(shape, 0.1)} for shape in shapes],
+        "density": [measure_point(shapes[1], density, 2, args.turns) for density in DENSITIES[:some]],
+        "batch": [measure_point(shapes[1], 0.1, batch, args.turns) for batch in BATCHES[:some]],
+        "seconds": time.time() - start,
+    }
+    print(growth(results))
+    if args.output:
+        write(args.output, "growth", results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""The benchmarks run and have a row for everything; what they measure is for people to read on a quiet machine."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[1]
+
+
+def run(script, folder):
+    """What a quick run writes, as text and as data."""
+    command = [sys.executable, "-m", f"benchmarks.{script}", "--quick", "--threads", "1", "--output", str(folder)]
+    ran = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert not ran.returncode, ran.stderr
+    assert "Warning" not in ran.stderr
+    return (folder / "benchmarks.md").read_text(), json.loads((folder / "benchmarks.json").read_text())
+
+
+def test_the_benchmark_measures_every_method_and_phase(tmp_path):
+    page, stored = run("run", tmp_path)
+    assert [case["model"] for case in stored["peers"]["cases"]] == ["tiny encoder", "tiny llama"]
+    for row in ("full fine-tuning", "the authors' CT_D", "gradient hooks of CT_D", "PEFT SHiRA", "PEFT LoRA, r = 8"):
+        assert page.count(f"\n| {row} |") >= 2
+    for row in ("PEFT LoRA, as many values", "**Child-Tuning, CT_D**", "**Child-Tuning, random**"):
+        assert page.count(f"\n| {row} |") >= 4  # steps and files of two models
+    for case in stored["peers"]["cases"]:
+        steps = case["steps"]["2 x 8"]
+        assert len(steps) == 10
+        assert all({"forward", "backward", "inference"} <= phases.keys() for phases in steps.values())
+        assert all(len(turns) == 3 for phases in steps.values() for turns in phases.values())
+        assert case["trained"]["task_driven"] == case["trained"]["random"] == round(0.1 * case["targeted"])
+        assert case["trained"]["task_free"] == case["targeted"]
+        assert case["file sizes"]["task_driven"] < case["file sizes"]["shira"]
+
+
+def test_growth_fits_every_phase_and_keeps_the_other_part_of_the_page(tmp_path):
+    (tmp_path / "benchmarks.json").write_text(json.dumps({"other": {}}))
+    page, stored = run("growth", tmp_path)
+    assert stored["other"] == {}
+    assert [len(stored["growth"][axis]) for axis in ("size", "density", "batch")] == [3, 2, 2]
+    for row in ("pass, native", "pass, ours", "Fisher pass", "choice", "save", "load", "merge", "training"):
+        assert f"\n| {row} |" in page
