@@ -117,6 +117,7 @@ def main() -> None:
     """Measure, fit, print, and write if asked to."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="tiny models")
+    parser.add_argument("--sizes", type=int, default=len(SIZES), help="measure so many models, the smallest ones")
     parser.add_argument("--turns", type=int, default=7, help="measured turns")
     parser.add_argument("--threads", type=int, default=psutil.cpu_count(logical=False), help="default: all cores")
     parser.add_argument("--output", type=Path, help="folder for benchmarks.md and benchmarks.json")
@@ -124,7 +125,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     disable_progress_bar()
     facts, start = machine(), time.time()
-    shapes = [llama(layers, 64) for layers in (1, 2, 3)] if args.quick else SIZES
+    shapes = [llama(layers, 64) for layers in (1, 2, 3)] if args.quick else SIZES[: args.sizes]
     some = 2 if args.quick else None
     results = {
         "machine": facts,

@@ -93,6 +93,8 @@ class Peer:
             "load": partial(self._load, folder),
             "switch": partial(self.model.set_adapter, "other"),
             "_merge": self.model.merge_adapter,
+            "_there": partial(self._switch_merged, "default"),  # what was decoded before is so again
+            "_back": partial(self._switch_merged, "other"),
             "merged switch": partial(self._switch_merged, "default"),
             "memory copy": self._copy_child,
             "_unmerge": self.model.unmerge_adapter,
