@@ -86,9 +86,9 @@ def on_device(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def measure_steps(
     peers: Mapping[str, Peer], batch: Mapping[str, Tensor], turns: int, is_first: bool, all_methods: bool
 ) -> Turns:
-    """Steps and inference; on the first batch merging as well."""
+    """Steps; on the first batch inference and merging as well."""
     work = {
-        method: {**peer.training(batch), **peer.inference(batch), **(peer.merging(batch) if is_first else {})}
+        method: peer.training(batch) | (peer.inference(batch) | peer.merging(batch) if is_first else {})
         for method, peer in peers.items()
         if is_first or all_methods or method in SOME
     }

@@ -129,27 +129,33 @@ def of_model(case: Case) -> str:
 
 
 def steps_table(case: Case, seconds: Turns) -> str:
-    """Steps and inference; memory beside the first batch, with which it is measured."""
-    is_first = "merge" in seconds["task_driven"]
-    head = ["", "forward", "backward", "optimizer", "step", "ratio", "inference", "ratio"]
+    """Steps; beside those of the first batch what is measured with it alone."""
     rows = []
     for method, own in seconds.items():
         phases = [phase for phase in STEP if phase in own]
         row = [METHODS[method], *(ms(own.get(phase)) for phase in STEP), ms(total(own, phases))]
         row.append(f"{ratio(total(own, phases), total(seconds['full'], STEP)):.2f}")
-        row += [ms(own["inference"]), f"{ratio(own['inference'], seconds['native']['inference']):.2f}"]
-        if is_first:
-            row += [ms(own.get("merge")), ms(own.get("unmerge")), merged(own, seconds)]
-            row += [f"{case['trained'][method]:,}", f"{case['memory'][method] / 1e6:.0f}"]
-            row += [f"{case['memory'][method] / case['memory']['full']:.2f}"]
-        rows.append(row)
-    more = ["merge", "unmerge", "merged inf., ratio", "trained values", "peak MB", "ratio"] if is_first else []
-    return table([*head, *more], rows)
+        rows.append([*row, *more_about(method, case, seconds)])
+    head = ["", "forward", "backward", "optimizer", "step", "ratio"]
+    more = ["inference", "ratio", "merge", "unmerge", "merged inf., ratio", "trained values", "peak MB", "ratio"]
+    return table([*head, *more][: len(rows[0])], rows)
 
 
-def merged(own: Mapping[str, list[float]], seconds: Turns) -> str:
-    """Ratio of merged inference to that of the base."""
-    return f"{ratio(own['merged inference'], seconds['native']['inference']):.2f}" if "merge" in own else ""
+def more_about(method: str, case: Case, seconds: Turns) -> list[str]:
+    """Inference, merging and memory."""
+    own, base = seconds[method], seconds["native"].get("inference")
+    if base is None:
+        return []
+    return [
+        ms(own["inference"]),
+        f"{ratio(own['inference'], base):.2f}",
+        ms(own.get("merge")),
+        ms(own.get("unmerge")),
+        f"{ratio(own['merged inference'], base):.2f}" if "merge" in own else "",
+        f"{case['trained'][method]:,}",
+        f"{case['memory'][method] / 1e6:.0f}",
+        f"{case['memory'][method] / case['memory']['full']:.2f}",
+    ]
 
 
 def files_table(case: Case) -> str:

@@ -19,10 +19,10 @@ from benchmarks.measure import machine, say
 from benchmarks.report import peers, write
 
 
-USUAL, MANY = (8, 64), (16, 128)
+FEW, USUAL, MANY = (4, 64), (8, 64), (16, 128)
 PLANS = {
     "quick": Plan(3, {"tiny encoder": [(2, 8), (4, 8)], "tiny llama": [(2, 8)]}),
-    "default": Plan(7, {"encoder": [USUAL, MANY], "minilm": [USUAL, MANY], "llama": [USUAL]}),
+    "default": Plan(7, {"encoder": [USUAL, MANY], "minilm": [USUAL, MANY], "llama": [FEW]}),
     "long": Plan(15, {"encoder": [USUAL, MANY], "minilm": [USUAL, MANY], "llama": [USUAL, MANY]}, all_methods=True),
 }
 
