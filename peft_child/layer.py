@@ -241,10 +241,14 @@ class ChildTuningLayer(ChildStorage):
     @torch.no_grad()
     def _write(self, adapter_names: list[str]) -> None:
         for parameter, base, children in self._held(adapter_names):
-            composed = Composition(base.detach(), children).tensor().view(-1)
             indices = _union(children)
-            self._replaced.append(_Replaced(parameter, indices, _values_at(base, indices)))
-            _set_values_at(base, indices, composed if indices is None else composed[indices])
+            before = _values_at(base, indices)
+            if len(children) == 1:  # its entries alone, as if they were all that the tensor has
+                after = Composition(before, (children[0]._replace(indices=None),)).tensor()
+            else:
+                after = _values_at(Composition(base.detach(), children).tensor(), indices)
+            self._replaced.append(_Replaced(parameter, indices, before))
+            _set_values_at(base, indices, after)
 
     @torch.no_grad()
     def _restore(self) -> None:

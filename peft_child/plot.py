@@ -10,6 +10,8 @@ import math
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -103,12 +105,19 @@ def draw_child_network(sizes: Mapping[str, Sequence[int]], path: str | Path) -> 
     """
     if not sizes:
         raise ValueError("sizes must hold at least one parameter with a child network, got none.")
+    Path(path).write_bytes(_child_network_png(tuple(shares_by_place(sizes).items())))
+
+
+@lru_cache(maxsize=8)  # every checkpoint of a run has the same one
+def _child_network_png(shares: tuple[tuple[Place, Share], ...]) -> bytes:
     import matplotlib.style
 
+    png = BytesIO()
     # Names are no formulas, and may have characters that the font lacks.
     with matplotlib.style.context(["default", {"text.parse_math": False}]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph ", category=UserWarning)
-        _figure(shares_by_place(sizes)).savefig(path, format="png", metadata={"Software": None})
+        _figure(dict(shares)).savefig(png, format="png", metadata={"Software": None})
+    return png.getvalue()
 
 
 def _figure(shares: Mapping[Place, Share]) -> Figure:

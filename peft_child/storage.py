@@ -313,10 +313,14 @@ class ChildStorage(nn.Module, BaseTunerLayer):
         self._decoded = {key: known for key, known in self._decoded.items() if key[0] != adapter_name}
         self.child_mask.read_again()
 
-    def _load_from_state_dict(self, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         """As torch's; what is loaded is decoded anew, which compiled code notices by its absence."""
-        self._decoded = {}
-        super()._load_from_state_dict(*args)
+        self._decoded = {
+            (adapter, parameter): known
+            for (adapter, parameter), known in self._decoded.items()
+            if f"{prefix}child_index.{adapter}.{parameter}" not in state_dict
+        }
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles decode their indices again."""

@@ -13,7 +13,8 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from peft_child import ChildTuningConfig, ChildTuningLayer, FormatError, select_child_network
+from peft_child import ChildTuningConfig, ChildTuningLayer, FormatError, select_child_network, storage
+from peft_child.codec import decode
 from peft_child.layer import child_tuning_layers
 
 from .helpers import assert_same, child_of, chosen_model, config_for, logits, move, snapshot, train
@@ -126,6 +127,23 @@ def test_a_file_loads_where_another_adapter_wraps_more(tmp_path):
     outer.load_adapter(tmp_path, adapter_name="inner")
     outer.set_adapter("inner")
     assert torch.equal(logits(outer, batch_of("attention")), expected)
+
+
+def test_loading_an_adapter_decodes_no_other_one_again(tmp_path, monkeypatch):
+    model = chosen_model("linear")
+    move(model)
+    model.save_pretrained(tmp_path)
+    model.load_adapter(tmp_path, "second")
+    decoded = []
+    monkeypatch.setattr(storage, "decode", lambda block: decoded.append(block) or decode(block))
+    before = logits(model, batch_of("linear"))
+    assert not decoded
+    model.set_adapter("second")
+    assert torch.equal(logits(model, batch_of("linear")), before)
+    assert len(decoded) == len(set(map(bytes, decoded))) > 0
+    model.set_adapter("default")
+    assert torch.equal(logits(model, batch_of("linear")), before)
+    assert len(decoded) == len(set(map(bytes, decoded)))
 
 
 def test_a_file_loads_without_sizes_in_the_configuration(tmp_path):
