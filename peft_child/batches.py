@@ -1,8 +1,8 @@
-"""Batches of any shape taken apart into single examples."""
+"""Batches of any shape taken apart into examples."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,18 +13,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 _TELLING = ("labels", "label", "input_ids")  # what has one row for each example whatever else is in a batch
 
 
-def single_examples(batch: Any) -> Iterator[Any]:
-    """Every example of a batch as a batch of one.
-
-    Raises:
-        ValueError: If the batch does not tell its size.
-    """
-    size = batch_size(batch)
-    if size == 1:
-        yield batch
-        return
-    for index in range(size):
-        yield _take(batch, index, size)
+def some_examples(batch: Any, indices: Sequence[int], size: int) -> Any:
+    """A batch of some of the examples of a batch of `size`; padding stays."""
+    return batch if list(indices) == list(range(size)) else _take(batch, indices, size)
 
 
 def batch_size(batch: Any) -> int:
@@ -57,16 +48,15 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, _plain(batch))
 
 
-def _take(batch: Any, index: int, size: int) -> Any:
-    """One example of a batch of `size`, as a batch of one."""
+def _take(batch: Any, indices: Sequence[int], size: int) -> Any:
     if isinstance(batch, Tensor):
-        return batch[index : index + 1] if batch.dim() and len(batch) == size else batch
+        return batch[list(indices)] if batch.dim() and len(batch) == size else batch
     if isinstance(batch, Mapping):
-        return {key: _take(value, index, size) for key, value in batch.items()}
+        return {key: _take(value, indices, size) for key, value in batch.items()}
     if _is_texts(batch):
-        return batch[index : index + 1] if len(batch) == size else batch
+        return [batch[index] for index in indices] if len(batch) == size else batch
     if isinstance(batch, (list, tuple)):
-        taken = [_take(value, index, size) for value in batch]
+        taken = [_take(value, indices, size) for value in batch]
         return type(batch)(*taken) if hasattr(batch, "_fields") else type(batch)(taken)
     return batch
 

@@ -18,7 +18,7 @@ from peft_child.config import ChildTuningConfig
 from peft_child.delta import fresh_delta
 from peft_child.layer import ChildTuningLayer, child_tuning_layers
 from peft_child.ranks import check_equal, digest, gathered, is_sharded, on_every_rank, own_part, world_size
-from peft_child.scoring import FisherPass, Forward
+from peft_child.scoring import FisherPass, Forward, Options
 from peft_child.selection import select_largest
 from peft_child.sharded import select_largest_of_shards
 
@@ -92,25 +92,14 @@ def select_child_network(
             positive, or the adapter is not a task-driven one; or if ranks differ in their settings or scores.
         RuntimeError: If the adapter's child network has been trained already.
     """
+    options = Options(num_examples, forward_fn, loss_fn, split_batches, progress_bar, score_device, score_folder)
     ready = on_every_rank(partial(_ready_scores, dataloader, scores))
     config, layers, targets = on_every_rank(partial(_selectable, model, adapter_name))
     source = "ready scores" if dataloader is None else "data"
     _check_same_settings(model, config, targets, {"source": source, "num_examples": num_examples})
     found, examples = ready, None
     if dataloader is not None:
-        by_batch = config.fisher == "authors"
-        fisher_pass = FisherPass(
-            model,
-            dataloader,
-            by_batch,
-            num_examples,
-            forward_fn,
-            loss_fn,
-            split_batches,
-            progress_bar,
-            score_device,
-            score_folder,
-        )
+        fisher_pass = FisherPass(model, dataloader, config.fisher == "authors", options)
         found = fisher_pass.scores(targets)
         examples = fisher_pass.examples
     on_every_rank(partial(_check_scores, found, targets))
@@ -192,20 +181,8 @@ def estimate_fisher(
     """
     config, _, targets = on_every_rank(partial(adapter_of, model, adapter_name))
     _check_same_settings(model, config, targets, {"num_examples": num_examples})
-    by_batch = config.fisher == "authors"
-    fisher_pass = FisherPass(
-        model,
-        dataloader,
-        by_batch,
-        num_examples,
-        forward_fn,
-        loss_fn,
-        split_batches,
-        progress_bar,
-        score_device,
-        score_folder,
-    )
-    return fisher_pass.scores(targets)
+    options = Options(num_examples, forward_fn, loss_fn, split_batches, progress_bar, score_device, score_folder)
+    return FisherPass(model, dataloader, config.fisher == "authors", options).scores(targets)
 
 
 class Adapter(NamedTuple):

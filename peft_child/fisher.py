@@ -7,7 +7,8 @@ losses of their own, and share the sums.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -50,9 +51,27 @@ def diagonal_fisher(
         ValueError: If there is no loss at all, or a score is not finite.
         RuntimeError: If one backward pass delivers a parameter's gradient in parts, which cannot be squared.
     """
-    make_room = make_room or zeros_beside
+    return mean_squares(
+        parameters, partial(_add_squares, parameters, losses, max_norm), same_losses, make_room or zeros_beside
+    )
+
+
+def mean_squares(
+    parameters: Mapping[str, nn.Parameter],
+    add_squares: Callable[[dict[str, Tensor]], int],
+    same_losses: bool,
+    make_room: Callable[[str, Tensor], Tensor],
+) -> dict[str, Tensor]:
+    """Average squared gradients over the losses of all processes; see `diagonal_fisher`.
+
+    Args:
+        parameters: Parameters by name.
+        add_squares: Adds the squared gradients of this rank's losses to zeros by name, and returns their number.
+        same_losses: Whether all ranks take the same losses.
+        make_room: See `diagonal_fisher`.
+    """
     scores = {name: make_room(name, parameter) for name, parameter in parameters.items()}
-    count = on_every_rank(partial(_add_squares, parameters, losses, max_norm, scores))
+    count = on_every_rank(partial(add_squares, scores))
     total = count if same_losses else sum(gathered(count))
     for score in scores.values():
         if not same_losses:
@@ -77,27 +96,53 @@ def _add_squares(
     parameters: Mapping[str, nn.Parameter], losses: Iterable[Tensor], max_norm: float | None, sums: dict[str, Tensor]
 ) -> int:
     """Add the squared gradients of the losses of this rank, and count the losses."""
+    count = 0
+    with squaring(parameters, sums, max_norm) as square:
+        for loss in losses:
+            square(loss)
+            count += 1
+    if not count:
+        raise ValueError("The Fisher information needs at least one example, got none.")
+    return count
+
+
+@contextmanager
+def squaring(
+    parameters: Mapping[str, nn.Parameter],
+    sums: Mapping[str, Tensor],
+    max_norm: float | None = None,
+    observe: Callable[[str, Tensor], None] | None = None,
+) -> Iterator[Callable[[Tensor], None]]:
+    """For a while, square each gradient of the parameters as it arrives, add it to the sums and drop it.
+
+    Args:
+        parameters: See `diagonal_fisher`.
+        sums: Where to add the squares, by name.
+        max_norm: See `diagonal_fisher`.
+        observe: Called with the name and the gradient in float32 of every parameter that a loss reaches.
+
+    Yields:
+        What runs backward from a loss.
+    """
     arrived: set[str] = set()
     handles = [
         parameter.register_post_accumulate_grad_hook(
-            _square_into(sums[name], partial(_arrive, arrived, name), max_norm)
+            _square_into(sums[name], partial(_arrive, arrived, name), max_norm, observe and partial(observe, name))
         )
         for name, parameter in parameters.items()
     ]
-    count = 0
+
+    def square(loss: Tensor) -> None:
+        arrived.clear()
+        loss.backward()
+
     try:
-        for loss in losses:
-            arrived.clear()
-            loss.backward()
-            count += 1
+        yield square
     finally:
         for handle in handles:
             handle.remove()
         for parameter in parameters.values():
             parameter.grad = None
-    if not count:
-        raise ValueError("The Fisher information needs at least one example, got none.")
-    return count
 
 
 def _arrive(arrived: set[str], name: str) -> None:
@@ -109,7 +154,12 @@ def _arrive(arrived: set[str], name: str) -> None:
     arrived.add(name)
 
 
-def _square_into(score: Tensor, arrive: Callable[[], None], max_norm: float | None) -> Callable[[Tensor], None]:
+def _square_into(
+    score: Tensor,
+    arrive: Callable[[], None],
+    max_norm: float | None,
+    observe: Callable[[Tensor], None] | None,
+) -> Callable[[Tensor], None]:
     def add_square(parameter: Tensor) -> None:
         gradient = parameter.grad
         parameter.grad = None
@@ -120,6 +170,8 @@ def _square_into(score: Tensor, arrive: Callable[[], None], max_norm: float | No
         gradient = gradient.float()
         if max_norm is not None:  # the factor of torch.nn.utils.clip_grad_norm_
             gradient = gradient * (max_norm / (whole(gradient.norm()) + 1e-6)).clamp(max=1.0)
+        if observe is not None:
+            observe(gradient)
         if gradient.device == score.device:
             score.addcmul_(gradient, gradient)
         else:

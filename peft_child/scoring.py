@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import math
 import random
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from peft_child.batches import batch_size, single_examples, to_device
-from peft_child.fisher import diagonal_fisher, zeros_beside
+from peft_child.batched import BatchScorer
+from peft_child.batches import batch_size, some_examples, to_device
+from peft_child.fisher import mean_squares, squaring, zeros_beside
 from peft_child.layer import child_tuning_layers
 from peft_child.quantised import is_quantised
 from peft_child.ranks import check_can_add, gathered, in_step, is_sharded, rank, world_size
@@ -25,9 +28,21 @@ from peft_child.ranks import check_can_add, gathered, in_step, is_sharded, rank,
 Forward = Callable[[Any, Any], Any]
 
 
+class Options(NamedTuple):
+    """How to go through the data; see `estimate_fisher`."""
+
+    num_examples: int | None = None
+    forward_fn: Forward | None = None
+    loss_fn: Forward | None = None
+    split_batches: bool = True
+    progress_bar: bool = True
+    score_device: torch.device | str | None = None
+    score_folder: str | Path | None = None
+
+
 @dataclass
 class FisherPass:
-    """One pass over the data; see `estimate_fisher` for the arguments.
+    """One pass over the data.
 
     Attributes:
         by_batch: Score batches as they come, with dropout and clipping, as the authors' code does.
@@ -37,21 +52,15 @@ class FisherPass:
     model: nn.Module
     dataloader: Iterable[Any]
     by_batch: bool
-    num_examples: int | None = None
-    forward_fn: Forward | None = None
-    loss_fn: Forward | None = None
-    split_batches: bool = True
-    progress_bar: bool = True
-    score_device: torch.device | str | None = None
-    score_folder: str | Path | None = None
+    options: Options
     examples: int = 0
 
     def scores(self, targets: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
         """Fisher information of the targets, float32, in their shapes."""
-        if self.num_examples is not None and self.num_examples < world_size():
+        if self.options.num_examples is not None and self.options.num_examples < world_size():
             raise ValueError(
                 f"num_examples must be None or at least the number of processes, {world_size()}; "
-                f"got {self.num_examples}."
+                f"got {self.options.num_examples}."
             )
         for name, parameter in targets.items():
             if is_quantised(parameter):
@@ -61,46 +70,88 @@ class FisherPass:
                 )
         device = next(iter(targets.values())).device
         shared = any(is_sharded(parameter) for parameter in targets.values())
-        if shared and not (self.score_device is self.score_folder is None):
+        if shared and not (self.options.score_device is self.options.score_folder is None):
             raise ValueError(
                 "Scores of a sharded model stay with its shards; leave out score_device and score_folder."
             )
         if not shared:
-            check_can_add(torch.device("cpu" if self.score_folder else self.score_device or device))
-        max_norm = 1.0 if self.by_batch else None
+            check_can_add(torch.device("cpu" if self.options.score_folder else self.options.score_device or device))
         with _scoring(self.model, targets.values(), training=self.by_batch):
             if shared:  # dropout must be the same on every rank, as the example is
                 torch.manual_seed(gathered(torch.initial_seed())[0])
-            found = diagonal_fisher(targets, self._losses(device, shared), max_norm, shared, self._make_room)
+            found = mean_squares(targets, partial(self._add, targets, device, shared), shared, self._make_room)
         if not shared:
             self.examples = sum(gathered(self.examples))
         return found
 
     def _make_room(self, name: str, parameter: Tensor) -> Tensor:
-        if self.score_folder is not None:
-            return _mapped_zeros(Path(self.score_folder), name, parameter.shape)
-        if self.score_device is not None:
-            return torch.zeros(parameter.shape, device=self.score_device)
+        if self.options.score_folder is not None:
+            return _mapped_zeros(Path(self.options.score_folder), name, parameter.shape)
+        if self.options.score_device is not None:
+            return torch.zeros(parameter.shape, device=self.options.score_device)
         return zeros_beside(name, parameter)
 
-    def _losses(self, device: torch.device, shared: bool) -> Iterator[Tensor]:
+    def _add(
+        self, targets: Mapping[str, nn.Parameter], device: torch.device, shared: bool, sums: dict[str, Tensor]
+    ) -> int:
+        """Add the squared gradients of this rank's data, and count the losses."""
         scored = [0] * world_size()  # examples of each rank
 
-        def has_enough(rank: int) -> bool:
-            return self.num_examples is not None and scored[rank] >= _share(self.num_examples, rank)
+        def left(rank: int) -> int:
+            return (
+                sys.maxsize
+                if self.options.num_examples is None
+                else _share(self.options.num_examples, rank) - scored[rank]
+            )
 
-        mine = None if self.num_examples is None else _share(self.num_examples, rank())
-        total = _total(self.dataloader, mine) if self.split_batches else None
-        silent = not self.progress_bar or rank() > 0
+        mine = None if self.options.num_examples is None else left(rank())
+        total = _total(self.dataloader, mine) if self.options.split_batches else None
+        silent = not self.options.progress_bar or rank() > 0
+        losses = 0
         with tqdm(desc="Fisher information", unit=" examples", total=total, disable=silent) as bar:
-            for source, batch in in_step(self._batches(), has_enough, shared):
-                for example, size in self._examples(batch):
-                    if has_enough(source):
-                        break
-                    yield self._loss(to_device(example, device))
-                    scored[source] += size
-                    self.examples += size
-                    bar.update(size)
+            add = self._adder(targets, sums, bar.update)
+            for source, batch in in_step(self._batches(), lambda rank: left(rank) <= 0, shared):
+                if left(source) > 0:
+                    before = self.examples
+                    losses += add(to_device(batch, device), left(source))
+                    scored[source] += self.examples - before
+        return losses
+
+    def _adder(
+        self, targets: Mapping[str, nn.Parameter], sums: dict[str, Tensor], show: Callable[[int], Any]
+    ) -> Callable[[Any, int], int]:
+        """What scores a batch, or at most so many of its examples, and counts the losses."""
+
+        def count(examples: int) -> None:
+            self.examples += examples
+            show(examples)
+
+        if self.by_batch or not self.options.split_batches:
+            return partial(self._add_batch, targets, sums, count)
+        at_once = not any(is_sharded(parameter) for parameter in self.model.parameters())
+        scorer = BatchScorer(self.model, targets, sums, self._loss_of, self._loss, count, at_once)
+
+        def add(batch: Any, limit: int) -> int:
+            size = batch_size(batch)
+            number = min(size, limit)
+            scorer.add(some_examples(batch, range(number), size), number, self.examples)
+            return number
+
+        return add
+
+    def _add_batch(
+        self,
+        targets: Mapping[str, nn.Parameter],
+        sums: dict[str, Tensor],
+        count: Callable[[int], None],
+        batch: Any,
+        limit: int,
+    ) -> int:
+        """Score a batch as it comes."""
+        with squaring(targets, sums, 1.0 if self.by_batch else None) as square:
+            square(self._loss(batch, self.examples))
+        count(batch_size(batch) if self.options.split_batches else 1)
+        return 1
 
     def _batches(self) -> Iterator[Any]:
         is_empty = True
@@ -110,38 +161,36 @@ class FisherPass:
         if is_empty:
             raise ValueError("The Fisher information needs at least one example, got none.")
 
-    def _examples(self, batch: Any) -> Iterator[tuple[Any, int]]:
-        if not self.split_batches:
-            yield batch, 1
-        elif self.by_batch:
-            yield batch, batch_size(batch)
-        else:
-            yield from ((example, 1) for example in single_examples(batch))
-
-    def _loss(self, example: Any) -> Tensor:
-        if self.forward_fn is not None:
-            output = self.forward_fn(self.model, example)
+    def _loss_of(self, example: Any) -> Any:
+        """What there is in the place of the loss of an example or a batch."""
+        if self.options.forward_fn is not None:
+            output = self.options.forward_fn(self.model, example)
         elif isinstance(example, Mapping):
             output = self.model(**example)
         else:
             raise ValueError(
                 f"Batches must be mappings, got a {type(example).__name__}; pass a forward_fn for others."
             )
-        loss = self.loss_fn(output, example) if self.loss_fn is not None else _loss_of(output)
+        return self.options.loss_fn(output, example) if self.options.loss_fn is not None else _loss_in(output)
+
+    def _loss(self, example: Any, number: int) -> Tensor:
+        """The loss of an example, whose number is for errors."""
+        loss = self._loss_of(example)
         if loss is None:
             keys = f" (they have {', '.join(map(str, example))})" if isinstance(example, Mapping) else ""
             raise ValueError(
-                f"The model returned no loss for example {self.examples}: batches need labels{keys}, or a loss_fn."
+                f"The model returned no loss for example {number}: batches need labels{keys}, or a loss_fn."
             )
         value = loss.item()
         if not math.isfinite(value):
-            raise ValueError(f"The loss of every example must be finite; that of example {self.examples} is {value}.")
+            raise ValueError(f"The loss of every example must be finite; that of example {number} is {value}.")
         if not loss.requires_grad:
-            raise ValueError(f"The loss of example {self.examples} does not depend on any targeted weight.")
-        return loss
+            raise ValueError(f"The loss of example {number} does not depend on any targeted weight.")
+        found: Tensor = loss
+        return found
 
 
-def _loss_of(output: Any) -> Tensor | None:
+def _loss_in(output: Any) -> Tensor | None:
     """The loss in what a model returns, wherever the Trainer would find it as well."""
     if isinstance(output, Tensor):
         return output if not output.dim() else None

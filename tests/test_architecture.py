@@ -11,10 +11,10 @@ import peft_child
 LAYERS = [
     {"lazy", "plot", "quantised", "reading", "streaming"},
     {"card", "ranks"},
-    {"mask", "codec", "selection", "fisher", "batches", "checkpoint"},
-    {"compose", "config", "hooks", "mask_buffers", "sharded", "sparse_file"},
-    {"delta"},
-    {"storage"},
+    {"mask", "codec", "selection", "fisher", "batches", "checkpoint", "example_gradients", "weighing"},
+    {"compose", "config", "hooks", "mask_buffers", "sharded", "sparse_file", "module_gradients"},
+    {"delta", "taps"},
+    {"storage", "batched"},
     {"layer", "adapter_folder"},
     {"targets", "scoring", "files", "combination", "extraction", "merging", "locate", "summary", "whole_model"},
     {"surgery", "choice", "terminal", "hub"},
@@ -46,7 +46,9 @@ def test_every_module_has_a_layer():
     assert {path.stem for path in SOURCES} == set(RANK)
 
 
-@pytest.mark.parametrize("name", ["compose", "codec", "fisher", "delta", "mask", "selection", "sparse_file"])
+@pytest.mark.parametrize(
+    "name", ["compose", "codec", "example_gradients", "fisher", "delta", "mask", "selection", "sparse_file"]
+)
 def test_tensor_functions_know_neither_peft_nor_transformers(name):
     source = Path(peft_child.__file__).with_name(f"{name}.py").read_text()
     assert "import peft" not in source

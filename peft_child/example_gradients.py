@@ -1,0 +1,186 @@
+"""Squared gradients of the examples of a batch, from parts that are much smaller than the gradients.
+
+The gradient of a linear layer's weight is a product of what went in and what came back, for each example. Such
+products are computed tile by tile: the examples take turns in one tile of the scores, so that it stays in the cache
+and the scores are read and written once for a batch instead of once for an example.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+_TILE = 2**18  # entries of one example's gradient that stay in a processor's cache with their scores
+_DEVICE_TILE = 2**26  # entries of all examples' gradients that other devices hold at a time
+_ROWS = 64  # matrix products are slow with fewer
+
+
+class Product(NamedTuple):
+    """Gradients of a matrix: `left[b].T @ right[b]` is that of example b.
+
+    Attributes:
+        left: Shape `(examples, tokens, rows)`.
+        right: Shape `(examples, tokens, columns)`.
+        tokens: For each example the tokens that count; the others add nothing to its gradient.
+    """
+
+    left: Tensor
+    right: Tensor
+    tokens: list[slice]
+
+    def of(self, examples: slice, rows: slice) -> Tensor:
+        """Some rows of the gradients of some examples, shape `(examples, rows, columns)`."""
+        tokens = self.tokens[examples.start] if examples.stop - examples.start == 1 else slice(None)
+        return self.left[examples, tokens, rows].mT @ self.right[examples, tokens]
+
+
+class Rows(NamedTuple):
+    """Gradients of a matrix of which every token uses one row, as in an embedding.
+
+    Attributes:
+        ids: The row of each token, shape `(examples, tokens)`.
+        values: The gradient of each token's row, shape `(examples, tokens, columns)`.
+        height: Number of rows of the matrix.
+    """
+
+    ids: Tensor
+    values: Tensor
+    height: int
+
+    def of(self, examples: slice, rows: slice) -> Tensor:
+        """Some rows of the gradients of some examples, shape `(examples, rows, columns)`."""
+        ids, values = self.ids[examples], self.values[examples]
+        start, stop, _ = rows.indices(self.height)
+        found = values.new_zeros(len(ids), stop - start, values.shape[-1])
+        example, token = ((ids >= start) & (ids < stop)).nonzero(as_tuple=True)
+        return found.index_put_((example, ids[example, token] - start), values[example, token], accumulate=True)
+
+
+class Whole(NamedTuple):
+    """Gradients as they are, for small parameters.
+
+    Attributes:
+        gradients: Shape `(examples, *shape of the parameter)`.
+    """
+
+    gradients: Tensor
+
+    def of(self, examples: slice, rows: slice) -> Tensor:
+        """Some rows of the gradients of some examples."""
+        return self.gradients[examples, rows]
+
+
+class Each(NamedTuple):
+    """Gradients that are computed example by example.
+
+    Attributes:
+        compute: From the number of an example to its gradient, in the shape of the parameter.
+    """
+
+    compute: Callable[[int], Tensor]
+
+    def of(self, examples: slice, rows: slice) -> Tensor:
+        """Some rows of the gradients of some examples."""
+        return torch.stack([self.compute(example)[rows] for example in range(examples.start, examples.stop)])
+
+
+Part = Product | Rows | Whole | Each
+
+
+def product(left: Tensor, right: Tensor, gradients: Tensor) -> Product:
+    """A product, without the tokens before the first and after the last one whose gradient is not zero.
+
+    Padding gets no gradient, and where only one token is read, such as the first one by a classifier, no other does.
+    """
+    examples, tokens = gradients.shape[:2]
+    if gradients.device.type != "cpu":  # where asking for numbers would wait for the device
+        return Product(left, right, [slice(0, tokens)] * examples)
+    reached = (gradients != 0).any(-1)
+    first = reached.byte().argmax(1).tolist()
+    last = reached.byte().flip(1).argmax(1).tolist()
+    any_reached = reached.any(1).tolist()
+    spans = zip(first, last, any_reached, strict=True)
+    return Product(
+        left, right, [slice(start, tokens - left_out if some else start) for start, left_out, some in spans]
+    )
+
+
+def add_squares(score: Tensor, parts: Sequence[Part], weights: Sequence[float], device: torch.device) -> None:
+    """Add the weighted squares of the gradients of a batch's examples to a parameter's scores.
+
+    Args:
+        score: Float32, contiguous, in the shape of the parameter, on any device.
+        parts: What the gradients are the sum of: one part for each use of the parameter.
+        weights: A factor for the square of each example's gradient; examples with the factor 0 do not count.
+        device: Where the gradients are.
+    """
+    room = score if score.device == device else torch.zeros_like(score, device=device)
+    only = parts[0] if len(parts) == 1 else None
+    if all(isinstance(part, Whole) for part in parts):
+        total = sum(part.of(slice(0, len(weights)), slice(None)).float() for part in parts)
+        room.add_(_weighed(weights, total))  # type: ignore[arg-type]
+    elif all(isinstance(part, Rows) for part in parts):
+        _add_rows(room, [part for part in parts if isinstance(part, Rows)], weights)
+    elif isinstance(only, Product) and all(span.stop - span.start <= 1 for span in only.tokens):
+        _add_outer(room, only, weights)
+    else:
+        _add_tiles(room, parts, weights)
+    if room is not score:
+        score.add_(room.to(score.device))
+
+
+def _add_tiles(score: Tensor, parts: Sequence[Part], weights: Sequence[float]) -> None:
+    """Compute gradients tile by tile: of one example at a time on a processor, of all on other devices."""
+    at_once = 1 if score.device.type == "cpu" or any(isinstance(part, Each) for part in parts) else len(weights)
+    is_whole = not all(isinstance(part, (Product, Rows)) for part in parts)
+    for rows in [slice(0, len(score))] if is_whole else _tiles(score, at_once):
+        tile = score[rows]
+        for start in range(0, len(weights), at_once):
+            chosen = weights[start : start + at_once]
+            if any(chosen):
+                examples = slice(start, start + len(chosen))
+                gradient = parts[0].of(examples, rows)
+                for part in parts[1:]:
+                    gradient = gradient + part.of(examples, rows)
+                if len(chosen) == 1:
+                    gradient = gradient[0].float()
+                    tile.addcmul_(gradient, gradient, value=chosen[0])
+                else:
+                    tile.add_(_weighed(chosen, gradient.float()))
+
+
+def _tiles(score: Tensor, at_once: int) -> Iterator[slice]:
+    limit = _TILE if score.device.type == "cpu" else _DEVICE_TILE // at_once
+    height = max(_ROWS, limit * len(score) // score.numel() // _ROWS * _ROWS)
+    for start in range(0, len(score), height):
+        yield slice(start, min(start + height, len(score)))
+
+
+def _add_outer(score: Tensor, part: Product, weights: Sequence[float]) -> None:
+    """One token for each example: the square of `l.T @ r` is that of l, times that of r."""
+    token = torch.tensor([span.start for span in part.tokens], device=score.device)
+    example = torch.arange(len(token), device=score.device)
+    left, right = (side[example, token].float().square() for side in (part.left, part.right))
+    score.addmm_((left * left.new_tensor(weights).unsqueeze(1)).T, right)
+
+
+def _add_rows(score: Tensor, parts: Sequence[Rows], weights: Sequence[float]) -> None:
+    """Only the rows that an example uses."""
+    ids = torch.cat([part.ids for part in parts], 1)
+    values = torch.cat([part.values for part in parts], 1)
+    keys = ids + len(score) * torch.arange(len(ids), device=ids.device).unsqueeze(1)  # tell the examples apart
+    unique, positions = keys.unique(return_inverse=True)
+    sums = torch.zeros(len(unique), values.shape[-1], device=score.device)
+    sums.index_add_(0, positions.flatten(), values.flatten(0, 1).float())
+    factors = sums.new_tensor(weights)[unique // len(score)]
+    score.index_add_(0, unique % len(score), sums.square_().mul_(factors.unsqueeze(1)))
+
+
+def _weighed(weights: Sequence[float], gradients: Tensor) -> Tensor:
+    """Weighted sum over the examples of their squared gradients."""
+    found: Tensor = torch.tensordot(gradients.new_tensor(weights), gradients.square(), 1)
+    return found
