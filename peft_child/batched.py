@@ -60,9 +60,6 @@ class BatchScorer:
         self._weighing = Weighing()
         self._layouts: set[tuple[Any, ...]] = set()  # those that a comparison has shown to be right
         self._given_up = not at_once
-        weights, kinds = self._owners.to_run_again()
-        if at_once and 2 * weights > sum(parameter.numel() for parameter in targets.values()):
-            self._give_up(f"most targeted weights are in modules ({kinds}) whose gradients have no formula here")
 
     def add(self, batch: Any, size: int, first: int) -> None:
         """Score the examples of a batch.
@@ -78,10 +75,18 @@ class BatchScorer:
         while len(numbers) > 1 and not self._given_up:
             if self._add_at_once(batch, len(numbers)):
                 return
+            if not self._layouts:
+                self._consider_modules()
             if not self._given_up:
                 batch, numbers = self._compare_some(batch, numbers)
         if numbers:
             self._add_one_by_one(batch, numbers)
+
+    def _consider_modules(self) -> None:
+        """Give up if second runs of modules would cost more than there is to gain."""
+        weights, kinds = self._owners.to_run_again()
+        if 2 * weights > sum(parameter.numel() for parameter in self._targets.values()):
+            self._give_up(f"most targeted weights are in modules ({kinds}) whose gradients have no formula here")
 
     def _add_one_by_one(
         self, batch: Any, numbers: Sequence[int], observe: Callable[[str, Tensor], None] | None = None
@@ -125,9 +130,10 @@ class BatchScorer:
         if taps.refusal is not None:
             self._give_up(taps.refusal)
             return None
-        if not isinstance(loss, Tensor) or not loss.requires_grad or not math.isfinite(loss.item()):
+        if not isinstance(loss, Tensor) or not loss.requires_grad:
+            self._give_up("the targeted weights are used without calling their modules")
             return None
-        return loss
+        return loss if math.isfinite(loss.item()) else None
 
     def _give_up(self, reason: str) -> None:
         self._given_up = True

@@ -99,6 +99,8 @@ def product(left: Tensor, right: Tensor, gradients: Tensor) -> Product:
     examples, tokens = gradients.shape[:2]
     if gradients.device.type != "cpu":  # where asking for numbers would wait for the device
         return Product(left, right, [slice(0, tokens)] * examples)
+    if gradients.dtype.itemsize < 4:  # processors are slow with low precision
+        left, right = left.float(), right.float()
     reached = (gradients != 0).any(-1)
     first = reached.byte().argmax(1).tolist()
     last = reached.byte().flip(1).argmax(1).tolist()

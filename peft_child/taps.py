@@ -94,7 +94,7 @@ class Taps:
             return None
         shared = length == 1 < self._examples
         if shared:
-            output = output.expand(self._examples, *output.shape[1:])
+            output = output.repeat(self._examples, *[1] * (output.dim() - 1))
         inputs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
         use = Use(module, inputs, self._examples, shared, length)
         self.layouts.add(use.layout())

@@ -119,7 +119,7 @@ def stop_early():
 
     def forward(model, batch):
         seen.append(batch)
-        if distributed.get_rank() == 1 and len(seen) == 3:
+        if distributed.get_rank() == 1 and len(seen) >= 3:
             raise KeyError("the third example")
         return model(**batch)
 
