@@ -22,7 +22,7 @@ from peft_child.taps import Owners, Taps
 from peft_child.weighing import Comparison, Weighing
 
 
-_COMPARED = 4  # examples that are scored both ways
+_COMPARED = 2  # examples that are scored both ways
 
 logger = logging.getLogger(__name__)
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 
-_TILE = 2**18  # entries of one example's gradient that stay in a processor's cache with their scores
+_TILE = 2**19  # entries of one example's gradient that stay in a processor's cache with their scores
 _DEVICE_TILE = 2**26  # entries of all examples' gradients that other devices hold at a time
 _ROWS = 64  # matrix products are slow with fewer
+_FIRST = 16  # entries that nearly always show whether a token got a gradient
 
 
 class Product(NamedTuple):
@@ -34,8 +35,10 @@ class Product(NamedTuple):
 
     def of(self, examples: slice, rows: slice) -> Tensor:
         """Some rows of the gradients of some examples, shape `(examples, rows, columns)`."""
-        tokens = self.tokens[examples.start] if examples.stop - examples.start == 1 else slice(None)
-        return self.left[examples, tokens, rows].mT @ self.right[examples, tokens]
+        if examples.stop - examples.start > 1:
+            return self.left[examples, :, rows].mT @ self.right[examples]
+        only, tokens = examples.start, self.tokens[examples.start]
+        return (self.left[only, tokens, rows].T @ self.right[only, tokens]).unsqueeze(0)
 
 
 class Rows(NamedTuple):
@@ -101,7 +104,9 @@ def product(left: Tensor, right: Tensor, gradients: Tensor) -> Product:
         return Product(left, right, [slice(0, tokens)] * examples)
     if gradients.dtype.itemsize < 4:  # processors are slow with low precision
         left, right = left.float(), right.float()
-    reached = (gradients != 0).any(-1)
+    reached = (gradients[..., :_FIRST] != 0).any(-1)
+    unclear = ~reached
+    reached[unclear] = (gradients[unclear] != 0).any(-1)
     first = reached.byte().argmax(1).tolist()
     last = reached.byte().flip(1).argmax(1).tolist()
     any_reached = reached.any(1).tolist()

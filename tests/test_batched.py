@@ -63,10 +63,9 @@ def check(model, batches, passes, tolerance=1e-5, **options):
     return found
 
 
-def passes_at_once(batches, compared=4):
-    """Forward passes if nothing speaks against batches at once: some examples of the first batch are compared."""
-    rest = size_of(batches[0]) - compared
-    return compared + 1 + (rest > 0) + len(batches) - 1
+def passes_at_once(batches, compared=1):
+    """Forward passes if nothing speaks against batches at once: two examples of some batches are compared before."""
+    return 3 * compared + len(batches)
 
 
 ONE_BY_ONE = {
@@ -235,3 +234,192 @@ def test_means_and_sums(loss, caplog):
     batches = [floats(6, 6) for _ in range(3)]
     check(model, batches, passes_at_once(batches))
     assert not reasons(caplog)
+
+
+def padded(lengths, labels="lm", size=3, vocabulary=50):
+    """Batches of sequences of these lengths, padded; a part of each is a prompt without labels."""
+    for start in range(0, len(lengths), size):
+        own = lengths[start : start + size]
+        ids = torch.randint(2, vocabulary, (len(own), max(own)))
+        mask = torch.arange(max(own)) < torch.tensor(own).unsqueeze(1)
+        batch = {"input_ids": ids * mask, "attention_mask": mask.long()}
+        if labels == "class":
+            yield {**batch, "labels": torch.randint(0, 2, (len(own),))}
+        else:
+            prompt = torch.arange(max(own)) < torch.tensor(own).unsqueeze(1) // 3
+            yield {**batch, "labels": ids.masked_fill(~mask | prompt, -100)}
+
+
+LENGTHS = [9, 4, 7, 5, 9, 12, 3, 6, 6, 8, 8, 8]
+
+
+@pytest.mark.parametrize("name", ["bert", "bert_parameters"])
+def test_padding(name, caplog):
+    model = get_peft_model(build(name), config_for(name))
+    batches = list(padded(LENGTHS, "class"))
+    check(model, batches, passes_at_once(batches))
+    assert not reasons(caplog)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt2_tied", "llama_embedding", "llama_tied_head"])
+def test_means_over_the_tokens_of_causal_language_models(name, caplog):
+    model = get_peft_model(build(name), config_for(name))
+    batches = list(padded(LENGTHS))
+    check(model, batches, passes_at_once(batches))
+    assert not reasons(caplog)
+
+
+def test_means_over_tokens_that_predict_themselves(caplog):
+    model = get_peft_model(build("t5"), config_for("t5"))
+    batches = list(padded(LENGTHS))
+    check(model, batches, passes_at_once(batches))
+    assert not reasons(caplog)
+
+
+def test_weights_that_the_first_batches_cannot_tell_apart_are_compared_again(caplog):
+    model = get_peft_model(build("llama"), config_for("llama"))
+    alike = [{key: value[:, :4] for key, value in batch.items()} for batch in padded([6] * 6)]
+    batches = [*alike, *padded(LENGTHS)]
+    check(model, batches, passes_at_once(batches, compared=2))
+    assert not reasons(caplog)
+
+
+def test_a_sum_over_tokens(caplog):
+    def loss(output, batch):
+        labels = batch["labels"][:, 1:]
+        return F.cross_entropy(output.logits[:, :-1].transpose(1, 2), labels, reduction="sum")
+
+    model = get_peft_model(build("llama"), config_for("llama"))
+    batches = list(padded(LENGTHS))
+    check(model, batches, passes_at_once(batches), loss_fn=loss)
+    assert not reasons(caplog)
+
+
+def test_tuples_and_lists(caplog):
+    model = adapted(nn.Sequential(nn.Linear(6, 3)), target_modules=["0"])
+    batches = [(torch.randn(5, 6), [1.0, 2.0, 3.0, 4.0, 5.0]) for _ in range(3)]
+    ones = [(x[i : i + 1], factor[i : i + 1]) for x, factor in batches for i in range(5)]
+
+    def forward(model, batch):
+        calls.append(None)
+        return (model(batch[0]).square().sum(1) * torch.tensor(batch[1])).mean()
+
+    calls = []
+    expected = estimate_fisher(model, ones, forward_fn=forward, progress_bar=False)
+    calls.clear()
+    assert_close(estimate_fisher(model, batches, forward_fn=forward, progress_bar=False), expected)
+    assert len(calls) == passes_at_once(batches)
+    assert not reasons(caplog)
+
+
+def test_batch_normalisation_in_training_mode(caplog):
+    class Always(nn.BatchNorm1d):
+        def train(self, mode=True):
+            return super().train(True)
+
+    body = nn.Sequential(nn.Conv1d(2, 4, 3), Always(4, momentum=0.0))
+    model = adapted(Head(body, lambda x, labels: x.pow(3).mean()), target_modules=["body.0"])
+    check(model, [{"x": torch.randn(4, 2, 9)} for _ in range(2)], 9)
+    (reason,) = reasons(caplog)
+    assert "examples influence each other" in reason
+
+
+def test_a_loss_over_the_whole_batch(caplog):
+    def balanced(x, labels):
+        share = torch.softmax(x, -1).mean((0, 1))
+        return F.mse_loss(x, labels) + 0.5 * share.square().sum()
+
+    model = adapted(Head(nn.Linear(6, 3), balanced), target_modules=["body"])
+    batches = [floats(5, 4, 6) for _ in range(3)]
+    check(model, batches, 15 + 1)
+    (reason,) = reasons(caplog)
+    assert "examples influence each other" in reason
+
+
+def test_noise_that_is_always_on(caplog):
+    model = adapted(Head(nn.Linear(6, 3), lambda x, labels: F.mse_loss(F.dropout(x), labels)), target_modules=["body"])
+    with forward_passes(model) as calls:
+        estimate_fisher(model, [floats(5, 6), floats(5, 6)], progress_bar=False)
+    assert len(calls) == 11
+    assert len(reasons(caplog)) == 1
+
+
+def test_a_model_for_single_examples(caplog):
+    class Single(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(6, 3)
+
+        def forward(self, x):
+            if len(x) > 1:
+                raise RuntimeError("one at a time, please")
+            return SimpleNamespace(loss=self.linear(x).square().mean())
+
+    batches = [{"x": torch.randn(5, 6)} for _ in range(2)]
+    check(adapted(Single(), target_modules=["linear"]), batches, 11)
+    assert "RuntimeError: one at a time, please" in reasons(caplog)[0]
+
+
+def test_modules_that_appear_later_are_compared_as_well(caplog):
+    class Late(nn.Module):
+        """A layer that is used with some data only."""
+
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x, labels, extra):
+            x = self.first(x)
+            x = self.second(x) if extra[0] else x
+            return SimpleNamespace(loss=F.mse_loss(x, labels))
+
+    model = adapted(Late(), target_modules=["first", "second"])
+    batches = [{**floats(5, 6, width=6), "extra": torch.full((5,), late)} for late in (0, 0, 1, 1)]
+    check(model, batches, passes_at_once(batches, compared=2) + 1)  # and the one that noticed
+    assert not reasons(caplog)
+
+
+@pytest.mark.parametrize("number", [1, 2, 4, 7, 8])
+def test_num_examples_cuts_batches(number):
+    model = get_peft_model(build("bert"), config_for("bert"))
+    batches = list(padded([6] * 9, "class"))
+    expected = estimate_fisher(model, singles(batches)[:number], progress_bar=False)
+    assert_close(estimate_fisher(model, batches, num_examples=number, progress_bar=False), expected)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.1), (torch.float64, 1e-5)])
+def test_other_precisions(dtype, tolerance, caplog):
+    model = get_peft_model(build("llama", dtype=dtype), config_for("llama"))
+    batches = list(padded(LENGTHS))
+    expected = estimate_fisher(model, singles(batches), progress_bar=False)
+    with forward_passes(model) as calls:
+        found = estimate_fisher(model, batches, progress_bar=False)
+    assert len(calls) <= passes_at_once(batches, compared=2)
+    assert not reasons(caplog)
+    assert_close(found, expected, tolerance, floor=tolerance**2)
+    assert all(score.dtype == torch.float32 for score in found.values())
+
+
+@pytest.mark.parametrize("wrong", [3, 7])
+def test_the_example_that_is_not_finite_is_named(wrong):
+    batches = [floats(5, 6) for _ in range(2)]
+    batches[wrong // 5]["x"][wrong % 5, 0] = float("inf")
+    model = adapted(Head(nn.Linear(6, 3), F.mse_loss), target_modules=["body"])
+    with pytest.raises(ValueError, match=f"that of example {wrong} is (nan|inf)"):
+        estimate_fisher(model, batches, progress_bar=False)
+
+
+def test_the_example_without_labels_is_named():
+    batches = list(padded(LENGTHS))
+    batches[2]["labels"][1] = -100
+    model = get_peft_model(build("llama"), config_for("llama"))
+    with pytest.raises(ValueError, match="that of example 7 is nan"):
+        estimate_fisher(model, batches, progress_bar=False)
+
+
+def test_parameters_need_gradients_again_afterwards_and_no_hook_stays():
+    model = get_peft_model(build("bert"), config_for("bert"))
+    before = [parameter.requires_grad for parameter in model.parameters()]
+    estimate_fisher(model, list(padded(LENGTHS, "class")), progress_bar=False)
+    assert [parameter.requires_grad for parameter in model.parameters()] == before
+    assert not any(module._forward_hooks for module in model.modules())
