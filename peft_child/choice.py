@@ -136,9 +136,17 @@ def estimate_fisher(
     """Estimate the Fisher information of the parameters that an adapter targets, at the base model's weights.
 
     With `fisher="per_example"` the score of an entry is the mean over examples of the squared gradient of that
-    example's loss, at its true label, without dropout. Batches are taken apart into single examples, so that neither
-    the batch size nor the order matters. Where the loss of an example is a mean over its tokens, as in causal language
-    models, every sequence counts alike, whatever its length; a `loss_fn` that sums weighs it by its tokens.
+    example's loss, at its true label, without dropout, so that neither the batch size nor the order matters. Where the
+    loss of an example is a mean over its tokens, as in causal language models, every sequence counts alike, whatever
+    its length; a `loss_fn` that sums weighs it by its tokens.
+
+    The examples of a batch are scored in one forward and one backward pass, if that gives the same: two of them are
+    scored alone first, to find out how the loss of a batch weighs its examples (a mean over examples or tokens, or a
+    sum). If they influence each other (batch normalisation in training mode, a loss over the whole batch), or most
+    targeted weights are in modules of other kinds than linear, convolution and embedding layers, every example takes
+    passes of its own, and a warning in the log says why. Memory grows with the batch size of the dataloader, as in
+    training without gradients of weights; batches of one example take least.
+
     With `fisher="authors"` it is the mean over batches, as the dataloader makes them, of the squared gradient of the
     batch loss, with dropout, and with each parameter's gradient clipped to norm 1.
 
@@ -162,6 +170,7 @@ def estimate_fisher(
         num_examples: Use the first so many examples, in whole batches if those are not taken apart; by default all. In
             several processes the number for all together: each takes its part, or all it has if that is less.
         forward_fn: `forward_fn(model, batch)` in place of `model(**batch)`; returns the model's output, or the loss.
+            It gets single examples (as batches of one) as well as whole batches.
         loss_fn: `loss_fn(output, batch)` in place of `output.loss`; returns a scalar.
         split_batches: Take batches apart into single examples. False if each batch is one example as it is, such as a
             graph, or packed sequences.

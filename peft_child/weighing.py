@@ -60,11 +60,12 @@ class Weighing:
         return first if is_sure else None
 
     def telling(self, batch: Any, size: int, number: int) -> list[int]:
-        """A number of examples of a batch whose weights differ as much as any do."""
+        """A number of examples of a batch, at least 2, whose weights differ as much as any do, or the first ones."""
         counts = _counts(batch, size).get("labels", [0] * size)
+        if len(set(counts)) == 1:
+            return list(range(min(number, size)))
         order = sorted(range(size), key=counts.__getitem__)
-        number = min(number, size)
-        return sorted({order[index * (size - 1) // max(1, number - 1)] for index in range(number)})
+        return sorted({order[index * (size - 1) // (number - 1)] for index in range(number)})
 
     def learn(self, batch: Any, comparison: Comparison) -> None:
         """Rule out what does not agree with a comparison."""

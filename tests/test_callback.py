@@ -87,7 +87,8 @@ def test_scores_and_further_arguments_are_passed_on(tmp_path):
 
     rows = DataLoader(Rows("bert"), batch_size=4)
     trainer_for(model, tmp_path, ChildTuningCallback(rows, num_examples=3, forward_fn=forward, progress_bar=False))
-    assert len(calls) == model.peft_config["default"].fisher_examples == 3
+    assert model.peft_config["default"].fisher_examples == 3
+    assert len(calls) == 4  # the first two examples alone and together, and the third
 
 
 @pytest.mark.parametrize("variant", ["task_driven", "random"])
