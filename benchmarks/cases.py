@@ -13,13 +13,12 @@ from torch import Tensor
 from benchmarks import authors
 from benchmarks.measure import DEVICE, Turns, in_fresh_process, peak_memory, say, take_turns, timed
 from benchmarks.peers import ADAPTERS, METHODS, Peer, weights_file
-from benchmarks.shapes import SHAPES, Shape, batch_of, build, targeted
+from benchmarks.shapes import SHAPES, Shape, batch_of, build, in_parts, targeted
 from peft_child import ChildTuningConfig, estimate_fisher, select_child_network
-from peft_child.batches import single_examples
 from peft_child.selection import select_largest
 
 
-EXAMPLES = 8  # of a Fisher pass, in one batch
+EXAMPLES, TOGETHER = 24, 8  # of a Fisher pass, and in a batch
 SOME = ("native", "full", "shira", "lora", "task_driven")  # what larger batches are measured with
 
 
@@ -144,7 +143,7 @@ def peak_of_authors_choosing(shape: Shape, density: float, batch: tuple[int, int
     """The same for the authors' loop and percentile."""
     model = build(shape).to(DEVICE)
     scores = authors.estimate_fisher(
-        model, dict(targeted(model)), [on_device(one) for one in single_examples(batch_of(shape, *batch))]
+        model, dict(targeted(model)), [on_device(one) for one in in_parts(batch_of(shape, *batch), 1)]
     )
     masks = authors.select_largest(scores, density)
     assert masks
@@ -159,13 +158,14 @@ def task_driven(shape: Shape, density: float) -> Any:
 
 
 def measure_choosing(shape: Shape, density: float, length: int, turns: int) -> tuple[Turns, Turns]:
-    """A Fisher pass over `EXAMPLES` examples, and the choice from its scores; `peer` is the authors' way."""
+    """A Fisher pass over some examples, and the choice from its scores; `peer` is the authors' way."""
     ours, theirs = task_driven(shape, density), build(shape).to(DEVICE)
     batch = batch_of(shape, EXAMPLES, length)
-    examples = [on_device(example) for example in single_examples(batch)]
+    examples = [on_device(example) for example in in_parts(batch, 1)]
+    batches = in_parts(batch, TOGETHER)
     found: dict[str, Tensor] = {}
     work = {
-        "ours": {"pass": lambda: found.update(estimate_fisher(ours, [batch], progress_bar=False))},
+        "ours": {"pass": lambda: found.update(estimate_fisher(ours, batches, progress_bar=False))},
         "peer": {"pass": partial(authors.estimate_fisher, theirs, dict(targeted(theirs)), examples)},
     }
     fisher = take_turns(work, turns)

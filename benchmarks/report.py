@@ -184,4 +184,4 @@ def choosing(case: Case) -> str:
         )
     ]
     head = ["", "Fisher pass", "choice", "MB of a choice besides its result", "peak MB of both above the base"]
-    return "Choosing the child network from 8 examples; milliseconds:\n\n" + table(head, rows)
+    return "Choosing the child network from 24 examples in batches of 8; milliseconds:\n\n" + table(head, rows)

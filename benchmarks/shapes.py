@@ -1,6 +1,6 @@
 """Models that are built from a configuration, and batches for them; nothing is downloaded."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -76,3 +76,9 @@ def batch_of(shape: Shape, size: int, length: int) -> dict[str, Tensor]:
     tokens = torch.randint(VOCABULARY, (size, length), generator=random)
     labels = torch.randint(2, (size,), generator=random) if shape.kind == "encoder" else tokens
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}
+
+
+def in_parts(batch: Mapping[str, Tensor], size: int) -> list[dict[str, Tensor]]:
+    """The batch as smaller ones of `size` examples."""
+    examples = len(batch["labels"])
+    return [{key: tensor[i : i + size] for key, tensor in batch.items()} for i in range(0, examples, size)]

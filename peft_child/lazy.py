@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 
@@ -41,3 +42,15 @@ class Lazy(Mapping[str, T]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+def read_ahead(items: Mapping[str, T], names: Iterable[str]) -> Iterator[T]:
+    """The items of some names, the next one computed in a thread of its own while the present one is used."""
+    with ThreadPoolExecutor(1) as thread:
+        coming: Future[T] | None = None
+        for name in names:
+            ready, coming = coming, thread.submit(items.__getitem__, name)
+            if ready is not None:
+                yield ready.result()
+        if coming is not None:
+            yield coming.result()

@@ -11,6 +11,7 @@ from torch import Tensor
 from peft_child.adapter_folder import SparseAdapter
 from peft_child.checkpoint import Checkpoint, copy_with_changes, replacing
 from peft_child.delta import Progress, SparseDelta, merged_values, silent
+from peft_child.lazy import read_ahead
 from peft_child.sparse_file import PREFIX, fingerprint_of, fingerprint_of_values, fingerprints_differ
 from peft_child.streaming import TensorWriter
 
@@ -40,13 +41,14 @@ def merge_checkpoint(
     """
     check_fits(adapter, base)
     names = base.in_file_order([*adapter.deltas, *(key.removeprefix(PREFIX) for key in adapter.dense)])
+    deltas = read_ahead(adapter.deltas, [name for name in names if name in adapter.deltas])
     strange: list[str] = []
 
     def merged(name: str, tensor: Tensor) -> Tensor:
         if name not in adapter.deltas:
             return adapter.dense[f"{PREFIX}{name}"].to(tensor.dtype)
-        delta = adapter.deltas[name]
-        tensor.view(-1)[delta.indices] = _merged(name, delta, tensor, strange)
+        delta = next(deltas)
+        tensor.view(-1).index_copy_(0, delta.indices, _merged(name, delta, tensor, strange))
         return tensor
 
     with replacing(folder, force) as temporary:
@@ -56,7 +58,7 @@ def merge_checkpoint(
 
 def _merged(name: str, delta: SparseDelta, base: Tensor, strange: list[str]) -> Tensor:
     """The merged values of a child network; adds the name to `strange` if the base has other values than it had."""
-    values = base.reshape(-1)[delta.indices]
+    values = base.reshape(-1).index_select(0, delta.indices)
     if fingerprints_differ(delta.fingerprint, fingerprint_of_values(values)):
         strange.append(name)
     return merged_values(values, delta)
@@ -96,8 +98,8 @@ def export_patch(
     check_fits(adapter, base)
     strange: list[str] = []
     with replacing(file, force) as temporary, TensorWriter(temporary) as patch:
-        for name in progress(list(adapter.deltas), "Merging"):
-            delta = adapter.deltas[name]
+        names = list(adapter.deltas)
+        for name, delta in zip(progress(names, "Merging"), read_ahead(adapter.deltas, names), strict=True):
             wide = delta.numel >= 1 << 31
             patch.add(f"{name}.indices", delta.indices.to(torch.int64 if wide else torch.int32))
             patch.add(f"{name}.values", _merged(name, delta, base[name], strange))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from peft_child.lazy import Lazy
+from peft_child.lazy import Lazy, read_ahead
 
 
 def test_items_are_computed_when_they_are_asked_for_and_not_kept():
@@ -32,3 +32,26 @@ def test_every_loop_is_wrapped():
     assert list(items.values()) == ["A", "B"]
     assert list(items.items()) == [("a", "A"), ("b", "B")]
     assert loops == [["a", "b"]] * 2
+
+
+def test_one_item_is_read_ahead():
+    asked = []
+    squares = Lazy(["3", "1", "2"], lambda name: asked.append(name) or int(name) ** 2)
+    ahead = read_ahead(squares, ["2", "3", "1"])
+    assert asked == []
+    assert next(ahead) == 4
+    assert asked[:1] == ["2"]
+    assert "1" not in asked
+    assert list(ahead) == [9, 1]
+    assert asked == ["2", "3", "1"]
+
+
+def test_what_goes_wrong_ahead_is_raised_when_it_is_its_turn():
+    ahead = read_ahead({"a": 1, "b": 2}, ["a", "c", "b"])
+    assert next(ahead) == 1
+    with pytest.raises(KeyError, match="c"):
+        next(ahead)
+
+
+def test_nothing_to_read_ahead():
+    assert list(read_ahead({}, [])) == []
