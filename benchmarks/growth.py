@@ -27,7 +27,7 @@ from benchmarks.fits import growth
 from benchmarks.measure import DEVICE, in_fresh_process, machine, peak_memory, say, take_turns, total
 from benchmarks.peers import Peer
 from benchmarks.report import write
-from benchmarks.shapes import Shape, batch_of, build, llama
+from benchmarks.shapes import Shape, batch_of, build, in_parts, llama
 from peft_child import estimate_fisher
 from peft_child.selection import select_largest
 
@@ -70,10 +70,10 @@ def measure_point(shape: Shape, density: float, batch_size: int, turns: int) -> 
 
 
 def choosing(peer: Peer, batch: Mapping[str, Tensor], size: int) -> dict[str, Any]:
-    """The Fisher pass of two examples, and the choice."""
+    """The Fisher pass of two examples, one at a time, and the choice."""
     scores: dict[str, Tensor] = {}
     return {
-        "Fisher pass": lambda: scores.update(estimate_fisher(peer.model, [batch], progress_bar=False)),
+        "Fisher pass": lambda: scores.update(estimate_fisher(peer.model, in_parts(batch, 1), progress_bar=False)),
         "choice": lambda: select_largest(scores, size),
         "_forget": scores.clear,
     }

@@ -105,18 +105,19 @@ def draw_child_network(sizes: Mapping[str, Sequence[int]], path: str | Path) -> 
     """
     if not sizes:
         raise ValueError("sizes must hold at least one parameter with a child network, got none.")
-    Path(path).write_bytes(_child_network_png(tuple(shares_by_place(sizes).items())))
-
-
-@lru_cache(maxsize=8)  # every checkpoint of a run has the same one
-def _child_network_png(shares: tuple[tuple[Place, Share], ...]) -> bytes:
     import matplotlib.style
 
-    png = BytesIO()
     # Names are no formulas, and may have characters that the font lacks.
     with matplotlib.style.context(["default", {"text.parse_math": False}]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph ", category=UserWarning)
-        _figure(dict(shares)).savefig(png, format="png", metadata={"Software": None})
+        Path(path).write_bytes(_drawn(tuple(shares_by_place(sizes).items())))
+
+
+@lru_cache(maxsize=8)
+def _drawn(shares: tuple[tuple[Place, Share], ...]) -> bytes:
+    """The figure as PNG; every checkpoint of a run has the same one."""
+    png = BytesIO()
+    _figure(dict(shares)).savefig(png, format="png", metadata={"Software": None})
     return png.getvalue()
 
 

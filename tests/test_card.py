@@ -5,7 +5,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from peft_child import ChildTuningConfig
 from peft_child.card import BEGIN, CARD_NAME, END, HEAT_MAP_NAME, TAGS, complete_card
-from peft_child.plot import Place, Share, _child_network_png, draw_child_network, shares_by_kind, shares_by_place
+from peft_child.plot import Place, Share, _drawn, draw_child_network, shares_by_kind, shares_by_place
 
 from .helpers import chosen_model, config_for, move
 
@@ -36,7 +36,6 @@ WORDS = "\n# Mine\n\nText | with `code`, <!-- comments --> and   spaces.  \n"
 
 @pytest.fixture
 def no_matplotlib(monkeypatch):
-    _child_network_png.cache_clear()
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.style", None)
 
@@ -322,7 +321,7 @@ def test_different_lists_of_layers_are_kept_apart():
 def test_equal_child_networks_make_equal_pictures(tmp_path):
     matplotlib = pytest.importorskip("matplotlib")
     draw_child_network(SIZES, tmp_path / "a.png")
-    _child_network_png.cache_clear()
+    _drawn.cache_clear()
     with matplotlib.rc_context({"font.size": 20, "axes.facecolor": "red", "savefig.dpi": 10}):
         draw_child_network(dict(reversed(SIZES.items())), str(tmp_path / "b.png"))
         assert matplotlib.rcParams["font.size"] == 20
@@ -334,7 +333,7 @@ def test_equal_child_networks_make_equal_pictures(tmp_path):
 
 def test_a_picture_is_drawn_once(tmp_path, monkeypatch):
     matplotlib = pytest.importorskip("matplotlib.figure")
-    _child_network_png.cache_clear()
+    _drawn.cache_clear()
     draw_child_network(SIZES, tmp_path / "a.png")
     monkeypatch.delattr(matplotlib.Figure, "savefig")
     draw_child_network(SIZES, tmp_path / "b.png")
