@@ -28,7 +28,7 @@ from peft_child.sparse_file import (
     read_children,
     stamped,
 )
-from peft_child.storage import Room
+from peft_child.storage import Room, narrowed
 
 
 # What torch puts around modules for activation checkpointing and FSDP1; state dicts know nothing of it.
@@ -119,7 +119,7 @@ def fit_state_dict(
     """
     children, remapped = read_children(state_dict)
     layers = {path: layer for path, layer in _layers(model).items() if adapter_name in layer.child_targets}
-    rooms: list[tuple[ChildTuningLayer, dict[str, Room]]] = []
+    rooms: list[tuple[ChildTuningLayer, dict[str, Room], dict[str, Tensor]]] = []
     sizes: dict[str, list[int]] = {}
     strange: list[str] = []
     mask = config.gradient_mask()
@@ -129,7 +129,8 @@ def fit_state_dict(
             for parameter, name in layer.child_targets[adapter_name].items()
             if name in children  # nothing was chosen in the others
         }
-        strange += _check_indices(layer, config, adapter_name, own)
+        positions, elsewhere = _checked_positions(layer, config, adapter_name, own)
+        strange += elsewhere
         present = layer.named_deltas(adapter_name)
         room: dict[str, Room] = {}
         for parameter, (name, child) in own.items():
@@ -141,23 +142,25 @@ def fit_state_dict(
             remapped[f"{path}.{INDEX}.{adapter_name}.{parameter}"] = _unsealed(child.block)
             room[parameter] = Room(delta.numel(), child.block.numel(), delta.dtype)
             sizes[name] = child.sizes()
-        rooms.append((layer, room))
+        rooms.append((layer, room, positions))
     _check_complete(sizes, children)
     if config.child_sizes != sizes:
         _check_density(config, [layer.named_numels(adapter_name) for layer in layers.values()], sizes)
     _check_base(config.check_base, strange, len(sizes))
-    for layer, room in rooms:
+    for path, (layer, room, positions) in zip(layers, rooms, strict=True):
         is_active = adapter_name in layer.active_adapters and not layer.disable_adapters
         layer.allocate(adapter_name, room, trainable=is_active and not config.inference_mode)
+        for parameter, found in positions.items():
+            layer.await_block(adapter_name, parameter, remapped[f"{path}.{INDEX}.{adapter_name}.{parameter}"], found)
     config.child_sizes = sizes
     return remapped
 
 
-def _check_indices(
+def _checked_positions(
     layer: ChildTuningLayer, config: ChildTuningConfig, adapter_name: str, own: Mapping[str, tuple[str, StoredChild]]
-) -> list[str]:
-    """Check the positions of a layer's children; returns the names of those that were made on other base values."""
-    strange = []
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The positions of a layer's children by parameter, and the names of those that were made on other base values."""
+    positions, strange = {}, []
     drawn: dict[str, SparseDelta] | None = None
     for parameter, (name, child) in own.items():
         base = layer.base_parameter(parameter)
@@ -173,7 +176,9 @@ def _check_indices(
         if config.variant == "random" and came_alone:
             drawn = layer.sparse_deltas(adapter_name) if drawn is None else drawn
             _check_drawn(name, drawn.get(name), indices)
-    return strange
+        if child.header.size < child.header.numel:  # else they are not needed
+            positions[parameter] = narrowed(indices, base)
+    return positions, strange
 
 
 def _check_complete(sizes: dict[str, list[int]], left: dict[str, StoredChild]) -> None:

@@ -20,6 +20,13 @@ from peft_child.reading import Read
 from peft_child.sparse_file import fingerprint_of
 
 
+class _Awaited(NamedTuple):
+    """A block that is about to be loaded, with its positions."""
+
+    block: Tensor
+    indices: Tensor
+
+
 class Room(NamedTuple):
     """What the child of one parameter takes.
 
@@ -32,6 +39,11 @@ class Room(NamedTuple):
     size: int
     num_bytes: int
     dtype: torch.dtype = torch.float32
+
+
+def narrowed(indices: Tensor, tensor: Tensor) -> Tensor:
+    """Flat indices into a tensor as they are kept in memory: int32 wherever that is wide enough."""
+    return indices if tensor.numel() > torch.iinfo(torch.int32).max else indices.int()
 
 
 class ChildStorage(nn.Module, BaseTunerLayer):
@@ -73,6 +85,7 @@ class ChildStorage(nn.Module, BaseTunerLayer):
         self.child_beside_shards: dict[str, bool] = {}
         self.child_ties: dict[str, tuple[ChildStorage, str]] = {}
         self._decoded: dict[tuple[str, str], Read[Tensor]] = {}
+        self._awaited: dict[tuple[str, str], _Awaited] = {}
         self._number = watch(self)
 
     def add_adapter(
@@ -150,12 +163,16 @@ class ChildStorage(nn.Module, BaseTunerLayer):
         self._forget(adapter_name)
         self.child_chosen[adapter_name] = True
 
+    def await_block(self, adapter_name: str, parameter: str, block: Tensor, indices: Tensor) -> None:
+        """Keep the positions of a block that a loader is about to copy, so that it is not decoded again."""
+        self._awaited[adapter_name, parameter] = _Awaited(block, indices)
+
     def indices(self, adapter_name: str, parameter: str) -> Tensor:
         """Flat indices of the child in a parameter, int64, shape `(k,)`, on the device of the delta."""
         return self._indices(adapter_name, parameter).long()
 
     def _indices(self, adapter_name: str, parameter: str) -> Tensor:
-        """The indices as they are kept: int32 wherever that is wide enough."""
+        """The indices as they are kept."""
         if torch.compiler.is_compiling():  # it cannot decode, nor ask whether something was loaded since
             _decode_now(self._number)
             return self._decoded[adapter_name, parameter].value
@@ -166,13 +183,19 @@ class ChildStorage(nn.Module, BaseTunerLayer):
         block = self._blocks(adapter_name)[parameter]
         if known is None or not known.holds(block):
             with torch.inference_mode(False):  # else it could never be used in training
-                try:
-                    indices = torch.from_numpy(decode(block.cpu().numpy().data))
-                except FormatError as error:
-                    name = self.child_targets[adapter_name][parameter]
-                    raise FormatError(f"The child of '{name}' (adapter '{adapter_name}'). {error}") from error
+                indices = self._read(adapter_name, parameter, block)
                 known = self._remember(adapter_name, parameter, indices.to(block.device))
         return known.value
+
+    def _read(self, adapter_name: str, parameter: str, block: Tensor) -> Tensor:
+        awaited = self._awaited.pop((adapter_name, parameter), None)
+        if awaited is not None and torch.equal(awaited.block.to(block.device), block):
+            return awaited.indices
+        try:
+            return torch.from_numpy(decode(block.cpu().numpy().data))
+        except FormatError as error:
+            name = self.child_targets[adapter_name][parameter]
+            raise FormatError(f"The child of '{name}' (adapter '{adapter_name}'). {error}") from error
 
     def children_of(self, parameter: str, adapter_names: Collection[str]) -> Iterator[Child]:
         """The children of some adapters in one parameter of the base layer, those of tied parameters included."""
@@ -299,8 +322,7 @@ class ChildStorage(nn.Module, BaseTunerLayer):
             self.child_mask.put(adapter_name, parameter, mask, block.device)
 
     def _remember(self, adapter_name: str, parameter: str, indices: Tensor) -> Read[Tensor]:
-        wide = self.base_parameter(parameter).numel() > torch.iinfo(torch.int32).max
-        kept = indices if wide else indices.int()
+        kept = narrowed(indices, self.base_parameter(parameter))
         read = self._decoded[adapter_name, parameter] = Read.of(self._blocks(adapter_name)[parameter], kept)
         return read
 
@@ -311,6 +333,7 @@ class ChildStorage(nn.Module, BaseTunerLayer):
 
     def _forget(self, adapter_name: str) -> None:
         self._decoded = {key: known for key, known in self._decoded.items() if key[0] != adapter_name}
+        self._awaited = {key: awaited for key, awaited in self._awaited.items() if key[0] != adapter_name}
         self.child_mask.read_again()
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
@@ -324,7 +347,7 @@ class ChildStorage(nn.Module, BaseTunerLayer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles decode their indices again."""
-        return {**self.__dict__, "_decoded": {}}
+        return {**self.__dict__, "_decoded": {}, "_awaited": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """As torch's."""
