@@ -151,7 +151,7 @@ def fingerprint_of(base: Tensor, indices: Tensor) -> int:
     if base.is_meta or is_quantised(base):
         return 0
     base = whole(base.detach())
-    return fingerprint_of_values(base.reshape(-1)[indices.to(base.device)])
+    return fingerprint_of_values(base.reshape(-1).index_select(0, indices.to(base.device)))
 
 
 def fingerprint_of_values(values: Tensor) -> int:
