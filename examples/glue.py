@@ -1,144 +1,211 @@
-"""Fine-tune a model on a GLUE task with the Trainer: Child-Tuning, or LoRA or all weights to compare with.
+"""Fine-tune a model on a GLUE-style task with the Trainer: Child-Tuning, or what to compare it with.
 
     python examples/glue.py --task mrpc --bf16
+    python examples/glue.py --task mrpc --method lora --seeds 1 2 3 --results results.jsonl
+    python examples/glue.py --task snli --dataset stanfordnlp/snli --max-train-examples 5000
+    python examples/glue.py --task mine --data folder --model ./my-encoder
 
-Own rows come as JSON lines with `label` and either `sentence` or both `sentence1` and `sentence2`; the task then says
-which metric they are judged by. Needs transformers 5.2 or newer.
+Own rows are JSON lines with one or two texts and `label`, here in folder/mine/train.jsonl and validation.jsonl. Labels
+are whole numbers from 0, or floats for a regression. Needs transformers 5.2 or newer.
 """
 
 import argparse
 import json
-from functools import partial
+import time
 from pathlib import Path
 
+import numpy as np
+import peft
 import torch
 import transformers
 from datasets import Dataset, load_dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, ShiraConfig, get_peft_model
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch.utils.data import DataLoader
 from transformers.utils import is_torch_bf16_gpu_available
 
+import peft_child
 from peft_child import ChildTuningConfig, keep_largest, select_child_network
 
 
-TASKS = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli")
-LEARNING_RATES = {"child": 3e-4, "task_free": 1e-4, "full": 5e-5, "lora": 5e-4}
+LEARNING_RATES = {"full": 5e-5, "child": 3e-4, "task_free": 1e-4, "random": 3e-4, "lora": 5e-4, "shira": 3e-4}
+VARIANTS = {"child": "task_driven", "task_free": "task_free", "random": "random"}
+VERSIONS = {module.__name__: module.__version__ for module in (torch, transformers, peft, peft_child)}
 
 
-def main() -> None:
-    """Train, evaluate and save."""
-    args = parse_arguments()
-    transformers.set_seed(args.seed)
+def main(argv=None):
+    """Train with each seed; returns the results, which also go to the file of results."""
+    args = parse_arguments().parse_args(argv)
+    args.learning_rate = args.learning_rate or LEARNING_RATES[args.method]
+    results = [run(args, seed) for seed in args.seeds]
+    for name in results[0]["metrics"]:
+        values = [result["metrics"][name] for result in results]
+        spread = f", standard deviation {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
+        print(f"{name}: {np.mean(values):.4f}{spread}")
+    return results
+
+
+def run(args, seed):
+    """Train with one seed, evaluate and save."""
+    start = time.perf_counter()
+    trainer = train(args, seed)
+    metrics = {"metrics": evaluate(trainer, trainer.eval_dataset, args.task)}
+    for density in args.keep:
+        print(keep_largest(trainer.model, density))
+        metrics.setdefault("kept", {})[str(density)] = evaluate(trainer, trainer.eval_dataset, args.task)
+    return record(args, seed, trainer, start, metrics)
+
+
+def record(args, seed, trainer, start, measured):
+    """Save the model, and write and return the result, with all that is needed to get it again."""
+    trainer.model.save_pretrained(args.output)
+    saved = Path(args.output, "model.safetensors" if args.method == "full" else "adapter_model.safetensors")
+    settings = {name: value for name, value in vars(args).items() if name not in ("seeds", "results", "output")}
+    is_folder = Path(args.model).is_dir()  # of folders only the name, the rest belongs to this machine
+    settings |= {"model": Path(args.model).name if is_folder else args.model, "data": args.data and args.data.name}
+    result = {
+        **{"task": args.task, "method": args.method, "seed": seed, **measured},
+        "entries": sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad),
+        "bytes": saved.stat().st_size,
+        "seconds": round(time.perf_counter() - start, 1),
+        **{"settings": settings, "threads": torch.get_num_threads(), "versions": VERSIONS},
+    }
+    line = json.dumps(result)
+    print(line)
+    if args.results:
+        with args.results.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+    return result
+
+
+def choose(model, examples, args):
+    """The child network of the task."""
+    print(select_child_network(model, examples, num_examples=args.num_fisher_examples, progress_bar=False))
+
+
+def train(args, seed, choose=choose):
+    """A trainer that has trained; its `eval_dataset` is what to evaluate on."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
-    train, validation = load_rows(args, tokenizer)
+    data, validation, num_labels = load_data(args, seed)
+    data, validation = (encode(rows, tokenizer, args.max_length) for rows in (data, validation))
+    transformers.set_seed(seed)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(
-        args.model, num_labels={"stsb": 1, "mnli": 3}.get(args.task, 2), dtype=torch.float32
+        args.model, num_labels=num_labels, dtype=torch.float32
     )
+    if args.method != "full":
+        model = get_peft_model(model, adapter_config(model, args, seed))
     collator = transformers.DataCollatorWithPadding(tokenizer)
-
     if args.method == "child":
-        config = ChildTuningConfig(density=args.density, target_modules="all-linear", task_type="SEQ_CLS")
-        model = get_peft_model(model, config)
-        examples = DataLoader(train, shuffle=True, collate_fn=collator)  # one at a time, so without padding
-        print(select_child_network(model, examples, num_examples=args.num_fisher_examples))
-    elif args.method == "task_free":
-        config = ChildTuningConfig(
-            variant="task_free", density=args.density, target_modules="all-linear", task_type="SEQ_CLS", seed=args.seed
-        )
-        model = get_peft_model(model, config)
-    elif args.method == "lora":
-        model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", task_type="SEQ_CLS"))
-
+        choose(model, DataLoader(data, shuffle=True, collate_fn=collator), args)  # one at a time, so without padding
     settings = transformers.TrainingArguments(
         args.output,
-        learning_rate=args.learning_rate or LEARNING_RATES[args.method],
+        learning_rate=args.learning_rate,
         warmup_steps=0.1,  # as a share of all steps
         num_train_epochs=args.epochs,
         per_device_train_batch_size=args.batch_size,
         per_device_eval_batch_size=4 * args.batch_size,
         train_sampling_strategy="group_by_length",
         save_strategy="no",
+        report_to="none",
         bf16=args.bf16,
         use_cpu=args.bf16 and not is_torch_bf16_gpu_available(),
-        seed=args.seed,
+        seed=seed,
     )
-    metrics = partial(glue_metrics, args.task)
-    trainer = transformers.Trainer(model, settings, collator, train, validation, compute_metrics=metrics)
+    trainer = transformers.Trainer(model, settings, collator, data, validation, processing_class=tokenizer)
     trainer.train()
-    print({name: round(value, 4) for name, value in trainer.evaluate().items()})
-    for density in args.keep:
-        print(keep_largest(model, density))
-        print({name: round(value, 4) for name, value in trainer.evaluate().items()})
-    model.save_pretrained(args.output)
-    saved = Path(args.output, "model.safetensors" if args.method == "full" else "adapter_model.safetensors")
-    print(f"{saved}: {saved.stat().st_size / 1e6:.2f} MB")
+    return trainer
 
 
-def load_rows(args, tokenizer):
-    """Tokenized training and validation rows, from files or from the Hub."""
-    if args.train_file:
-        lines = (path.read_text("utf-8").strip().split("\n") for path in (args.train_file, args.validation_file))
-        train, validation = (Dataset.from_list([json.loads(line) for line in rows]) for rows in lines)
+def adapter_config(model, args, seed):
+    """The configuration of an adapter for all linear layers but the head."""
+    common = {"target_modules": "all-linear", "task_type": "SEQ_CLS"}
+    if args.method == "lora":
+        return LoraConfig(r=8, **common)
+    if args.method == "shira":  # of each matrix r times (rows + columns) entries, in all as many as the density says
+        shapes = [module.weight.shape for module in model.base_model.modules() if isinstance(module, torch.nn.Linear)]
+        rank = args.density * sum(rows * columns for rows, columns in shapes) / sum(map(sum, shapes))
+        return ShiraConfig(r=max(1, round(rank)), random_seed=seed, **common)
+    return ChildTuningConfig(variant=VARIANTS[args.method], density=args.density, seed=seed, **common)
+
+
+def load_data(args, seed):
+    """Rows to train on and to evaluate on, and the number of labels (1 is a regression)."""
+    data = read_split(args, "train")
+    if args.hold_out:  # always the same rows, whatever the seed and the number of rows to train on
+        data, validation = data.train_test_split(args.hold_out, seed=0).values()
     else:
-        data = load_dataset("nyu-mll/glue", args.task)
-        train, validation = data["train"], data["validation_matched" if args.task == "mnli" else "validation"]
-    train = train.shuffle(args.seed).take(args.max_train_examples or len(train))
-    texts = [name for name, feature in train.features.items() if feature.dtype == "string"]
-
-    def encode(rows):
-        encoded = tokenizer(*(rows[name] for name in texts), truncation=True, max_length=args.max_length)
-        return {**encoded, "labels": rows["label"]}
-
-    return [rows.map(encode, batched=True, remove_columns=rows.column_names) for rows in (train, validation)]
+        validation = read_split(args, "validation")
+    num_labels = 1 if data.features["label"].dtype.startswith("float") else max(data["label"]) + 1
+    return data.shuffle(seed).take(min(args.max_train_examples or len(data), len(data))), validation, num_labels
 
 
-def glue_metrics(task, result):
-    """The metrics of a task by name."""
-    outputs, labels = result
-    if task == "stsb":
-        outputs = outputs.squeeze(-1)
-        return {"pearson": pearsonr(outputs, labels).statistic, "spearman": spearmanr(outputs, labels).statistic}
+def read_split(args, split):
+    """The rows of a split that have a label."""
+    if args.data:
+        lines = (args.data / args.task / f"{split}.jsonl").read_text("utf-8").strip().split("\n")
+        rows = Dataset.from_list([json.loads(line) for line in lines])
+    else:
+        splits = load_dataset(*(args.dataset or ("nyu-mll/glue", args.task)))
+        rows = splits[next(name for name in splits if name.startswith(split))]  # of MNLI's two the matched one
+    return rows.filter(lambda label: label >= 0, input_columns="label")  # SNLI has -1 where annotators disagree
+
+
+def encode(rows, tokenizer, max_length):
+    """Tokens and labels of rows."""
+    texts = [name for name, feature in rows.features.items() if feature.dtype in ("string", "large_string")]
+
+    def tokens(batch):
+        return {**tokenizer(*(batch[name] for name in texts), truncation=True, max_length=max_length)}
+
+    encoded = rows.map(tokens, batched=True).rename_column("label", "labels")
+    return encoded.select_columns([*tokenizer.model_input_names, "labels"])
+
+
+def evaluate(trainer, rows, task):
+    """The metrics of a task on rows, by name."""
+    outputs, labels, _ = trainer.predict(rows)
+    return glue_metrics(task, outputs, labels)
+
+
+def glue_metrics(task, outputs, labels):
+    """The metrics that GLUE has for a task; accuracy, or correlations in a regression, for others."""
+    if outputs.shape[-1] == 1:  # 0 if all outputs are equal
+        correlations = {"pearson": pearsonr, "spearman": spearmanr}
+        values = {name: correlate(outputs.squeeze(-1), labels).statistic for name, correlate in correlations.items()}
+        return {name: float(np.nan_to_num(value)) for name, value in values.items()}
     predicted = outputs.argmax(-1)
     if task == "cola":
-        return {"matthews": matthews_corrcoef(labels, predicted)}
-    accuracy = {"accuracy": accuracy_score(labels, predicted)}
-    return accuracy | {"f1": f1_score(labels, predicted)} if task in ("mrpc", "qqp") else accuracy
+        return {"matthews": float(matthews_corrcoef(labels, predicted))}
+    f1 = {"f1": float(f1_score(labels, predicted))} if task in ("mrpc", "qqp") else {}
+    return {"accuracy": float(accuracy_score(labels, predicted)), **f1}
 
 
 def parse_arguments():
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     add = parser.add_argument
-    add("--model", default="bert-base-cased", help="model on the Hub or local folder (default: %(default)s)")
-    add("--task", choices=TASKS, default="mrpc", help="GLUE task (default: %(default)s)")
-    add("--train-file", type=Path, help="JSONL file of training rows instead of the Hub's")
-    add("--validation-file", type=Path, help="JSONL file of validation rows, needed with --train-file")
-    add("--max-train-examples", type=int, help="train on so many rows, taken at random (default: all)")
-    add("--max-length", type=int, default=128, help="longest example, in tokens (default: %(default)s)")
-    add("--method", choices=LEARNING_RATES, default="child", help="what to train (default: %(default)s)")
-    add(
-        "--density", type=float, default=0.1, help="share of the child network, or of gradients (default: %(default)s)"
-    )
-    add(
-        "--keep",
-        type=float,
-        nargs="*",
-        default=[],
-        help="after training keep so large a share of the changes, and less",
-    )
-    add("--num-fisher-examples", type=int, default=512, help="examples that choose it (default: %(default)s)")
-    add("--learning-rate", type=float, help=f"peak of the schedule (default by method: {LEARNING_RATES})")
-    add("--epochs", type=float, default=3, help="passes over the training rows (default: %(default)s)")
-    add("--batch-size", type=int, default=16, help="examples in a training step (default: %(default)s)")
+    add("--model", default="bert-base-cased", help="model on the Hub or local folder")
+    add("--task", default="mrpc", help="GLUE task on the Hub, or a name for --dataset, or a folder in --data")
+    add("--dataset", nargs="+", help="other dataset on the Hub, and its configuration if it has several")
+    add("--data", type=Path, help="folder with TASK/train.jsonl and TASK/validation.jsonl instead of the Hub")
+    add("--max-train-examples", type=int, help="train on so many rows, drawn with the seed; all if not given")
+    add("--hold-out", type=float, help="evaluate on this share of the training rows instead, never trained on")
+    add("--max-length", type=int, default=128, help="longest example, in tokens")
+    add("--method", choices=LEARNING_RATES, default="child", help="what to train")
+    add("--density", type=float, default=0.1, help="share of the child network, of SHiRA, or of gradients")
+    add("--num-fisher-examples", type=int, default=512, help="training rows that choose the child network")
+    add("--keep", type=float, nargs="*", default=[], help="after training keep such a share of the changes, then less")
+    add("--learning-rate", type=float, help=f"peak of the schedule; if not given, by method: {LEARNING_RATES}")
+    add("--epochs", type=float, default=3, help="passes over the training rows")
+    add("--batch-size", type=int, default=16, help="examples in a training step")
     add("--bf16", action="store_true", help="compute in bfloat16 (autocast); the trained entries stay float32")
-    add("--seed", type=int, default=42, help="seed of the head, the order and dropout (default: %(default)s)")
-    add("--output", default="runs/glue", help="folder for what was trained (default: %(default)s)")
-    args = parser.parse_args()
-    if (args.train_file is None) != (args.validation_file is None):
-        parser.error("--train-file and --validation-file go together")
-    return args
+    add("--seeds", type=int, nargs="+", default=[42], help="of rows, head, order, dropout and masks; a run for each")
+    add("--results", type=Path, help="JSONL file to append the results to")
+    add("--output", default="runs/glue", help="folder for what was trained last")
+    return parser
 
 
 if __name__ == "__main__":

@@ -7,10 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
-from .problems import tiny_bert
+from .glue_data import save_model, save_task
 
 
 pytestmark = pytest.mark.slow
@@ -45,24 +43,40 @@ def test_quickstart(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("method", "task", "metric"),
-    [("child", "mrpc", "eval_f1"), ("full", "stsb", "eval_spearman"), ("lora", "cola", "eval_matthews")],
+    ("method", "task", "metrics"),
+    [
+        ("child", "mrpc", {"accuracy", "f1"}),
+        ("full", "stsb", {"pearson", "spearman"}),
+        ("lora", "cola", {"matthews"}),
+        ("shira", "mnli", {"accuracy"}),
+        ("task_free", "snli", {"accuracy"}),
+    ],
 )
-def test_glue(tmp_path, method, task, metric):
-    words = ["[PAD]", "[UNK]", "the", "a", "cat", "dog", "sat", "ran"]
-    vocabulary = {word: index for index, word in enumerate(words)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(tmp_path)
-    tiny_bert().bert.save_pretrained(tmp_path)
-    texts = {"sentence": "the cat sat"} if task == "cola" else {"sentence1": "the cat sat", "sentence2": "a dog ran"}
-    rows = [json.dumps({**texts, "label": 0.5 * index if task == "stsb" else index % 2}) for index in range(8)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+def test_glue(tmp_path, method, task, metrics):
+    save_model(tmp_path / "encoder")
+    save_task(tmp_path / "data", task)
     printed = run(
-        "glue.py", "--model", tmp_path, "--task", task, "--method", method, "--epochs", 1, "--batch-size", 4,
-        "--train-file", tmp_path / "rows.jsonl", "--validation-file", tmp_path / "rows.jsonl",
+        "glue.py", "--model", tmp_path / "encoder", "--data", tmp_path / "data", "--task", task, "--method", method,
+        "--epochs", 1, "--seeds", 1, 2, "--bf16", "--results", tmp_path / "results.jsonl",
         "--output", tmp_path / "out",
     )  # fmt: skip
-    assert metric in printed
+    results = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [result["seed"] for result in results] == [1, 2]
+    assert all(set(result["metrics"]) == metrics for result in results)
+    assert all(f"{name}: " in printed for name in metrics)
     assert ("child network: " in printed) == (method == "child")
-    assert (tmp_path / "out" / ("model.safetensors" if method == "full" else "adapter_model.safetensors")).exists()
+    saved = tmp_path / "out" / ("model.safetensors" if method == "full" else "adapter_model.safetensors")
+    assert results[-1]["bytes"] == saved.stat().st_size
+    assert (results[-1]["settings"]["model"], results[-1]["settings"]["data"]) == ("encoder", "data")
+
+
+def test_glue_keeps_the_largest_changes(tmp_path):
+    save_model(tmp_path / "encoder")
+    save_task(tmp_path / "data", "mrpc")
+    run(
+        "glue.py", "--model", tmp_path / "encoder", "--data", tmp_path / "data", "--method", "task_free",
+        "--epochs", 1, "--keep", 0.3, 0.1, "--results", tmp_path / "results.jsonl", "--output", tmp_path / "out",
+    )  # fmt: skip
+    result = json.loads((tmp_path / "results.jsonl").read_text())
+    assert list(result["kept"]) == ["0.3", "0.1"]
+    assert result["entries"] == 406 + 34  # a tenth of the targeted entries, and the head

@@ -1,0 +1,88 @@
+"""Child networks compared without training: those of different tasks, and those that few examples choose.
+
+python -m benchmarks.glue.children --task mrpc --others cola stsb
+python -m benchmarks.glue.children --task mrpc --few 32 64 128 --max-train-examples 1000
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from argparse import Namespace
+from dataclasses import replace
+from itertools import combinations
+from typing import Any
+
+import torch
+import transformers
+from peft import get_peft_model
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from benchmarks.glue.scripts import glue
+from benchmarks.glue.variants import for_task
+from peft_child import estimate_fisher
+from peft_child.selection import select_largest
+
+
+def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
+    """Compare with each seed; returns the overlaps: the share of one child network that is in the other."""
+    parser = glue.parse_arguments()
+    parser.add_argument("--others", nargs="*", default=[], help="tasks whose child networks to compare with")
+    parser.add_argument("--few", type=int, nargs="*", default=[], help="numbers of examples to compare with all rows")
+    args = parser.parse_args(argv)
+    results = []
+    for seed in args.seeds:
+        start = time.perf_counter()
+        overlaps = {
+            "tasks": between_tasks(args, seed) if args.others else {},
+            "examples": with_few_examples(args, seed) if args.few else {},
+        }
+        settings = {name: getattr(args, name) for name in ("density", "num_fisher_examples", "max_train_examples")}
+        seconds = round(time.perf_counter() - start, 1)
+        common = {"task": args.task, "seed": seed, "seconds": seconds, "settings": settings, "versions": glue.VERSIONS}
+        results.append({"overlaps": overlaps, **common})
+        print(json.dumps(results[-1]))
+    return results
+
+
+def between_tasks(args: Namespace, seed: int) -> dict[str, float]:
+    """The child networks of every two tasks; of a task with itself those from other rows and with another head."""
+    settings = {task: for_task(args, task) for task in (args.task, *args.others)}
+    children = {task: child_of(own, seed, args.num_fisher_examples) for task, own in settings.items()}
+    pairs = {f"{one} {other}": shared(children[one], children[other]) for one, other in combinations(children, 2)}
+    again = {task: child_of(own, seed + 1000, args.num_fisher_examples) for task, own in settings.items()}
+    return {**pairs, **{f"{task} {task}": shared(children[task], again[task]) for task in settings}}
+
+
+def with_few_examples(args: Namespace, seed: int) -> dict[str, float]:
+    """The child network that all rows choose with those that the first few choose, and with the authors' choice."""
+    everything = child_of(args, seed, None)
+    few = {str(count): shared(everything, child_of(args, seed, count)) for count in args.few}
+    return {**few, "authors": shared(everything, child_of(args, seed, None, fisher="authors"))}
+
+
+def child_of(args: Namespace, seed: int, num_examples: int | None, fisher: str = "per_example") -> dict[str, Tensor]:
+    """The positions that examples of a task choose, by parameter, in the model that training would start from."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
+    rows, _, num_labels = glue.load_data(args, seed)
+    transformers.set_seed(seed)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        args.model, num_labels=num_labels, dtype=torch.float32
+    )
+    config = replace(glue.adapter_config(model, args, seed), fisher=fisher)
+    collator = transformers.DataCollatorWithPadding(tokenizer)
+    size = args.batch_size if fisher == "authors" else 1
+    examples = DataLoader(glue.encode(rows, tokenizer, args.max_length), size, collate_fn=collator)
+    scores = estimate_fisher(get_peft_model(model, config), examples, num_examples=num_examples, progress_bar=False)
+    return select_largest(scores, config.child_size(sum(score.numel() for score in scores.values())))
+
+
+def shared(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
+    """The share of the first child network that is in the second, of as many entries."""
+    both = sum(int(torch.isin(first[name], second[name], assume_unique=True).sum()) for name in first)
+    return both / sum(map(len, first.values()))
+
+
+if __name__ == "__main__":
+    main()

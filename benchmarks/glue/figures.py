@@ -1,0 +1,102 @@
+"""Figures: colours that colour-blind readers tell apart, with a marker of its own for each, in small SVG files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks.glue.intervals import bootstrap_interval
+
+
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000", "#999999", "#F0E442")
+MARKERS = "osD^vP*X<"
+STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "peft-child", "font.size": 10, "legend.frameon": False}
+
+
+def save(figure: Figure, file: Path) -> None:
+    """Write a figure; equal figures are equal files."""
+    with mpl.rc_context(STYLE):
+        figure.savefig(file, metadata={"Date": None})
+
+
+def blank(width: float, height: float) -> tuple[Figure, Axes]:
+    """A figure with one empty panel, sizes in inches."""
+    with mpl.rc_context(STYLE):
+        figure = Figure((width, height), layout="constrained")
+        axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def draw_differences(differences: Mapping[str, Mapping[str, Sequence[float]]], label: str, file: Path) -> None:
+    """Mean differences with their intervals; `differences` by method and column, one number for each seed."""
+    columns = list(dict.fromkeys(column for row in differences.values() for column in row))
+    figure, axes = blank(7, 1.2 + 0.22 * len(columns) * (len(differences) + 1))
+    for place, (name, row) in enumerate(differences.items()):
+        shift = 0.8 * ((place + 0.5) / len(differences) - 0.5)
+        found = {columns.index(column): values for column, values in row.items() if len(values) > 1}
+        means = [fmean(values) for values in found.values()]
+        ends = np.array([bootstrap_interval(values) for values in found.values()]).reshape(-1, 2).T
+        spread = np.abs(ends - means)
+        style: Any = {"fmt": MARKERS[place], "color": COLOURS[place], "capsize": 3, "markersize": 6}
+        axes.errorbar(means, [row + shift for row in found], xerr=spread, label=name, **style)
+    axes.axvline(0, color="black", linewidth=1)
+    for border in range(1, len(columns)):
+        axes.axhline(border - 0.5, color="#CCCCCC", linewidth=0.8)
+    axes.set_yticks(range(len(columns)), columns)
+    axes.set_ylim(len(columns) - 0.5, -0.5)
+    axes.set_xlabel(label)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    save(figure, file)
+
+
+def draw_matrix(names: Sequence[str], shares: Mapping[tuple[str, str], float], label: str, file: Path) -> None:
+    """A heat map of numbers from 0 to 1 for pairs of names, with the numbers in it."""
+    figure, axes = blank(2.2 + 0.8 * len(names), 1.2 + 0.7 * len(names))
+    values = np.array(
+        [[shares.get((one, other), shares.get((other, one), np.nan)) for other in names] for one in names]
+    )
+    image = axes.imshow(values, cmap="cividis", vmin=0, vmax=1)
+    for (row, column), value in np.ndenumerate(values):
+        colour = "black" if value > 0.5 else "white"
+        axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour)
+    axes.set_xticks(range(len(names)), names)
+    axes.set_yticks(range(len(names)), names)
+    figure.colorbar(image, label=label)
+    save(figure, file)
+
+
+def draw_trade_off(points: Mapping[str, Sequence[tuple[float, float]]], file: Path) -> None:
+    """Perplexities on the new and the old domain by method, a point for each learning rate, joined by a line."""
+    figure, axes = blank(7, 4.5)
+    for place, (name, found) in enumerate(points.items()):
+        new, old = zip(*sorted(found), strict=True)
+        axes.plot(new, old, MARKERS[place % 9], color=COLOURS[place % 9], linestyle="-", linewidth=1, label=name)
+    axes.set(xscale="log", yscale="log", xlabel="perplexity on the new domain (lower is better)")
+    axes.set_ylabel("perplexity on the old domain (lower is better)")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:.0f}")
+        axis.set_minor_formatter("{x:.0f}")
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    save(figure, file)
+
+
+def draw_overlap_by_examples(points: Mapping[str, Mapping[int, float]], file: Path) -> None:
+    """Overlap with the child network that all examples choose, by task and number of examples."""
+    figure, axes = blank(6, 3.5)
+    for place, (task, shares) in enumerate(points.items()):
+        axes.plot(list(shares), list(shares.values()), MARKERS[place], color=COLOURS[place], linestyle="-", label=task)
+    axes.set(xscale="log", xlabel="examples that choose", ylabel="share of the child network\nof all examples")
+    axes.set_xticks(sorted({count for shares in points.values() for count in shares}))
+    axes.xaxis.set_major_formatter("{x:.0f}")
+    axes.xaxis.set_minor_formatter("")
+    axes.set_ylim(0, 1)
+    axes.legend()
+    save(figure, file)

@@ -1,0 +1,84 @@
+"""What adapting to a new domain costs on the old one, at every learning rate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import ClassVar
+
+from benchmarks.glue.figures import draw_trade_off
+from benchmarks.glue.grid import Known
+from benchmarks.glue.runs import Run, Source
+from benchmarks.glue.tables import MISSING, failures, markdown, mean_and_deviation
+
+
+@dataclass(frozen=True)
+class Forgetting:
+    """What adapting a small language model to prose costs on source code, at several learning rates."""
+
+    source: Source
+    seeds: tuple[int, ...]
+    options: tuple[str, ...] = ()
+
+    METHODS: ClassVar[dict[str, tuple[tuple[str, ...], tuple[float, ...]]]] = {
+        "Full": (("--method", "full"), (1e-4, 3e-4, 1e-3, 3e-3)),
+        **{
+            f"CT_D {density}": (("--method", "child", "--density", density), (1e-3, 3e-3, 1e-2, 3e-2))
+            for density in ("0.01", "0.03", "0.1", "0.3")
+        },
+        "CT_F 0.3": (("--method", "task_free", "--density", "0.3"), (1e-4, 3e-4, 1e-3, 3e-3)),
+        "Random 0.1": (("--method", "random", "--density", "0.1"), (1e-3, 3e-3, 1e-2, 3e-2)),
+        "LoRA r=16": (("--method", "lora", "--rank", "16"), (1e-3, 3e-3, 1e-2, 3e-2)),
+    }
+
+    def runs(self, known: Known) -> Iterator[Run]:
+        """Every method at every rate with every seed, and the base model."""
+        yield self._base()
+        for method in self.METHODS:
+            for rate in self.METHODS[method][1]:
+                yield from self._cell(method, rate)
+
+    def least_runs(self, known: Known) -> Iterator[Run]:
+        """All runs."""
+        return self.runs(known)
+
+    def _base(self) -> Run:
+        return Run("forgetting", ("--method", "base", *self.options))
+
+    def _cell(self, method: str, rate: float) -> list[Run]:
+        options = (*self.METHODS[method][0], *self.options, "--learning-rate", f"{rate:g}")
+        return [Run("forgetting", (*options, "--seeds", str(seed))) for seed in self.seeds]
+
+    def write(self, known: Known, folder: Path) -> None:
+        """Write forgetting.md and forgetting.svg."""
+        base = known.get(self._base().command(self.source), {}).get("metrics", {})
+        points: dict[str, list[tuple[float, float]]] = {}
+        rows = [["Base", MISSING, *(f"{base.get(domain, float('nan')):.1f}" for domain in ("new", "old")), "0"]]
+        for method, (_, rates) in self.METHODS.items():
+            for rate in rates:
+                results = {run: known.get(run.command(self.source), {"error": ""}) for run in self._cell(method, rate)}
+                found = [result for result in results.values() if "error" not in result]
+                by_domain = {
+                    domain: {result["seed"]: result["metrics"][domain] for result in found}
+                    for domain in ("new", "old")
+                }
+                cells = [mean_and_deviation(values, len(self.seeds)) for values in by_domain.values()]
+                rows.append([method, f"{rate:g}", *cells, f"{found[0]['entries']:,}" if found else MISSING])
+                if found:
+                    new, old = (fmean(values.values()) for values in by_domain.values())
+                    points.setdefault(method, []).append((new, old))
+        if base:
+            points["Base"] = [(base["new"], base["old"])]
+        draw_trade_off(points, folder / "forgetting.svg")
+        head = ["method", "learning rate", "new domain", "old domain", "trained entries"]
+        page = (
+            "# Learning and forgetting\n\nThe language model of `examples/quickstart.py`, trained on the source code "
+            "of Python's standard library (the old domain) and adapted to the prose of the language reference (the "
+            f"new one). Perplexity on held-out text, mean and standard deviation of {len(self.seeds)} seeds. No "
+            "learning rate is chosen: each is a point of the figure, and further down on the left is better.\n\n"
+            f"![Perplexity on both domains](forgetting.svg)\n\n{markdown(head, rows)}"
+            f"{failures(self.runs(known), self.source, known)}"
+        )
+        (folder / "forgetting.md").write_text(page, "utf-8")
