@@ -269,8 +269,9 @@ def test_controls_choose_as_they_say(workplace):
 
     from benchmarks.glue import variants
     from peft_child import ChildTuningConfig
+    from peft_child.layer import child_tuning_layers
 
-    from .helpers import child_of
+    from .helpers import assert_same, child_of
     from .problems import bert_batch, tiny_bert
 
     rows = [{name: tensor[index] for name, tensor in bert_batch().items()} for index in range(4)]
@@ -282,15 +283,18 @@ def test_controls_choose_as_they_say(workplace):
         models[name] = get_peft_model(tiny_bert(), config)
         variants.CHOICES[name](models[name], DataLoader(rows), args)
         children[name] = child_of(models[name])
-    shared = sum(np.isin(children["lowest"][name], children["highest"][name]).sum() for name in children["lowest"])
-    assert shared == 0
-    assert all(torch.equal(children["pruned"][name], children["highest"][name]) for name in children["highest"])
-    dense, pruned = (dict(models[name].get_base_model().named_parameters()) for name in ("highest", "pruned"))
-    for name, child in children["pruned"].items():
-        path, _, parameter = name.rpartition(".")
-        before, after = (weights[f"{path}.base_layer.{parameter}"].flatten() for weights in (dense, pruned))
-        assert torch.equal(before[child], after[child])
-        assert after.count_nonzero() == before[child].count_nonzero()
+    both = children["lowest"].keys() & children["highest"].keys()
+    assert not any(np.isin(children["lowest"][name], children["highest"][name]).any() for name in both)
+    assert_same(children["pruned"], children["highest"])
+    whole, pruned = (child_tuning_layers(models[name]) for name in ("highest", "pruned"))
+    for path, layer in pruned.items():
+        for parameter, tensor in layer.base_layer.named_parameters():
+            expected = torch.zeros(tensor.numel())
+            kept = children["pruned"].get(
+                layer.child_targets["default"][parameter], torch.tensor([], dtype=torch.long)
+            )
+            expected[kept] = getattr(whole[path].base_layer, parameter).flatten()[kept]
+            assert torch.equal(tensor.flatten(), expected)
 
 
 @pytest.mark.slow

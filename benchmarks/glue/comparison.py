@@ -121,9 +121,10 @@ class Comparison:
             f"Model: `{self.grid.source.shown().model}`. Mean and standard deviation of {seeds} seeds, in percent, "
             "of the mean of the GLUE metrics of the task, on its validation split. A seed sets the training rows, the "
             "head, the order, dropout and the masks, alike for all methods. The learning rate is chosen for each "
-            "method and task on a tenth of the training split, which the runs of the search do not train on. "
-            "Intervals are paired bootstrap intervals over seeds (95 % nominal; with five seeds they cover about 83 %, "
-            "with ten 91 %). File: what one would share. Seconds: of a whole run, on whatever else the machine had to do."
+            "method and task on a tenth of the training split, which the runs of the search do not train on. The "
+            "intervals are paired bootstrap intervals over seeds (95 % nominal; with five seeds they cover about "
+            "83 %, with ten 91 %). File: what one would share. Seconds: of a whole run, on whatever else the machine "
+            "had to do."
         )
 
     def _reproduction(self, known: Known) -> str:
