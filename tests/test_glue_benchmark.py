@@ -131,6 +131,41 @@ def test_planned_counts():
     assert counts(full=True, seeds=10, tasks=("cola", "mrpc", "stsb", "rte"))["main"] == (4 * 9 * (3 + 10), 4 * 9 * 3)
 
 
+def test_pages_can_be_written_before_anything_is_known(tmp_path):
+    pytest.importorskip("matplotlib")
+    from benchmarks.glue.experiments import EXPERIMENTS, Settings
+
+    for name, make in EXPERIMENTS.items():
+        make(Settings(SOURCE)).write({}, tmp_path)
+        assert (tmp_path / f"{name}.md").exists()
+        assert (tmp_path / f"{name}.svg").exists()
+    EXPERIMENTS["main"](Settings(SOURCE, only=("Full",))).write({}, tmp_path)
+    with pytest.raises(ValueError, match=r"must name some of Full, CT_D 0\.1, .*; got full"):
+        EXPERIMENTS["main"](Settings(SOURCE, only=("full",)))
+
+
+def test_forgetting_shows_every_learning_rate(tmp_path):
+    pytest.importorskip("matplotlib")
+    from benchmarks.glue.experiments import EXPERIMENTS, Settings
+
+    experiment = EXPERIMENTS["forgetting"](Settings(SOURCE, seeds=2))
+    runs = list(experiment.runs({}))
+    known = {
+        run.command(SOURCE): {
+            "seed": int(run.option("--seeds") or 0),
+            "metrics": {"new": 40.0 + int(run.option("--seeds") or 0), "old": 90.0},
+            "entries": 1234,
+        }
+        for run in runs[:-2]
+    }
+    known[runs[-1].command(SOURCE)] = {"error": "MemoryError: no\nmore"}
+    experiment.write(known, tmp_path)
+    page = (tmp_path / "forgetting.md").read_text()
+    assert "| Full | 0.0001 | 41.5 ± 0.7 | 90.0 ± 0.0 | 1,234 |" in page
+    assert "| LoRA r=16 | 0.03 | - | - | - |" in page
+    assert f"- `{runs[-1].command(SOURCE)}`: MemoryError: no\n" in page
+
+
 def test_results_are_recorded_once_and_survive_a_torn_line(tmp_path):
     results = Results(tmp_path / "results.jsonl")
     assert results.append({"command": "a", "metrics": {}})

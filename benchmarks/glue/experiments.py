@@ -56,6 +56,9 @@ class Settings(NamedTuple):
     ) -> Grid:
         """A grid of these settings; `rows` and `reported` are settings of the reported runs."""
         chosen = tuple(method for method in methods if not self.only or method.name in self.only)
+        if not chosen:
+            names = ", ".join(method.name for method in methods)
+            raise ValueError(f"--methods must name some of {names}; got {', '.join(self.only)}.")
         common = ("--epochs", f"{self.epochs:g}", "--batch-size", "16", "--bf16")
         searched, final = (
             ("--max-train-examples", str(count)) if count else () for count in (self.rows, rows or self.rows)

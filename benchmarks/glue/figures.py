@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from benchmarks.glue.intervals import bootstrap_interval
 
 
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000", "#999999", "#F0E442")
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000", "#999999", "#661100")
 MARKERS = "osD^vP*X<"
 STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "peft-child", "font.size": 10, "legend.frameon": False}
 
@@ -51,9 +51,9 @@ def draw_differences(differences: Mapping[str, Mapping[str, Sequence[float]]], l
     for border in range(1, len(columns)):
         axes.axhline(border - 0.5, color="#CCCCCC", linewidth=0.8)
     axes.set_yticks(range(len(columns)), columns)
-    axes.set_ylim(len(columns) - 0.5, -0.5)
+    axes.set_ylim(max(1, len(columns)) - 0.5, -0.5)
     axes.set_xlabel(label)
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    _explain(axes, loc="center left", bbox_to_anchor=(1, 0.5))
     save(figure, file)
 
 
@@ -74,17 +74,17 @@ def draw_matrix(names: Sequence[str], shares: Mapping[tuple[str, str], float], l
 
 
 def draw_trade_off(points: Mapping[str, Sequence[tuple[float, float]]], file: Path) -> None:
-    """Perplexities on the new and the old domain by method, a point for each learning rate, joined by a line."""
+    """Perplexities on the new and the old domain by method, a point for each learning rate, joined in their order."""
     figure, axes = blank(7, 4.5)
     for place, (name, found) in enumerate(points.items()):
-        new, old = zip(*sorted(found), strict=True)
+        new, old = zip(*found, strict=True)
         axes.plot(new, old, MARKERS[place % 9], color=COLOURS[place % 9], linestyle="-", linewidth=1, label=name)
     axes.set(xscale="log", yscale="log", xlabel="perplexity on the new domain (lower is better)")
     axes.set_ylabel("perplexity on the old domain (lower is better)")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter("{x:.0f}")
         axis.set_minor_formatter("{x:.0f}")
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    _explain(axes, loc="center left", bbox_to_anchor=(1, 0.5))
     save(figure, file)
 
 
@@ -98,5 +98,11 @@ def draw_overlap_by_examples(points: Mapping[str, Mapping[int, float]], file: Pa
     axes.xaxis.set_major_formatter("{x:.0f}")
     axes.xaxis.set_minor_formatter("")
     axes.set_ylim(0, 1)
-    axes.legend()
+    _explain(axes)
     save(figure, file)
+
+
+def _explain(axes: Axes, **where: Any) -> None:
+    """A legend, if there is anything to explain."""
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(**where)

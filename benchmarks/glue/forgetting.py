@@ -53,7 +53,6 @@ def run(args: argparse.Namespace, seed: int) -> dict[str, Any]:
         quickstart.train(model, train, args.steps, args.learning_rate, settings, args.method)
     model.save_pretrained(args.output)
     result = {
-        "task": "forgetting",
         "method": args.method,
         "seed": seed,
         "metrics": {

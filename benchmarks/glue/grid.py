@@ -160,6 +160,8 @@ def task_score(result: Mapping[str, Any]) -> float:
 
 def steps(run: Run) -> int:
     """Optimizer steps of a run, about."""
+    if run.script == "forgetting":
+        return int(run.option("--steps") or 150)
     rows = TRAINING_ROWS.get(run.option("--task") or "", 10_000)
     rows = min(rows, int(run.option("--max-train-examples") or rows))
     return math.ceil(rows * float(run.option("--epochs") or 3) / int(run.option("--batch-size") or 16))
