@@ -1,4 +1,4 @@
-"""Time and memory of Child-Tuning beside other methods (`benchmarks.run`), and what it gains on tasks (`benchmarks.glue`)."""
+"""Time and memory of Child-Tuning beside other methods, and what it gains on tasks (`benchmarks.glue`)."""
 
 import warnings
 
