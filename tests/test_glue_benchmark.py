@@ -280,6 +280,7 @@ def test_held_out_rows_are_always_the_same_and_never_trained_on(workplace):
     assert held_out[0] == held_out[1]
 
 
+@pytest.mark.by_hand
 @pytest.mark.slow
 def test_every_experiment_writes_its_page(workplace):
     for task in ("mnli", "snli", "sick"):
@@ -296,6 +297,7 @@ def test_every_experiment_writes_its_page(workplace):
         assert (report / f"{name}.svg").stat().st_size > 5_000
 
 
+@pytest.mark.by_hand
 @pytest.mark.slow
 def test_controls_choose_as_they_say(workplace):
     import torch
@@ -332,6 +334,7 @@ def test_controls_choose_as_they_say(workplace):
             assert torch.equal(tensor.flatten(), expected)
 
 
+@pytest.mark.by_hand
 @pytest.mark.slow
 def test_forgetting_adapts_one_base_in_every_way(tmp_path):
     small = ("--pretrain-steps", 3, "--steps", 2, "--hidden-size", 32, "--documents", 8, "--bases", tmp_path)
