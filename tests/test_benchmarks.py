@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.by_hand]
 ROOT = Path(__file__).parents[1]
 
 
