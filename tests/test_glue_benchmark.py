@@ -209,6 +209,7 @@ def lines(folder):
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
+@pytest.mark.by_hand
 @pytest.mark.slow
 def test_a_killed_driver_loses_and_repeats_no_run(workplace):
     grid = ("main", "--tasks", "stsb", "--methods", "Full", "CT_D 0.3", "--seeds", "3", "--max-train-examples", "32")
@@ -240,6 +241,7 @@ def test_a_killed_driver_loses_and_repeats_no_run(workplace):
     assert json.loads((workplace / "again.jsonl").read_text())["metrics"] == line["metrics"]
 
 
+@pytest.mark.by_hand
 @pytest.mark.slow
 def test_a_failed_run_is_recorded_and_only_retried_when_asked(workplace):
     validation = workplace / "data" / "mrpc" / "validation.jsonl"
@@ -264,6 +266,7 @@ def test_a_failed_run_is_recorded_and_only_retried_when_asked(workplace):
     assert "Failed runs:" not in (workplace / "runs" / "report" / "main.md").read_text()
 
 
+@pytest.mark.by_hand
 @pytest.mark.slow
 def test_held_out_rows_are_always_the_same_and_never_trained_on(workplace):
     from benchmarks.glue.scripts import glue
