@@ -57,13 +57,10 @@ def select_largest(scores: Mapping[str, Tensor], size: int) -> dict[str, Tensor]
     for name, score in scores.items():
         check_scores(name, score)
     _check_size(size, sum(score.numel() for score in scores.values()))
-    low, high = _guess(scores, size)
-    found = {name: _Candidates.of(score, low, high) for name, score in scores.items()}
-    left = size - sum(candidates.num_certain for candidates in found.values())
+    found, left = _candidates(scores, size, *_guess(scores, size))
     if not 1 <= left <= sum(candidates.scores.numel() for candidates in found.values()):  # the sample misled
-        low = high = find_cutoff(scores, size).threshold
-        found = {name: _Candidates.of(score, low, high) for name, score in scores.items()}
-        left = size - sum(candidates.num_certain for candidates in found.values())
+        threshold = find_cutoff(scores, size).threshold
+        found, left = _candidates(scores, size, threshold, threshold)
     cutoff = find_cutoff({name: candidates.scores for name, candidates in found.items()}, left)
     chosen = {}
     for name in scores:
@@ -166,6 +163,14 @@ class _Candidates(NamedTuple):
         kept[self.unsure] = self.scores > cutoff.threshold
         kept[self.unsure[ties[: cutoff.ties]]] = True
         return self.positions[_where(kept)], cutoff._replace(ties=max(0, cutoff.ties - ties.numel()))
+
+
+def _candidates(
+    scores: Mapping[str, Tensor], size: int, low: float, high: float
+) -> tuple[dict[str, _Candidates], int]:
+    """The candidates of every tensor, and how many of the unsure ones there is room for."""
+    found = {name: _Candidates.of(score, low, high) for name, score in scores.items()}
+    return found, size - sum(candidates.num_certain for candidates in found.values())
 
 
 def _guess(scores: Mapping[str, Tensor], size: int) -> tuple[float, float]:

@@ -96,27 +96,26 @@ def main_table(settings: Settings) -> Comparison:
 def ablations(settings: Settings) -> Comparison:
     """Which entries are chosen, and what the others are for."""
     methods = (task_driven(0.3), random(0.3), *(control(child, 0.3) for child in ("lowest", "authors", "pruned")))
-    return Comparison(
-        "ablations",
-        "Which child network",
-        f"CT_D at density 0.3 against other choices of as many entries, and with all others set to zero before "
-        f"training. {_amount(settings)}",
-        settings.grid(settings.tasks, methods),
-        _columns(settings.tasks),
+    text = (
+        "CT_D at density 0.3 against other choices of as many entries, and with all others set to zero before "
+        "training."
     )
+    return _on_tasks(settings, "ablations", "Which child network", text, methods)
 
 
 def few_examples(settings: Settings) -> Comparison:
     """How many examples the choice needs to train as well."""
     methods = (task_driven(0.3), *(chosen_by(count, 0.3) for count in FISHER_EXAMPLES_TRIED))
-    return Comparison(
-        "examples",
-        "How many examples choose the child network",
-        f"CT_D at density 0.3, chosen by {FISHER_EXAMPLES} examples and by fewer and more, at the same learning rate. "
-        f"{_amount(settings)}",
-        settings.grid(settings.tasks, methods),
-        _columns(settings.tasks),
+    text = (
+        f"CT_D at density 0.3, chosen by {FISHER_EXAMPLES} examples and by fewer and more, at the same learning rate."
     )
+    return _on_tasks(settings, "examples", "How many examples choose the child network", text, methods)
+
+
+def _on_tasks(settings: Settings, name: str, title: str, text: str, methods: tuple[Method, ...]) -> Comparison:
+    """A comparison of methods on the tasks of the settings."""
+    grid = settings.grid(settings.tasks, methods)
+    return Comparison(name, title, f"{text} {_amount(settings)}", grid, _columns(settings.tasks))
 
 
 def transfer(settings: Settings) -> Comparison:
