@@ -122,15 +122,15 @@ def inspect(
     _check_file(plot, force)
     stored = open_adapter(locate_adapter(adapter, revision, subfolder=subfolder))
     summary = summarize(stored)
+    if plot:  # before printing, which ends early in `| head`
+        with replacing(plot, force) as temporary:
+            draw_child_network({name: (part.numel, part.chosen) for name, part in summary.tensors.items()}, temporary)
     if as_json:
         settings = {key: value for key, value in stored.settings.items() if key != "child_sizes"}
         print_json({"adapter": adapter, "settings": settings, **summary.as_dict()})
     else:
         print_settings(adapter, stored.settings)
         print_summary(summary)
-    if plot:
-        with replacing(plot, force) as temporary:
-            draw_child_network({name: (part.numel, part.chosen) for name, part in summary.tensors.items()}, temporary)
 
 
 @app.command(epilog="Example: `peft-child overlap ./mrpc ./rte ./cola --plot overlap.png`")
@@ -154,6 +154,11 @@ def overlap(
         raise ValueError("overlap compares two or more adapters, got one.")
     found = compare_adapters(_open_all(adapters, revision))
     totals = {pair: sum(by_name.values(), start=Overlap(0, 0, 0, 0)) for pair, by_name in found.items()}
+    if plot:
+        everyone = range(len(adapters))
+        jaccard = {pair: total.jaccard for pair, total in totals.items()} | {(i, i): 1.0 for i in everyone}
+        with replacing(plot, force) as temporary:
+            draw_overlap(adapters, [[jaccard[min(i, j), max(i, j)] for j in everyone] for i in everyone], temporary)
     if as_json:
         pairs = [
             {
@@ -166,11 +171,6 @@ def overlap(
         print_json({"adapters": adapters, "pairs": pairs})
     else:
         print_overlaps(adapters, totals, found if tensors else {})
-    if plot:
-        everyone = range(len(adapters))
-        jaccard = {pair: total.jaccard for pair, total in totals.items()} | {(i, i): 1.0 for i in everyone}
-        with replacing(plot, force) as temporary:
-            draw_overlap(adapters, [[jaccard[min(i, j), max(i, j)] for j in everyone] for i in everyone], temporary)
 
 
 @app.command(epilog="Example: `peft-child extract org/model ./fine-tuned ./child --density 0.01`")

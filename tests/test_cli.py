@@ -215,6 +215,20 @@ def test_plots(files, tmp_path):
         assert list(plot.parent.iterdir()) == [plot]
 
 
+@pytest.mark.parametrize("verb", ["inspect", "overlap"])
+def test_plots_are_drawn_though_nobody_reads_the_rest(files, tmp_path, monkeypatch, verb):
+    """As in `peft-child inspect child --plot child.png | head -3`."""
+    pytest.importorskip("matplotlib")
+
+    def closed(*arguments):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(cli, "print_settings", closed)
+    monkeypatch.setattr(cli, "print_overlaps", closed)
+    run(verb, *[files / "chosen"] * (1 + (verb == "overlap")), "--plot", tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").exists()
+
+
 @pytest.mark.parametrize("density", [None, 0.01])
 def test_extract(files, tmp_path, density):
     options = [] if density is None else ["--density", density]
