@@ -9,6 +9,7 @@ A driver that was stopped goes on where it was when it is started again with the
 from __future__ import annotations
 
 import argparse
+import shutil
 from pathlib import Path
 
 from benchmarks.glue.experiments import EXPERIMENTS, Experiment, Settings
@@ -37,7 +38,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--full", action="store_true", help="larger defaults, for a GPU: all rows, more tasks, methods and seeds")
     add("--processes", type=int, default=1, help="runs at the same time, each with one thread (%(default)s)")
     add("--output", type=Path, default=Path("runs/benchmark"), help="folder of results and logs (%(default)s)")
-    add("--report", type=Path, help="folder for pages and figures (default: report in the output folder)")
+    add("--report", type=Path, help="folder for pages, figures and results (default: report in the output folder)")
     add("--plan", action="store_true", help="only print what is left to run, and about how long it takes")
     add("--write-only", action="store_true", help="only write pages and figures of the results there are")
     add("--retry", action="store_true", help="run what has failed before once more")
@@ -88,6 +89,8 @@ def main() -> None:
     report.mkdir(parents=True, exist_ok=True)
     for experiment in experiments:
         experiment.write(results.read(), report)
+    if results.file.exists() and report != args.output:
+        shutil.copy(results.file, report)  # so that pages can be written again, with --write-only
     print(f"The pages and figures are in {report}.")
 
 
