@@ -127,6 +127,7 @@ def test_planned_counts():
     assert default["main"] == (3 * 6 * (3 + 5), 3 * 6 * 3)
     assert default["ablations"] == (3 * 5 * (3 + 5), 3 * 5 * 3)
     assert default["transfer"] == (2 * 4 * (3 + 5), 2 * 4 * 3)
+    assert default["rates"] == (3 * 2 * 3 * 5, 0)
     assert default["overlap"] == (5 * (1 + 3), 0)
     assert counts(full=True, seeds=10, tasks=("cola", "mrpc", "stsb", "rte"))["main"] == (4 * 9 * (3 + 10), 4 * 9 * 3)
 

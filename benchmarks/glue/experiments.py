@@ -13,6 +13,7 @@ from benchmarks.glue.methods import (
     FULL,
     LORA,
     SHIRA,
+    SPARSE_RATES,
     chosen_by,
     control,
     elsewhere,
@@ -21,6 +22,7 @@ from benchmarks.glue.methods import (
     task_free,
 )
 from benchmarks.glue.overlaps import Overlaps
+from benchmarks.glue.rates import Rates
 from benchmarks.glue.runs import Run, Source
 from benchmarks.glue.tables import title
 from benchmarks.glue.trade_off import Forgetting
@@ -152,6 +154,12 @@ def probes(settings: Settings) -> Comparison:
     )
 
 
+def rates(settings: Settings) -> Rates:
+    """Which density and which learning rate to begin with."""
+    grid = settings.grid(settings.tasks, (task_driven(0.1), task_driven(0.3)))
+    return Rates(grid, SPARSE_RATES, _amount(settings))
+
+
 def overlaps(settings: Settings) -> Overlaps:
     """The child networks of the tasks, and of few examples."""
     return Overlaps(settings.source, settings.tasks, tuple(range(1, settings.seeds + 1)))
@@ -166,6 +174,7 @@ EXPERIMENTS: dict[str, Callable[[Settings], Experiment]] = {
     "main": main_table,
     "ablations": ablations,
     "examples": few_examples,
+    "rates": rates,
     "transfer": transfer,
     "probes": probes,
     "overlap": overlaps,

@@ -88,6 +88,33 @@ def draw_trade_off(points: Mapping[str, Sequence[tuple[float, float]]], file: Pa
     save(figure, file)
 
 
+def draw_rates(scores: Mapping[str, Mapping[str, Mapping[float, Sequence[float]]]], file: Path) -> None:
+    """A panel for each task: the mean score by learning rate, and that of every seed as a small point.
+
+    Args:
+        scores: Scores by task, method and rate.
+        file: The SVG file to write.
+    """
+    with mpl.rc_context(STYLE):
+        figure = Figure((3.4 * len(scores), 3.2), layout="constrained")
+        panels = figure.subplots(1, len(scores), squeeze=False)[0]
+    for axes, (task, methods) in zip(panels, scores.items(), strict=True):
+        for place, (name, by_rate) in enumerate(methods.items()):
+            found = {rate: values for rate, values in by_rate.items() if values}
+            style: Any = {"color": COLOURS[place], "marker": MARKERS[place]}
+            axes.plot(list(found), [fmean(values) for values in found.values()], label=name, **style)
+            each = [(rate, value) for rate, values in found.items() for value in values]
+            axes.scatter([rate for rate, _ in each], [value for _, value in each], s=8, alpha=0.6, **style)
+        rates = sorted({rate for by_rate in methods.values() for rate in by_rate})
+        axes.set(title=task, xscale="log", xlabel="learning rate", xlim=(rates[0] / 1.5, rates[-1] * 1.5))
+        axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
+        axes.set_xticks([], minor=True)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("score (%)")
+    _explain(panels[0])
+    save(figure, file)
+
+
 def draw_overlap_by_examples(points: Mapping[str, Mapping[int, float]], file: Path) -> None:
     """Overlap with the child network that all examples choose, by task and number of examples."""
     figure, axes = blank(6, 3.5)
