@@ -26,7 +26,7 @@ wheel: $(VENV)/.installed  ## Build the wheel, and run the fast tests on it in a
 	$(BIN)/python -m build --wheel --outdir "$$folder" . ; \
 	$(PYTHON) -m venv "$$folder/venv"; \
 	"$$folder/venv/bin/python" -m pip install --quiet "$$(ls $$folder/*.whl)[test]"; \
-	cp -r tests examples benchmarks pyproject.toml README.md "$$folder"; \
+	cp -r tests examples benchmarks docs pyproject.toml README.md "$$folder"; \
 	cd "$$folder"; PYTHONPYCACHEPREFIX="$$folder/pycache" venv/bin/pytest -m "not slow"
 
 benchmark: $(VENV)/.installed  ## All methods side by side: some minutes; FLAGS=--long takes longer

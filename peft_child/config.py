@@ -70,12 +70,12 @@ class ChildTuningConfig(PeftConfig):
         },
     )
     density: float = field(
-        default=0.1,
+        default=0.3,
         metadata={
             "help": (
                 "Share of the entries of all targeted parameters together that belong to the child network, in "
-                "(0, 1]. Exactly round(density * n) of n entries are chosen. Called p_D or reserve_p elsewhere. For "
-                "'task_free' the probability to keep a gradient, p_F."
+                "(0, 1]. Exactly round(density * n) of n entries are chosen; memory and files grow with it. Called "
+                "p_D or reserve_p elsewhere. For 'task_free' the probability to keep a gradient, p_F."
             )
         },
     )

@@ -21,6 +21,8 @@ from .glue_data import save_model, save_task
 
 ROOT = Path(__file__).parents[1]
 SOURCE = Source("encoder", "data")
+REPORT = ROOT / "docs" / "results"
+COMMITTED = {"main": {}}  # settings other than the default ones
 METHOD = Method("Full", ("--method", "full"), (3e-5, 1e-4, 3e-4))
 GRID = Grid(SOURCE, ("mrpc",), (METHOD,), (), ("--max-train-examples", "8"), ("--max-train-examples", "16"), (1, 2))
 
@@ -143,6 +145,16 @@ def test_pages_can_be_written_before_anything_is_known(tmp_path):
     EXPERIMENTS["main"](Settings(SOURCE, only=("Full",))).write({}, tmp_path)
     with pytest.raises(ValueError, match=r"must name some of Full, CT_D 0\.1, .*; got full"):
         EXPERIMENTS["main"](Settings(SOURCE, only=("full",)))
+
+
+@pytest.mark.parametrize("name", COMMITTED)
+def test_committed_pages_are_written_from_the_committed_results(name, tmp_path):
+    pytest.importorskip("matplotlib")
+    from benchmarks.glue.experiments import EXPERIMENTS, Settings
+
+    settings = Settings(Source("minilm", "data"), **COMMITTED[name])
+    EXPERIMENTS[name](settings).write(Results(REPORT / "results.jsonl").read(), tmp_path)
+    assert (tmp_path / f"{name}.md").read_text() == (REPORT / f"{name}.md").read_text()
 
 
 def test_forgetting_shows_every_learning_rate(tmp_path):
