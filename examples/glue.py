@@ -195,7 +195,7 @@ def parse_arguments():
     add("--hold-out", type=float, help="evaluate on this share of the training rows instead, never trained on")
     add("--max-length", type=int, default=128, help="longest example, in tokens")
     add("--method", choices=LEARNING_RATES, default="child", help="what to train")
-    add("--density", type=float, default=0.3, help="share of the child network, of SHiRA, or of gradients")
+    add("--density", type=float, default=0.1, help="share of the child network, of SHiRA, or of gradients")
     add("--num-fisher-examples", type=int, default=512, help="training rows that choose the child network")
     add("--keep", type=float, nargs="*", default=[], help="after training keep such a share of the changes, then less")
     add("--learning-rate", type=float, help=f"peak of the schedule; if not given, by method: {LEARNING_RATES}")

@@ -70,7 +70,7 @@ class ChildTuningConfig(PeftConfig):
         },
     )
     density: float = field(
-        default=0.3,
+        default=0.1,
         metadata={
             "help": (
                 "Share of the entries of all targeted parameters together that belong to the child network, in "
