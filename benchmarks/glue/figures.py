@@ -11,6 +11,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from benchmarks.glue.intervals import bootstrap_interval
 
@@ -82,8 +83,9 @@ def draw_trade_off(points: Mapping[str, Sequence[tuple[float, float]]], file: Pa
     axes.set(xscale="log", yscale="log", xlabel="perplexity on the new domain (lower is better)")
     axes.set_ylabel("perplexity on the old domain (lower is better)")
     for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(6))
+        axis.set_minor_locator(NullLocator())
         axis.set_major_formatter("{x:.0f}")
-        axis.set_minor_formatter("{x:.0f}")
     _explain(axes, loc="center left", bbox_to_anchor=(1, 0.5))
     save(figure, file)
 
