@@ -61,10 +61,11 @@ class Overlaps:
         curves = {title(task): {int(n): few[task][n] for n in names[:-1]} for task in self.tasks}
         draw_overlap_by_examples(curves, folder / "overlap_examples.svg")
         rows = [[title(task), *(f"{few[task][name]:.2f}" for name in names)] for task in self.tasks]
+        seeds = f"mean of {len(self.seeds)} seeds" if len(self.seeds) > 1 else "one seed"
         page = (
             f"# Overlap of child networks\n\nModel: `{self.source.shown().model}`. Two child networks of density "
             f"{self.density:g} share {self.density:g} of their entries by chance. Below, the share of one that is in "
-            f"the other, mean of {len(self.seeds)} seeds, 512 examples each; of a task with itself, chosen from other "
+            f"the other, {seeds}, 512 examples each; of a task with itself, chosen from other "
             "rows and with another untrained head.\n\n![Overlap of tasks](overlap.svg)\n\n"
             "The share of the child network that 1,000 examples choose which is in the one that fewer choose, or the "
             f"same 1,000 by the authors' code:\n\n{markdown(['task', *names], rows)}\n"
