@@ -12,7 +12,16 @@ from typing import Any, NamedTuple
 from benchmarks.glue.figures import draw_differences
 from benchmarks.glue.grid import Grid, Known, Method, searched, task_score
 from benchmarks.glue.runs import Run
-from benchmarks.glue.tables import MISSING, average, difference, failures, markdown, mean_and_deviation, paired
+from benchmarks.glue.tables import (
+    MISSING,
+    average,
+    difference,
+    failures,
+    markdown,
+    mean_and_deviation,
+    of_seeds,
+    paired,
+)
 
 
 class Column(NamedTuple):
@@ -116,9 +125,9 @@ class Comparison:
         return markdown(["method", "task", "rate: score"], rows)
 
     def _protocol(self) -> str:
-        seeds = len(self.grid.seeds)
+        seeds = of_seeds("Mean and standard deviation", len(self.grid.seeds))
         return (
-            f"Model: `{self.grid.source.shown().model}`. Mean and standard deviation of {seeds} seeds, in percent, "
+            f"Model: `{self.grid.source.shown().model}`. {seeds}, in percent, "
             "of the mean of the GLUE metrics of the task, on its validation split. A seed sets the training rows, the "
             "head, the order, dropout and the masks, alike for all methods. The learning rate is chosen for each "
             "method and task on a tenth of the training split, which the runs of the search do not train on. The "

@@ -29,11 +29,18 @@ def save(figure: Figure, file: Path) -> None:
 
 def blank(width: float, height: float) -> tuple[Figure, Axes]:
     """A figure with one empty panel, sizes in inches."""
+    figure, (axes,) = blank_row(width, height, 1)
+    return figure, axes
+
+
+def blank_row(width: float, height: float, count: int) -> tuple[Figure, list[Axes]]:
+    """A figure with a row of empty panels, sizes in inches."""
     with mpl.rc_context(STYLE):
         figure = Figure((width, height), layout="constrained")
-        axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+        panels = list(figure.subplots(1, count, squeeze=False)[0])
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, panels
 
 
 def draw_differences(differences: Mapping[str, Mapping[str, Sequence[float]]], label: str, file: Path) -> None:
@@ -97,9 +104,7 @@ def draw_rates(scores: Mapping[str, Mapping[str, Mapping[float, Sequence[float]]
         scores: Scores by task, method and rate.
         file: The SVG file to write.
     """
-    with mpl.rc_context(STYLE):
-        figure = Figure((3.4 * len(scores), 3.2), layout="constrained")
-        panels = figure.subplots(1, len(scores), squeeze=False)[0]
+    figure, panels = blank_row(3.4 * len(scores), 3.2, len(scores))
     for axes, (task, methods) in zip(panels, scores.items(), strict=True):
         for place, (name, by_rate) in enumerate(methods.items()):
             found = {rate: values for rate, values in by_rate.items() if values}
@@ -111,7 +116,6 @@ def draw_rates(scores: Mapping[str, Mapping[str, Mapping[float, Sequence[float]]
         axes.set(title=task, xscale="log", xlabel="learning rate", xlim=(rates[0] / 1.5, rates[-1] * 1.5))
         axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
         axes.set_xticks([], minor=True)
-        axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("score (%)")
     _explain(panels[0])
     save(figure, file)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any, NamedTuple
 
-from benchmarks.glue.runs import Run, Source
+from benchmarks.glue.runs import Run, Source, succeeded
 
 
 LADDER = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
@@ -123,9 +123,8 @@ class Grid:
     def results(self, task: str, method: Method, known: Known) -> dict[int, Mapping[str, Any]]:
         """The reported runs that have succeeded, by seed."""
         rate = self.chosen_rate(task, method, known)
-        runs = zip(self.seeds, self.reported(task, method, rate), strict=True) if rate is not None else ()
-        found = {seed: known.get(run.command(self.source), {"error": "not run yet"}) for seed, run in runs}
-        return {seed: result for seed, result in found.items() if "error" not in result}
+        runs = [] if rate is None else self.reported(task, method, rate)
+        return {result["seed"]: result for result in succeeded(runs, self.source, known)}
 
     def search_score(self, task: str, method: Method, rate: float, known: Known) -> float | None:
         """Mean score of a rate on held-out training rows; -inf after a failure, None if runs are missing."""

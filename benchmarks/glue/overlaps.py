@@ -11,8 +11,8 @@ from typing import Any
 
 from benchmarks.glue.figures import draw_matrix, draw_overlap_by_examples
 from benchmarks.glue.grid import Known
-from benchmarks.glue.runs import Run, Source
-from benchmarks.glue.tables import failures, markdown, title
+from benchmarks.glue.runs import Run, Source, succeeded
+from benchmarks.glue.tables import failures, markdown, of_seeds, title
 
 
 FEW = (32, 64, 128, 256, 512)
@@ -43,8 +43,7 @@ class Overlaps:
 
     def write(self, known: Known, folder: Path) -> None:
         """Write overlap.md with a heat map of the tasks and a curve over the number of examples."""
-        results = [known.get(run.command(self.source), {"error": "not run yet"}) for run in self.runs(known)]
-        done = [result for result in results if "error" not in result]
+        done = succeeded(self.runs(known), self.source, known)
         pairs = {pair: _mean(done, "tasks", " ".join(pair)) for pair in combinations_with_replacement(self.tasks, 2)}
         names = [*map(str, FEW), "authors"]
         few = {
@@ -61,12 +60,11 @@ class Overlaps:
         curves = {title(task): {int(n): few[task][n] for n in names[:-1]} for task in self.tasks}
         draw_overlap_by_examples(curves, folder / "overlap_examples.svg")
         rows = [[title(task), *(f"{few[task][name]:.2f}" for name in names)] for task in self.tasks]
-        seeds = f"mean of {len(self.seeds)} seeds" if len(self.seeds) > 1 else "one seed"
         page = (
             f"# Overlap of child networks\n\nModel: `{self.source.shown().model}`. Two child networks of density "
             f"{self.density:g} share {self.density:g} of their entries by chance. Below, the share of one that is in "
-            f"the other, {seeds}, 512 examples each; of a task with itself, chosen from other "
-            "rows and with another untrained head.\n\n![Overlap of tasks](overlap.svg)\n\n"
+            f"the other, {of_seeds('mean', len(self.seeds))}, 512 examples each; of a task with "
+            "itself, chosen from other rows and with another untrained head.\n\n![Overlap of tasks](overlap.svg)\n\n"
             "The share of the child network that 1,000 examples choose which is in the one that fewer choose, or the "
             f"same 1,000 by the authors' code:\n\n{markdown(['task', *names], rows)}\n"
             f"![Overlap by number of examples](overlap_examples.svg)\n{failures(self.runs(known), self.source, known)}"

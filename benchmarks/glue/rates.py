@@ -8,8 +8,8 @@ from pathlib import Path
 
 from benchmarks.glue.figures import draw_rates
 from benchmarks.glue.grid import Grid, Known, task_score
-from benchmarks.glue.runs import Run
-from benchmarks.glue.tables import failures, markdown, mean_and_deviation, title
+from benchmarks.glue.runs import Run, succeeded
+from benchmarks.glue.tables import failures, markdown, mean_and_deviation, of_seeds, title
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,10 @@ class Rates:
     def write(self, known: Known, folder: Path) -> None:
         """Write rates.md and rates.svg."""
         scores = {
-            (task, method.name, rate): self._scores(self.grid.reported(task, method, rate), known)
+            (task, method.name, rate): {
+                result["seed"]: task_score(result)
+                for result in succeeded(self.grid.reported(task, method, rate), self.grid.source, known)
+            }
             for task in self.grid.tasks
             for method in self.grid.methods
             for rate in self.rates
@@ -60,15 +63,10 @@ class Rates:
         }
         draw_rates(curves, folder / "rates.svg")
         page = (
-            f"# Learning rates\n\n{self.amount} Model: `{self.grid.source.shown().model}`. Mean and standard "
-            f"deviation of {wanted} seeds on the validation split, in percent, at every learning rate; none is "
-            "chosen.\n\n"
+            f"# Learning rates\n\n{self.amount} Model: `{self.grid.source.shown().model}`. "
+            f"{of_seeds('Mean and standard deviation', wanted)} on the validation split, in percent, at every "
+            "learning rate; none is chosen.\n\n"
             f"{markdown(['task', 'method', *(f'{rate:g}' for rate in self.rates)], rows)}\n"
             f"![Scores by learning rate](rates.svg)\n{failures(self.runs(known), self.grid.source, known)}"
         )
         (folder / "rates.md").write_text(page, "utf-8")
-
-    def _scores(self, runs: Sequence[Run], known: Known) -> dict[int, float]:
-        """Of the runs that have succeeded, by seed."""
-        results = [known.get(run.command(self.grid.source), {"error": "not run yet"}) for run in runs]
-        return {result["seed"]: task_score(result) for result in results if "error" not in result}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -118,6 +118,12 @@ class Results:
 
     def _end_of_lines(self) -> int:
         return self.file.read_bytes().rfind(b"\n") + 1
+
+
+def succeeded(runs: Iterable[Run], source: Source, known: Mapping[str, Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The results of those runs that have been done and have not failed, in their order."""
+    results = [known[command] for run in runs if (command := run.command(source)) in known]
+    return [result for result in results if "error" not in result]
 
 
 @contextmanager

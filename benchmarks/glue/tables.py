@@ -41,6 +41,11 @@ def mean_and_deviation(values: Mapping[int, float], wanted: int) -> str:
     return f"{fmean(values.values()):.1f}{deviation}" + (f" (of {len(values)})" if len(values) < wanted else "")
 
 
+def of_seeds(statistic: str, count: int) -> str:
+    """What the numbers of a page are: a statistic of so many seeds, or the only one."""
+    return f"{statistic} of {count} seeds" if count > 1 else "One seed" if statistic[0].isupper() else "one seed"
+
+
 def paired(values: Mapping[int, float], baseline: Mapping[int, float]) -> list[float]:
     """Differences of the seeds that both have."""
     return [values[seed] - baseline[seed] for seed in sorted(values.keys() & baseline.keys())]

@@ -10,8 +10,8 @@ from typing import ClassVar
 
 from benchmarks.glue.figures import draw_trade_off
 from benchmarks.glue.grid import Known
-from benchmarks.glue.runs import Run, Source
-from benchmarks.glue.tables import MISSING, failures, markdown, mean_and_deviation
+from benchmarks.glue.runs import Run, Source, succeeded
+from benchmarks.glue.tables import MISSING, failures, markdown, mean_and_deviation, of_seeds
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,7 @@ class Forgetting:
         rows = [["Base", MISSING, *(f"{base.get(domain, float('nan')):.1f}" for domain in ("new", "old")), "0"]]
         for method, (_, rates) in self.METHODS.items():
             for rate in rates:
-                results = {run: known.get(run.command(self.source), {"error": ""}) for run in self._cell(method, rate)}
-                found = [result for result in results.values() if "error" not in result]
+                found = succeeded(self._cell(method, rate), self.source, known)
                 by_domain = {
                     domain: {result["seed"]: result["metrics"][domain] for result in found}
                     for domain in ("new", "old")
@@ -74,13 +73,12 @@ class Forgetting:
             points["Base"] = [(base["new"], base["old"])]
         draw_trade_off(points, folder / "forgetting.svg")
         head = ["method", "learning rate", "new domain", "old domain", "trained entries"]
-        seeds = f"mean and standard deviation of {len(self.seeds)} seeds" if len(self.seeds) > 1 else "one seed"
         page = (
             "# Learning and forgetting\n\nThe language model of `examples/quickstart.py`, trained on the source code "
             "of Python's standard library (the old domain) and adapted to the prose of the language reference (the "
-            f"new one). Perplexity on held-out text, {seeds}. No learning rate is chosen: each is a point of the "
-            "figure, and further down on the left is better. What is worse than the base on the new domain is only in "
-            "the table.\n\n"
+            f"new one). Perplexity on held-out text, {of_seeds('mean and standard deviation', len(self.seeds))}. No "
+            "learning rate is chosen: each is a point of the figure, and further down on the left is better. What is "
+            "worse than the base on the new domain is only in the table.\n\n"
             f"![Perplexity on both domains](forgetting.svg)\n\n{markdown(head, rows)}"
             f"{failures(self.runs(known), self.source, known)}"
         )
