@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
-from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
+from peft_child.front_matter import front_and_body
 from peft_child.plot import Share, draw_child_network, shares_by_kind, total
 
 
@@ -111,7 +111,7 @@ def completed_card(card: str, settings: Mapping[str, Any], has_heat_map: bool, n
     Raises:
         ValueError: If the front matter of the card cannot be read.
     """
-    front, body = _front_and_body(card, partial(_describe, settings=settings), name)
+    front, body = front_and_body(card, partial(_describe, settings=settings), name)
     return front + _with_section(body, settings, has_heat_map)
 
 
@@ -126,7 +126,7 @@ def tagged_card(card: str, tags: Iterable[str], name: str) -> str:
     Raises:
         ValueError: If the front matter of the card cannot be read.
     """
-    front, body = _front_and_body(card, partial(_tag, tags=tags), name)
+    front, body = front_and_body(card, partial(_tag, tags=tags), name)
     return front + body
 
 
@@ -139,48 +139,6 @@ def _draw(sizes: Mapping[str, Sequence[int]], path: Path) -> bool:
 
 
 # Front matter
-
-
-def _front_and_body(card: str, describe: Callable[[ModelCardData], None], name: str) -> tuple[str, str]:
-    """The front matter, in which only what `describe` changes is written anew, and the text after it."""
-    if not REGEX_YAML_BLOCK.search(card):
-        card = f"---\n\n---\n{card}"
-    try:
-        parsed = ModelCard(card)
-        data: Any = parsed.data
-        written = data.to_dict()
-        describe(data)
-    except Exception as error:  # the parsers raise whatever comes
-        reason = " ".join(str(error).split())
-        raise ValueError(f"The front matter of '{name}' must be a model card's metadata: {reason}") from error
-    body: str = parsed.text
-    said = data.to_dict()
-    changes = {key: value for key, value in said.items() if written.get(key) != value}
-    edited = _with_keys(card[: len(card) - len(body)], changes)
-    if not _says(edited, said):  # an entry is gone, or written in an unusual way
-        whole = str(parsed)
-        edited = whole[: len(whole) - len(body)]
-    return edited, body
-
-
-def _with_keys(front: str, values: Mapping[str, Any]) -> str:
-    """Front matter with these entries, each in place of the old one or at the end; other lines stay as they are."""
-    block = cast(re.Match[str], REGEX_YAML_BLOCK.search(front))
-    text, line_break = block[2], "\r\n" if "\r\n" in block[1] else "\n"
-    for key, value in values.items():
-        entry = ModelCardData(**{key: value}).to_yaml(line_break=line_break)
-        old = re.search(rf"^(['\"]?){re.escape(key)}\1[ \t]*:[^\r\n]*(\r?\n[ \t-][^\r\n]*)*", text, re.MULTILINE)
-        parts = [text[: old.start()], entry, text[old.end() :]] if old else [text, text and line_break, entry]
-        text = "".join(parts)
-    return front[: block.start(2)] + text + front[block.end(2) :]
-
-
-def _says(front: str, said: dict[str, Any]) -> bool:
-    try:
-        data: Any = ModelCard(front).data
-        return bool(data.to_dict() == said)
-    except Exception:  # the parsers raise whatever comes
-        return False
 
 
 def _describe(data: ModelCardData, settings: Mapping[str, Any]) -> None:

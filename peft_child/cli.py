@@ -17,7 +17,7 @@ from peft_child.checkpoint import INDEX_NAME, WEIGHTS_NAME, Checkpoint, replacin
 from peft_child.codec import FormatError
 from peft_child.combination import combine_adapters, compare_adapters
 from peft_child.config import ChildTuningConfig
-from peft_child.delta import COMBINATIONS, MAJORITIES, Overlap
+from peft_child.delta import Overlap
 from peft_child.extraction import extract_adapter
 from peft_child.locate import locate_adapter, locate_checkpoint
 from peft_child.merging import NamesDifferError, check_fits, check_weights, export_patch, merge_checkpoint
@@ -35,6 +35,7 @@ from peft_child.terminal import (
     say,
 )
 from peft_child.terminal import overlap_as_dict as as_dict
+from peft_child.weighted_sum import COMBINATIONS, MAJORITIES
 from peft_child.whole_model import load_with_adapter, merge_by_loading
 
 

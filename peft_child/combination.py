@@ -7,7 +7,8 @@ from itertools import combinations
 
 from peft_child.adapter_folder import SparseAdapter
 from peft_child.config import OF_OTHERS
-from peft_child.delta import Overlap, Progress, SparseDelta, combine_named, density_of, overlap, silent, union_of_names
+from peft_child.delta import Overlap, Progress, SparseDelta, overlap, silent
+from peft_child.weighted_sum import combine_named, density_of, union_of_names
 
 
 def combine_adapters(

@@ -19,7 +19,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
 from peft_child.config import ChildTuningConfig
-from peft_child.delta import SparseDelta, combine_named, density_of, fresh_delta
+from peft_child.delta import SparseDelta, fresh_delta
 from peft_child.files import fit_state_dict, tensors_to_save
 from peft_child.layer import ChildTuningLayer, child_tuning_layers
 from peft_child.mask import GradientMask
@@ -34,6 +34,7 @@ from peft_child.surgery import (
     replace_module,
 )
 from peft_child.targets import Owner, Target, all_linear, find_targets, names_parameter
+from peft_child.weighted_sum import combine_named, density_of
 
 
 def next_gradient_mask(model: nn.Module) -> None:

@@ -9,12 +9,12 @@ import peft_child
 
 
 LAYERS = [
-    {"lazy", "plot", "quantised", "reading", "streaming"},
+    {"front_matter", "lazy", "plot", "quantised", "reading", "streaming"},
     {"card", "ranks"},
     {"mask", "codec", "selection", "fisher", "batches", "checkpoint", "example_gradients", "weighing"},
     {"compose", "config", "hooks", "mask_buffers", "sharded", "sparse_file", "module_gradients"},
     {"delta", "taps"},
-    {"storage", "batched"},
+    {"storage", "batched", "weighted_sum"},
     {"layer", "adapter_folder"},
     {"targets", "scoring", "files", "combination", "extraction", "merging", "locate", "summary", "whole_model"},
     {"surgery", "choice", "terminal", "hub"},
@@ -47,7 +47,8 @@ def test_every_module_has_a_layer():
 
 
 @pytest.mark.parametrize(
-    "name", ["compose", "codec", "example_gradients", "fisher", "delta", "mask", "selection", "sparse_file"]
+    "name",
+    ["compose", "codec", "example_gradients", "fisher", "delta", "mask", "selection", "sparse_file", "weighted_sum"],
 )
 def test_tensor_functions_know_neither_peft_nor_transformers(name):
     source = Path(peft_child.__file__).with_name(f"{name}.py").read_text()

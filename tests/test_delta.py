@@ -3,7 +3,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_child.delta import COMBINATIONS, Overlap, SparseDelta, apply_delta, combine_deltas, extract_delta, overlap
+from peft_child.delta import Overlap, SparseDelta, apply_delta, extract_delta, overlap
+from peft_child.weighted_sum import COMBINATIONS, combine_deltas
 
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
