@@ -22,7 +22,13 @@ from .glue_data import save_model, save_task
 ROOT = Path(__file__).parents[1]
 SOURCE = Source("encoder", "data")
 REPORT = ROOT / "docs" / "results"
-COMMITTED = {"main": {}, "rates": {"seeds": 3}, "forgetting": {"seeds": 1}, "overlap": {"seeds": 1}}  # and how
+COMMITTED = {  # and how
+    "main": {},
+    "rates": {"seeds": 3},
+    "probes": {},
+    "forgetting": {"seeds": 1},
+    "overlap": {"seeds": 1},
+}
 METHOD = Method("Full", ("--method", "full"), (3e-5, 1e-4, 3e-4))
 GRID = Grid(SOURCE, ("mrpc",), (METHOD,), (), ("--max-train-examples", "8"), ("--max-train-examples", "16"), (1, 2))
 
