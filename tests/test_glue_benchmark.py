@@ -25,6 +25,7 @@ REPORT = ROOT / "docs" / "results"
 COMMITTED = {  # and how
     "main": {},
     "rates": {"seeds": 3},
+    "ablations": {},
     "probes": {},
     "forgetting": {"seeds": 1},
     "overlap": {"seeds": 1},
