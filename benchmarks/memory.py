@@ -49,7 +49,7 @@ def measured(base, density):
         "weights": weights,
         "scores": scores,
         "index on disk": size(block for layer in layers for block in layer.child_index["default"].values()),
-        "index in memory": size(known.value for layer in layers for known in layer._decoded.values()),
+        "index in memory": size(known.value for layer in layers for known in layer.child_index._known.values()),
         "deltas": size(deltas),
         "gradients": size(delta.grad for delta in deltas),
         "AdamW": size(value for state in optimizer.state.values() for value in state.values() if value.dim()),

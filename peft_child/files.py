@@ -28,7 +28,7 @@ from peft_child.sparse_file import (
     read_children,
     stamped,
 )
-from peft_child.storage import Room, narrowed
+from peft_child.storage import Room
 
 
 # What torch puts around modules for activation checkpointing and FSDP1; state dicts know nothing of it.
@@ -151,7 +151,8 @@ def fit_state_dict(
         is_active = adapter_name in layer.active_adapters and not layer.disable_adapters
         layer.allocate(adapter_name, room, trainable=is_active and not config.inference_mode)
         for parameter, found in positions.items():
-            layer.await_block(adapter_name, parameter, remapped[f"{path}.{INDEX}.{adapter_name}.{parameter}"], found)
+            block = remapped[f"{path}.{INDEX}.{adapter_name}.{parameter}"]
+            layer.child_index.await_block(adapter_name, parameter, block, found)
     config.child_sizes = sizes
     return remapped
 
@@ -177,7 +178,7 @@ def _checked_positions(
             drawn = layer.sparse_deltas(adapter_name) if drawn is None else drawn
             _check_drawn(name, drawn.get(name), indices)
         if child.header.size < child.header.numel:  # else they are not needed
-            positions[parameter] = narrowed(indices, base)
+            positions[parameter] = indices
     return positions, strange
 
 

@@ -6,25 +6,17 @@ from collections.abc import Collection, Container, Iterator, Mapping
 from typing import Any, NamedTuple, cast
 
 import torch
-from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from peft_child.codec import FormatError, decode, encode
+from peft_child.codec import FormatError, encode
 from peft_child.compose import Child, lock_of
 from peft_child.delta import SparseDelta
+from peft_child.index_buffers import IndexBuffers
 from peft_child.mask import GradientMask, MaskUse, owner_of, watch
 from peft_child.mask_buffers import MaskBuffers
 from peft_child.ranks import check_whole, is_sharded
-from peft_child.reading import Read
 from peft_child.sparse_file import fingerprint_of
-
-
-class _Awaited(NamedTuple):
-    """A block that is about to be loaded, with its positions."""
-
-    block: Tensor
-    indices: Tensor
 
 
 class Room(NamedTuple):
@@ -39,11 +31,6 @@ class Room(NamedTuple):
     size: int
     num_bytes: int
     dtype: torch.dtype = torch.float32
-
-
-def narrowed(indices: Tensor, tensor: Tensor) -> Tensor:
-    """Flat indices into a tensor as they are kept in memory: int32 wherever that is wide enough."""
-    return indices if tensor.numel() > torch.iinfo(torch.int32).max else indices.int()
 
 
 class ChildStorage(nn.Module, BaseTunerLayer):
@@ -77,15 +64,13 @@ class ChildStorage(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.child_delta = nn.ModuleDict()
-        self.child_index = nn.ModuleDict()
+        self.child_index = IndexBuffers()
         self.child_mask = MaskBuffers()
         self.child_masking: dict[str, GradientMask | None] = {}
         self.child_targets: dict[str, dict[str, str]] = {}
         self.child_chosen: dict[str, bool] = {}
         self.child_beside_shards: dict[str, bool] = {}
         self.child_ties: dict[str, tuple[ChildStorage, str]] = {}
-        self._decoded: dict[tuple[str, str], Read[Tensor]] = {}
-        self._awaited: dict[tuple[str, str], _Awaited] = {}
         self._number = watch(self)
 
     def add_adapter(
@@ -104,7 +89,7 @@ class ChildStorage(nn.Module, BaseTunerLayer):
             mask: Mask of the gradients of the deltas, as it starts; by default they are not masked.
         """
         self.child_delta[adapter_name] = nn.ParameterDict()
-        self.child_index[adapter_name] = BufferDict(persistent=True)
+        self.child_index.add_adapter(adapter_name)
         self.child_mask.add_adapter(adapter_name)
         self.child_masking[adapter_name] = mask
         self.child_targets[adapter_name] = dict(targets)
@@ -136,7 +121,7 @@ class ChildStorage(nn.Module, BaseTunerLayer):
             block = encode(indices.cpu().numpy(), tuple(base.shape), fingerprint_of(base, indices))
             stored = torch.frombuffer(bytearray(block), dtype=torch.uint8).to(base.device)
             self._put(adapter_name, parameter, values.detach().to(base.device, copy=True), stored, trainable)
-            self._remember(adapter_name, parameter, indices.to(base.device))
+            self.child_index.remember(adapter_name, parameter, indices)
         self.child_chosen[adapter_name] = True
 
     def allocate(self, adapter_name: str, rooms: Mapping[str, Room], trainable: bool) -> None:
@@ -149,7 +134,7 @@ class ChildStorage(nn.Module, BaseTunerLayer):
             rooms: By parameter, for the parameters with a child.
             trainable: Whether new deltas take gradients.
         """
-        deltas, blocks = self._deltas(adapter_name), self._blocks(adapter_name)
+        deltas, blocks = self._deltas(adapter_name), self.child_index.of(adapter_name)
         present = {key: Room(delta.numel(), blocks[key].numel(), delta.dtype) for key, delta in deltas.items()}
         if present != dict(rooms):
             self._clear(adapter_name)
@@ -163,10 +148,6 @@ class ChildStorage(nn.Module, BaseTunerLayer):
         self._forget(adapter_name)
         self.child_chosen[adapter_name] = True
 
-    def await_block(self, adapter_name: str, parameter: str, block: Tensor, indices: Tensor) -> None:
-        """Keep the positions of a block that a loader is about to copy, so that it is not decoded again."""
-        self._awaited[adapter_name, parameter] = _Awaited(block, indices)
-
     def indices(self, adapter_name: str, parameter: str) -> Tensor:
         """Flat indices of the child in a parameter, int64, shape `(k,)`, on the device of the delta."""
         return self._indices(adapter_name, parameter).long()
@@ -175,24 +156,12 @@ class ChildStorage(nn.Module, BaseTunerLayer):
         """The indices as they are kept."""
         if torch.compiler.is_compiling():  # it cannot decode, nor ask whether something was loaded since
             _decode_now(self._number)
-            return self._decoded[adapter_name, parameter].value
-        return self._up_to_date(adapter_name, parameter)
+            return self.child_index.known(adapter_name, parameter)
+        return self._present(adapter_name, parameter)
 
-    def _up_to_date(self, adapter_name: str, parameter: str) -> Tensor:
-        known = self._decoded.get((adapter_name, parameter))
-        block = self._blocks(adapter_name)[parameter]
-        if known is None or not known.holds(block):
-            with torch.inference_mode(False):  # else it could never be used in training
-                indices = self._read(adapter_name, parameter, block)
-                known = self._remember(adapter_name, parameter, indices.to(block.device))
-        return known.value
-
-    def _read(self, adapter_name: str, parameter: str, block: Tensor) -> Tensor:
-        awaited = self._awaited.pop((adapter_name, parameter), None)
-        if awaited is not None and torch.equal(awaited.block.to(block.device), block):
-            return awaited.indices
+    def _present(self, adapter_name: str, parameter: str) -> Tensor:
         try:
-            return torch.from_numpy(decode(block.cpu().numpy().data))
+            return self.child_index.present(adapter_name, parameter)
         except FormatError as error:
             name = self.child_targets[adapter_name][parameter]
             raise FormatError(f"The child of '{name}' (adapter '{adapter_name}'). {error}") from error
@@ -246,7 +215,7 @@ class ChildStorage(nn.Module, BaseTunerLayer):
 
     def sizes(self, adapter_name: str) -> dict[str, list[int]]:
         """Entries, chosen entries and bytes of the block of the parameters with a child, by name in the model."""
-        blocks = self._blocks(adapter_name)
+        blocks = self.child_index.of(adapter_name)
         return {
             name: [self.base_parameter(key).numel(), self._deltas(adapter_name)[key].numel(), blocks[key].numel()]
             for key, name in self.child_targets[adapter_name].items()
@@ -292,7 +261,7 @@ class ChildStorage(nn.Module, BaseTunerLayer):
 
     def is_waiting(self, adapter_name: str) -> bool:
         """Whether the adapter has room here for a file that was not loaded."""
-        return any(not bool(block.any()) for block in self._blocks(adapter_name).values())
+        return any(not bool(block.any()) for block in self.child_index.of(adapter_name).values())
 
     def is_trained(self, adapter_name: str) -> bool:
         """Whether the child network of an adapter has moved from the base here."""
@@ -302,52 +271,30 @@ class ChildStorage(nn.Module, BaseTunerLayer):
         """The adapter's deltas by parameter; empty if it has none here."""
         return cast(nn.ParameterDict, self.child_delta._modules.get(adapter_name, {}))
 
-    def _blocks(self, adapter_name: str) -> BufferDict:
-        return cast(BufferDict, self.child_index[adapter_name])
-
     def _clear(self, adapter_name: str) -> None:
         for name, delta in self.named_deltas(adapter_name).items():
             check_whole(name, delta, "give its adapter another child network before that")
         self._deltas(adapter_name).clear()
-        self._blocks(adapter_name).clear()
+        self.child_index.of(adapter_name).clear()
         self.child_mask.of(adapter_name).clear()
         self._forget(adapter_name)
 
     def _put(self, adapter_name: str, parameter: str, delta: Tensor, block: Tensor, trainable: bool) -> None:
         self._deltas(adapter_name)[parameter] = nn.Parameter(delta, requires_grad=trainable)
-        self._blocks(adapter_name)[parameter] = block
+        self.child_index.of(adapter_name)[parameter] = block
         self.child_beside_shards[adapter_name] = is_sharded(self.base_parameter(parameter))
         mask = self.child_masking[adapter_name]
         if mask is not None:
             self.child_mask.put(adapter_name, parameter, mask, block.device)
 
-    def _remember(self, adapter_name: str, parameter: str, indices: Tensor) -> Read[Tensor]:
-        kept = narrowed(indices, self.base_parameter(parameter))
-        read = self._decoded[adapter_name, parameter] = Read.of(self._blocks(adapter_name)[parameter], kept)
-        return read
-
     def read_again(self) -> None:
         """Read indices and masks from their buffers again, after writes that autograd does not count."""
-        self._decoded = {}
+        self.child_index.read_again()
         self.child_mask.read_again()
 
     def _forget(self, adapter_name: str) -> None:
-        self._decoded = {key: known for key, known in self._decoded.items() if key[0] != adapter_name}
-        self._awaited = {key: awaited for key, awaited in self._awaited.items() if key[0] != adapter_name}
+        self.child_index.forget(adapter_name)
         self.child_mask.read_again()
-
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        """As torch's; what is loaded is decoded anew, which compiled code notices by its absence."""
-        self._decoded = {
-            (adapter, parameter): known
-            for (adapter, parameter), known in self._decoded.items()
-            if f"{prefix}child_index.{adapter}.{parameter}" not in state_dict
-        }
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles decode their indices again."""
-        return {**self.__dict__, "_decoded": {}, "_awaited": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """As torch's."""
@@ -377,6 +324,6 @@ def _decode_now(number: int) -> bool:
     """Decode all indices of a layer while the compiler traces it; it can pass a number, but not the layer."""
     layer = cast(ChildStorage, owner_of(number))
     for adapter in layer.child_index:
-        for parameter in layer._blocks(adapter):
-            layer._up_to_date(adapter, parameter)
+        for parameter in layer.child_index.of(adapter):
+            layer._present(adapter, parameter)
     return True

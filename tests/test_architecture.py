@@ -12,7 +12,7 @@ LAYERS = [
     {"front_matter", "lazy", "plot", "quantised", "reading", "streaming"},
     {"card", "ranks"},
     {"mask", "codec", "selection", "fisher", "batches", "checkpoint", "example_gradients", "weighing"},
-    {"compose", "config", "hooks", "mask_buffers", "sharded", "sparse_file", "module_gradients"},
+    {"compose", "config", "hooks", "index_buffers", "mask_buffers", "sharded", "sparse_file", "module_gradients"},
     {"delta", "taps"},
     {"storage", "batched", "weighted_sum"},
     {"layer", "adapter_folder"},

@@ -13,7 +13,14 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from peft_child import ChildTuningConfig, ChildTuningLayer, FormatError, select_child_network, sparse_file, storage
+from peft_child import (
+    ChildTuningConfig,
+    ChildTuningLayer,
+    FormatError,
+    index_buffers,
+    select_child_network,
+    sparse_file,
+)
 from peft_child.codec import decode
 from peft_child.layer import child_tuning_layers
 
@@ -134,7 +141,7 @@ def test_every_index_is_decoded_once(tmp_path, monkeypatch):
     move(model)
     model.save_pretrained(tmp_path)
     decoded = []
-    for module in (storage, sparse_file):
+    for module in (index_buffers, sparse_file):
         monkeypatch.setattr(module, "decode", lambda block: decoded.append(block) or decode(block))
     model.load_adapter(tmp_path, "second")
     assert len(decoded) == len(child_of(model))
