@@ -7,26 +7,21 @@ the targeted weights.
 """
 
 import argparse
-import sys
 import tempfile
-import time
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.cases import on_device, peak_of_base, peak_of_choosing, peak_of_training
-from benchmarks.fits import growth
-from benchmarks.measure import DEVICE, in_fresh_process, machine, peak_memory, say, take_turns, total
+from benchmarks.measure import DEVICE, in_fresh_process, peak_memory, say, take_turns, total
 from benchmarks.peers import Peer
-from benchmarks.report import write
+from benchmarks.report import add_arguments, carry_out
 from benchmarks.shapes import Shape, batch_of, build, in_parts, llama
 from peft_child import estimate_fisher
 from peft_child.selection import select_largest
@@ -113,32 +108,27 @@ def peak_of_loading(shape: Shape, folder: Path, merge: bool) -> int:
     return peak_memory()
 
 
+def measured(shapes: list[Shape], turns: int, some: int | None) -> dict[str, Any]:
+    """Every model; then one of them at some or all densities and batches."""
+    return {
+        "turns": turns,
+        "size": [{**measure_point(shape, 0.1, 2, turns), "peaks": measure_peaks(shape, 0.1)} for shape in shapes],
+        "density": [measure_point(shapes[1], density, 2, turns) for density in DENSITIES[:some]],
+        "batch": [measure_point(shapes[1], 0.1, batch, turns) for batch in BATCHES[:some]],
+    }
+
+
 def main() -> None:
     """Measure, fit, print, and write if asked to."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="tiny models")
     parser.add_argument("--sizes", type=int, default=len(SIZES), help="measure so many models, the smallest ones")
     parser.add_argument("--turns", type=int, default=7, help="measured turns")
-    parser.add_argument("--threads", type=int, default=psutil.cpu_count(logical=False), help="default: all cores")
-    parser.add_argument("--output", type=Path, help="folder for benchmarks.md and benchmarks.json")
+    add_arguments(parser)
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    disable_progress_bar()
-    facts, start = machine(), time.time()
     shapes = [llama(layers, 64) for layers in (1, 2, 3)] if args.quick else SIZES[: args.sizes]
     some = 2 if args.quick else None
-    results = {
-        "machine": facts,
-        "command": " ".join(["python -m benchmarks.growth", *sys.argv[1:]]),
-        "turns": args.turns,
-        "size": [{**measure_point(shape, 0.1, 2, args.turns), "peaks": measure_peaks(shape, 0.1)} for shape in shapes],
-        "density": [measure_point(shapes[1], density, 2, args.turns) for density in DENSITIES[:some]],
-        "batch": [measure_point(shapes[1], 0.1, batch, args.turns) for batch in BATCHES[:some]],
-        "seconds": time.time() - start,
-    }
-    print(growth(results))
-    if args.output:
-        write(args.output, "growth", results)
+    carry_out("growth", "benchmarks.growth", args, lambda: measured(shapes, args.turns, some))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,19 @@
 """Results as Markdown: `docs/benchmarks.md` is written from `docs/benchmarks.json`, whatever part of it is new."""
 
 import json
+import sys
+import time
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
+import torch
+from transformers.utils.logging import disable_progress_bar
+
 from benchmarks.fits import growth
-from benchmarks.measure import Turns, ratio, total
+from benchmarks.measure import Turns, machine, ratio, total
 from benchmarks.peers import METHODS, STEP
 from benchmarks.tables import made_with, ms, table
 
@@ -88,6 +95,24 @@ GOALS = (
 )
 
 
+def add_arguments(parser: ArgumentParser) -> None:
+    """The flags of every part."""
+    parser.add_argument("--threads", type=int, default=psutil.cpu_count(logical=False), help="default: all cores")
+    parser.add_argument("--output", type=Path, help="folder for benchmarks.md and benchmarks.json")
+
+
+def carry_out(part: str, module: str, args: Namespace, work: Callable[[], Mapping[str, Any]]) -> None:
+    """Measure a part, print it, and write it if asked to."""
+    torch.set_num_threads(args.threads)
+    disable_progress_bar()
+    facts, start = machine(), time.time()
+    command = " ".join([f"python -m {module}", *sys.argv[1:]])
+    results = {"machine": facts, "command": command, **work(), "seconds": time.time() - start}
+    print(PARTS[part](results))
+    if args.output:
+        write(args.output, part, results)
+
+
 def write(folder: Path, part: str, results: Mapping[str, Any]) -> None:
     """Put new results into the files of a folder; the other part of them stays as it was."""
     file = folder / "benchmarks.json"
@@ -101,8 +126,7 @@ def write(folder: Path, part: str, results: Mapping[str, Any]) -> None:
 def page(stored: Mapping[str, Any]) -> str:
     """The whole page."""
     text = (Path(__file__).parent / "about.md").read_text().strip()
-    parts = {"peers": peers, "growth": growth}
-    return "\n\n".join([text, *(render(stored[part]) for part, render in parts.items() if part in stored)]) + "\n"
+    return "\n\n".join([text, *(render(stored[part]) for part, render in PARTS.items() if part in stored)]) + "\n"
 
 
 def peers(results: Mapping[str, Any]) -> str:
@@ -185,3 +209,6 @@ def choosing(case: Case) -> str:
     ]
     head = ["", "Fisher pass", "choice", "MB of a choice besides its result", "peak MB of both above the base"]
     return "Choosing the child network from 24 examples in batches of 8; milliseconds:\n\n" + table(head, rows)
+
+
+PARTS: dict[str, Callable[[Mapping[str, Any]], str]] = {"peers": peers, "growth": growth}  # and how they are written

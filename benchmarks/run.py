@@ -6,17 +6,11 @@ On a CUDA device if there is one, else the CPU. `--quick` only shows that everyt
 """
 
 import argparse
-import sys
-import time
-from pathlib import Path
-
-import psutil
-import torch
-from transformers.utils.logging import disable_progress_bar
+from typing import Any
 
 from benchmarks.cases import Plan, measure, measure_many_scores
-from benchmarks.measure import machine, say
-from benchmarks.report import peers, write
+from benchmarks.measure import say
+from benchmarks.report import add_arguments, carry_out
 
 
 FEW, USUAL, MANY = (4, 64), (8, 64), (16, 128)
@@ -34,27 +28,20 @@ def main() -> None:
     extent.add_argument("--quick", action="store_const", dest="plan", const="quick", help="tiny models")
     extent.add_argument("--long", action="store_const", dest="plan", const="long", help="all methods, more turns")
     parser.add_argument("--models", nargs="+", help="some of the models")
-    parser.add_argument("--threads", type=int, default=psutil.cpu_count(logical=False), help="default: all cores")
-    parser.add_argument("--output", type=Path, help="folder for benchmarks.md and benchmarks.json")
+    add_arguments(parser)
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    disable_progress_bar()
     name = args.plan or "default"
-    plan, facts, start = PLANS[name], machine(), time.time()
+    plan = PLANS[name]
     scores = 10**7 if name == "quick" else 10**9
-    cases = [measure(model, plan) for model in args.models or plan.batches]
+    carry_out("peers", "benchmarks.run", args, lambda: measured(plan, args.models or list(plan.batches), scores))
+
+
+def measured(plan: Plan, models: list[str], scores: int) -> dict[str, Any]:
+    """All methods on each model, and the choice from many scores."""
+    cases = [measure(model, plan) for model in models]
     say(f"choice from {scores:,} scores")
-    results = {
-        "machine": facts,
-        "command": " ".join(["python -m benchmarks.run", *sys.argv[1:]]),
-        "turns": plan.turns,
-        "cases": cases,
-        "many": {"scores": scores, "seconds": measure_many_scores(scores, plan.density)},
-        "seconds": time.time() - start,
-    }
-    print(peers(results))
-    if args.output:
-        write(args.output, "peers", results)
+    many = {"scores": scores, "seconds": measure_many_scores(scores, plan.density)}
+    return {"turns": plan.turns, "cases": cases, "many": many}
 
 
 if __name__ == "__main__":
