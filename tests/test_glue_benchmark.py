@@ -26,6 +26,7 @@ COMMITTED = {  # and how
     "main": {},
     "rates": {"seeds": 3},
     "ablations": {},
+    "transfer": {"seeds": 3, "only": ("Full", "CT_D 0.3")},
     "probes": {},
     "forgetting": {"seeds": 1},
     "overlap": {"seeds": 1},
