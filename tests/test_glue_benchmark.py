@@ -27,6 +27,7 @@ COMMITTED = {  # and how
     "rates": {"seeds": 3},
     "ablations": {},
     "transfer": {"seeds": 3, "only": ("Full", "CT_D 0.3")},
+    "examples": {"tasks": ("stsb",), "only": ("CT_D 0.3", "32 examples", "1000 examples")},
     "probes": {},
     "forgetting": {"seeds": 1},
     "overlap": {"seeds": 1},
