@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
-from peft.tuners._buffer_dict import BufferDict
-from torch import Tensor, nn
+from torch import Tensor
 
 from peft_child.codec import decode
-from peft_child.reading import Read
+from peft_child.reading import Read, ReadBuffers
 
 
 class _Awaited(NamedTuple):
@@ -20,21 +19,12 @@ class _Awaited(NamedTuple):
     indices: Tensor
 
 
-class IndexBuffers(nn.ModuleDict):
+class IndexBuffers(ReadBuffers[Tensor]):
     """By adapter and parameter, the encoded flat indices of a child network, uint8."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._known: dict[tuple[str, str], Read[Tensor]] = {}
         self._awaited: dict[tuple[str, str], _Awaited] = {}
-
-    def add_adapter(self, adapter_name: str) -> None:
-        """Make a place for the blocks of an adapter."""
-        self[adapter_name] = BufferDict(persistent=True)
-
-    def of(self, adapter_name: str) -> BufferDict:
-        """The blocks of an adapter by parameter."""
-        return cast(BufferDict, self[adapter_name])
 
     def await_block(self, adapter_name: str, parameter: str, block: Tensor, indices: Tensor) -> None:
         """Keep the positions of a block that a loader is about to copy, so that it is not decoded again."""
@@ -74,10 +64,6 @@ class IndexBuffers(nn.ModuleDict):
         self._known = {key: known for key, known in self._known.items() if key[0] != adapter_name}
         self._awaited = {key: awaited for key, awaited in self._awaited.items() if key[0] != adapter_name}
 
-    def read_again(self) -> None:
-        """Decode all blocks when they are needed next, after writes that autograd does not count."""
-        self._known = {}
-
     def _read(self, adapter_name: str, parameter: str, block: Tensor) -> Tensor:
         awaited = self._awaited.pop((adapter_name, parameter), None)
         if awaited is not None and torch.equal(awaited.block.to(block.device), block):
@@ -91,7 +77,7 @@ class IndexBuffers(nn.ModuleDict):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles decode their blocks again."""
-        return {**self.__dict__, "_known": {}, "_awaited": {}}
+        return {**super().__getstate__(), "_awaited": {}}
 
 
 def _narrowed(indices: Tensor) -> Tensor:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
-from torch import Tensor
+from peft.tuners._buffer_dict import BufferDict
+from torch import Tensor, nn
 
 
 T = TypeVar("T")
@@ -33,6 +34,30 @@ class Read(Generic[T]):
     def holds(self, buffer: Tensor) -> bool:
         """Whether that is still what this buffer holds, unless it was written unnoticed, as broadcasts do."""
         return self.buffer is buffer and self.version == _version(buffer)
+
+
+class ReadBuffers(nn.ModuleDict, Generic[T]):
+    """By adapter and parameter, a buffer that travels with the state dict, and what was read from it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._known: dict[tuple[str, str], Read[T]] = {}
+
+    def add_adapter(self, adapter_name: str) -> None:
+        """Make a place for the buffers of an adapter."""
+        self[adapter_name] = BufferDict(persistent=True)
+
+    def of(self, adapter_name: str) -> BufferDict:
+        """The buffers of an adapter by parameter."""
+        return cast(BufferDict, self[adapter_name])
+
+    def read_again(self) -> None:
+        """Read all buffers when they are needed next, after writes that autograd does not count."""
+        self._known = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles read their own buffers."""
+        return {**self.__dict__, "_known": {}}
 
 
 def _version(buffer: Tensor) -> int:
