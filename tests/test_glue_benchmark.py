@@ -310,16 +310,20 @@ def test_held_out_rows_are_always_the_same_and_never_trained_on(workplace):
 def test_every_experiment_writes_its_page(workplace):
     for task in ("mnli", "snli", "sick"):
         save_task(workplace / "data", task)
-    methods = ("Full", "CT_D 0.3", "Lowest Fisher", "Authors' Fisher", "Pruned to the child", "32 examples")
+    controls = ("Lowest Fisher", "Authors' Fisher", "Pruned to the child", "32 examples", "Untrained")
     experiments = ("ablations", "examples", "transfer", "probes", "overlap")
-    drive(workplace, *experiments, "--tasks", "mrpc", "stsb", "--methods", *methods, "--seeds", "2",
-          "--max-train-examples", "32")  # fmt: skip
+    drive(workplace, *experiments, "--tasks", "mrpc", "stsb", "--methods", "Full", "CT_D 0.3", *controls,
+          "--seeds", "2", "--max-train-examples", "32")  # fmt: skip
     assert not [line["error"] for line in lines(workplace) if "error" in line]
     report = workplace / "runs" / "report"
     for name in experiments:
         page = (report / f"{name}.md").read_text()
         assert "| - |" not in page
         assert (report / f"{name}.svg").stat().st_size > 5_000
+    untrained = [line for line in lines(workplace) if "--untrained" in line["command"]]
+    assert [(line["entries"], line["settings"]["epochs"]) for line in untrained] == [(0, 0)] * 2
+    (again, _) = (line["overlaps"] for line in lines(workplace) if "--others" in line["command"])
+    assert again.keys() == {"tasks", "rows", "head", "both"}
 
 
 @pytest.mark.by_hand

@@ -34,10 +34,9 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     results = []
     for seed in args.seeds:
         start = time.perf_counter()
-        overlaps = {
-            "tasks": between_tasks(args, seed) if args.others else {},
-            "examples": with_few_examples(args, seed) if args.few else {},
-        }
+        overlaps = between_tasks(args, seed) if args.others else {}
+        if args.few:
+            overlaps["examples"] = with_few_examples(args, seed)
         settings = {name: getattr(args, name) for name in ("density", "num_fisher_examples", "max_train_examples")}
         seconds = round(time.perf_counter() - start, 1)
         common = {"task": args.task, "seed": seed, "seconds": seconds, "settings": settings, "versions": glue.VERSIONS}
@@ -46,13 +45,18 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     return results
 
 
-def between_tasks(args: Namespace, seed: int) -> dict[str, float]:
-    """The child networks of every two tasks; of a task with itself those from other rows and with another head."""
-    settings = {task: for_task(args, task) for task in (args.task, *args.others)}
-    children = {task: child_of(own, seed, args.num_fisher_examples) for task, own in settings.items()}
+def between_tasks(args: Namespace, seed: int) -> dict[str, dict[str, float]]:
+    """The child networks of every two tasks; and of every task with itself, from other rows, another head or both."""
+    children, again = {}, {}
+    for task in (args.task, *args.others):
+        own, other = for_task(args, task), seed + 1000
+        children[task] = child_of(own, seed, args.num_fisher_examples)
+        again[task] = {
+            name: shared(children[task], child_of(own, rows, args.num_fisher_examples, head_seed=head))
+            for name, rows, head in (("rows", other, seed), ("head", seed, other), ("both", other, other))
+        }
     pairs = {f"{one} {other}": shared(children[one], children[other]) for one, other in combinations(children, 2)}
-    again = {task: child_of(own, seed + 1000, args.num_fisher_examples) for task, own in settings.items()}
-    return {**pairs, **{f"{task} {task}": shared(children[task], again[task]) for task in settings}}
+    return {"tasks": pairs, **{name: {task: again[task][name] for task in again} for name in ("rows", "head", "both")}}
 
 
 def with_few_examples(args: Namespace, seed: int) -> dict[str, float]:
@@ -62,11 +66,21 @@ def with_few_examples(args: Namespace, seed: int) -> dict[str, float]:
     return {**few, "authors": shared(everything, child_of(args, seed, None, fisher="authors"))}
 
 
-def child_of(args: Namespace, seed: int, num_examples: int | None, fisher: str = "per_example") -> dict[str, Tensor]:
-    """The positions that examples of a task choose, by parameter, in the model that training would start from."""
+def child_of(
+    args: Namespace, seed: int, num_examples: int | None, fisher: str = "per_example", head_seed: int | None = None
+) -> dict[str, Tensor]:
+    """The positions that examples of a task choose, by parameter, in the model that training would start from.
+
+    Args:
+        args: The settings.
+        seed: Of the rows, and of the head if it has none of its own.
+        num_examples: How many of the rows choose, or None for all.
+        fisher: As in ChildTuningConfig.
+        head_seed: Of the new head.
+    """
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
     rows, _, num_labels = glue.load_data(args, seed)
-    transformers.set_seed(seed)
+    transformers.set_seed(seed if head_seed is None else head_seed)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(
         args.model, num_labels=num_labels, dtype=torch.float32
     )

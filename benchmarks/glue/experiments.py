@@ -14,6 +14,7 @@ from benchmarks.glue.methods import (
     LORA,
     SHIRA,
     SPARSE_RATES,
+    UNTRAINED,
     chosen_by,
     control,
     elsewhere,
@@ -141,7 +142,7 @@ def transfer(settings: Settings) -> Comparison:
 
 def probes(settings: Settings) -> Comparison:
     """Linear classifiers for other tasks on a model that was trained for MRPC, after Figure 2 of the paper."""
-    methods = tuple(map(elsewhere, (FULL, task_driven(0.1), task_driven(0.3), task_free(0.3))))
+    methods = (*map(elsewhere, (FULL, task_driven(0.1), task_driven(0.3), task_free(0.3))), UNTRAINED)
     tasks = tuple(task for task in settings.tasks if task != "mrpc")
     columns = tuple(Column(f"MRPC to {title(task)}", "mrpc", ("probes", task)) for task in tasks)
     return Comparison(

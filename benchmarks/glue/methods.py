@@ -38,6 +38,7 @@ def control(child: str, density: float) -> Method:
 
 
 FULL = Method("Full", ("--method", "full"), DENSE_RATES)
+UNTRAINED = Method("Untrained", ("--method", "full", "--untrained"), script="variants", like=FULL)
 LORA = Method("LoRA r=8", ("--method", "lora"), (3e-4, 1e-3, 3e-3))
 SHIRA = Method("SHiRA 0.1", ("--method", "shira", "--density", "0.1"), SPARSE_RATES)
 

@@ -33,7 +33,9 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--child", choices=CHOICES, default="highest", help="how the child network is chosen")
     parser.add_argument("--evaluate-on", nargs="*", default=[], help="tasks with the same labels, without training")
     parser.add_argument("--probe", nargs="*", default=[], help="tasks to train a linear classifier for, on the rest")
+    parser.add_argument("--untrained", action="store_true", help="judge the model as it is")
     args = parser.parse_args(argv)
+    args.epochs = 0 if args.untrained else args.epochs
     args.learning_rate = args.learning_rate or glue.LEARNING_RATES[args.method]
     if not args.data and not args.dataset:
         args.dataset = DATASETS.get(args.task)
@@ -44,6 +46,8 @@ def run(args: Namespace, seed: int) -> dict[str, Any]:
     """Train with one seed, evaluate everywhere and save."""
     start = time.perf_counter()
     trainer = glue.train(args, seed, CHOICES[args.child])
+    if args.untrained:
+        trainer.model.requires_grad_(False)  # nothing has been
     measured = {
         "metrics": glue.evaluate(trainer, trainer.eval_dataset, args.task),
         "transfer": {task: transfer(trainer, for_task(args, task)) for task in args.evaluate_on},
