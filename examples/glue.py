@@ -96,8 +96,6 @@ def train(args, seed, choose=choose):
     if args.method != "full":
         model = get_peft_model(model, adapter_config(model, args, seed))
     collator = transformers.DataCollatorWithPadding(tokenizer)
-    if args.method == "child":
-        choose(model, DataLoader(data, shuffle=True, collate_fn=collator), args)  # one at a time, so without padding
     settings = transformers.TrainingArguments(
         args.output,
         learning_rate=args.learning_rate,
@@ -112,6 +110,9 @@ def train(args, seed, choose=choose):
         use_cpu=args.bf16 and not is_torch_bf16_gpu_available(),
         seed=seed,
     )
+    if args.method == "child":
+        examples = DataLoader(data, shuffle=True, collate_fn=collator)  # one at a time, so without padding
+        choose(model.to(settings.device), examples, args)
     trainer = transformers.Trainer(model, settings, collator, data, validation, processing_class=tokenizer)
     trainer.train()
     return trainer
