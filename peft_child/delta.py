@@ -1,4 +1,4 @@
-"""A sparse change of one tensor, and what one can do with it: apply, extract, compare.
+"""A sparse change of one tensor, and what one can do with it: merge, extract, compare.
 
 Everything here works on plain tensors, one at a time, so that checkpoints of any size can be streamed.
 """
@@ -11,8 +11,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-from peft_child.compose import Child, Composition
 
 
 Progress = Callable[[Sequence[str], str], Iterable[str]]  # wraps a loop over names, with a title
@@ -84,27 +82,16 @@ def fresh_delta(tensor: Tensor, indices: Tensor, init_weights: bool = True) -> S
     return SparseDelta(tuple(tensor.shape), indices, values)
 
 
-def apply_delta(base: Tensor, delta: SparseDelta) -> Tensor:
-    """Add a delta to a tensor, in at least float32 and rounded once: the very values that merging writes.
+def merged_values(base: Tensor, delta: SparseDelta) -> Tensor:
+    """The values that merging writes: added in at least float32, and rounded once.
 
     Args:
-        base: Tensor with as many entries as the delta's, any floating dtype.
+        base: The base values at the positions of the delta, any floating dtype, shape `(k,)`.
         delta: The change.
 
     Returns:
         A new tensor, of the shape and dtype of `base`.
-
-    Raises:
-        ValueError: If the numbers of entries differ.
     """
-    if base.numel() != delta.numel:
-        raise ValueError(f"A delta of {delta.numel} entries cannot be added to a tensor of {base.numel()}.")
-    with torch.no_grad():
-        return Composition(base, (Child(delta.values, delta.indices),)).tensor()
-
-
-def merged_values(base: Tensor, delta: SparseDelta) -> Tensor:
-    """What `apply_delta` gives at the positions of the delta, shape `(k,)`, for the base values at these positions."""
     precise = torch.promote_types(torch.promote_types(base.dtype, torch.float32), delta.values.dtype)
     return (base.to(precise) + delta.values.to(precise)).to(base.dtype)
 

@@ -7,7 +7,7 @@ losses of their own, and share the sums.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 
@@ -17,14 +17,13 @@ from torch import Tensor, nn
 from peft_child.ranks import add_over_ranks, gathered, on_every_rank, own_part, whole
 
 
-def diagonal_fisher(
+def mean_squares(
     parameters: Mapping[str, nn.Parameter],
-    losses: Iterable[Tensor],
-    max_norm: float | None = None,
-    same_losses: bool = False,
-    make_room: Callable[[str, Tensor], Tensor] | None = None,
+    add_squares: Callable[[dict[str, Tensor]], int],
+    same_losses: bool,
+    make_room: Callable[[str, Tensor], Tensor],
 ) -> dict[str, Tensor]:
-    """Average the squared gradients of losses.
+    """Average the squared gradients of losses, over all processes.
 
     With one loss for each example, its negative log-likelihood at the true label, this is the empirical Fisher
     information of Xu et al. (2021): the mean over examples of `(d log p(y|x) / d w) ** 2`. A loss that is itself the
@@ -36,39 +35,18 @@ def diagonal_fisher(
     losses at the same time; the scores are sharded alike, and nothing is exchanged.
 
     Args:
-        parameters: Leaves that require gradients, by name. Their `.grad` must be None, and is None again afterwards.
-        losses: Scalars, each with a graph to the parameters; taken one at a time, so they may be computed lazily. In
-            several processes those of this rank, at least one.
-        max_norm: Clip each parameter's gradient to this L2 norm before squaring, as the authors' code does.
+        parameters: Parameters by name.
+        add_squares: Adds the squared gradients of this rank's losses to zeros by name, and returns their number, at
+            least one; see `squaring`.
         same_losses: Whether all ranks take the same losses.
         make_room: From name and parameter to float32 zeros in the shape of the parameter, on any device, to add its
-            scores up in; by default on the device of the parameter.
+            scores up in; `zeros_beside` for the device of the parameter.
 
     Returns:
         Scores by name, float32, in the shape of the parameter. A parameter that no loss reached has scores of zero.
 
     Raises:
-        ValueError: If there is no loss at all, or a score is not finite.
-        RuntimeError: If one backward pass delivers a parameter's gradient in parts, which cannot be squared.
-    """
-    return mean_squares(
-        parameters, partial(_add_squares, parameters, losses, max_norm), same_losses, make_room or zeros_beside
-    )
-
-
-def mean_squares(
-    parameters: Mapping[str, nn.Parameter],
-    add_squares: Callable[[dict[str, Tensor]], int],
-    same_losses: bool,
-    make_room: Callable[[str, Tensor], Tensor],
-) -> dict[str, Tensor]:
-    """Average squared gradients over the losses of all processes; see `diagonal_fisher`.
-
-    Args:
-        parameters: Parameters by name.
-        add_squares: Adds the squared gradients of this rank's losses to zeros by name, and returns their number.
-        same_losses: Whether all ranks take the same losses.
-        make_room: See `diagonal_fisher`.
+        ValueError: If a score is not finite.
     """
     scores = {name: make_room(name, parameter) for name, parameter in parameters.items()}
     count = on_every_rank(partial(add_squares, scores))
@@ -92,20 +70,6 @@ def _check_finite(scores: Mapping[str, Tensor]) -> None:
             raise ValueError(f"The Fisher information of '{name}' is not finite: a gradient was NaN or too large.")
 
 
-def _add_squares(
-    parameters: Mapping[str, nn.Parameter], losses: Iterable[Tensor], max_norm: float | None, sums: dict[str, Tensor]
-) -> int:
-    """Add the squared gradients of the losses of this rank, and count the losses."""
-    count = 0
-    with squaring(parameters, sums, max_norm) as square:
-        for loss in losses:
-            square(loss)
-            count += 1
-    if not count:
-        raise ValueError("The Fisher information needs at least one example, got none.")
-    return count
-
-
 @contextmanager
 def squaring(
     parameters: Mapping[str, nn.Parameter],
@@ -116,13 +80,16 @@ def squaring(
     """For a while, square each gradient of the parameters as it arrives, add it to the sums and drop it.
 
     Args:
-        parameters: See `diagonal_fisher`.
+        parameters: Leaves that require gradients, by name. Their `.grad` must be None, and is None again afterwards.
         sums: Where to add the squares, by name.
-        max_norm: See `diagonal_fisher`.
+        max_norm: Clip each parameter's gradient to this L2 norm before squaring, as the authors' code does.
         observe: Called with the name and the gradient in float32 of every parameter that a loss reaches.
 
     Yields:
         What runs backward from a loss.
+
+    Raises:
+        RuntimeError: If one backward pass delivers a parameter's gradient in parts, which cannot be squared.
     """
     arrived: set[str] = set()
     handles = [
@@ -145,12 +112,17 @@ def squaring(
             parameter.grad = None
 
 
+def arrived_in_parts(name: str) -> RuntimeError:
+    """The error for a gradient that comes more than once in a backward pass, so that it cannot be squared."""
+    return RuntimeError(
+        f"The gradient of '{name}' arrived in parts: reentrant activation checkpointing uses it in several segments. "
+        "Turn checkpointing off, or use use_reentrant=False, while scoring."
+    )
+
+
 def _arrive(arrived: set[str], name: str) -> None:
     if name in arrived:
-        raise RuntimeError(
-            f"The gradient of '{name}' arrived in parts: reentrant activation checkpointing uses it in several "
-            "segments. Turn checkpointing off, or use use_reentrant=False, while scoring."
-        )
+        raise arrived_in_parts(name)
     arrived.add(name)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from peft_child.example_gradients import Part
+from peft_child.fisher import arrived_in_parts
 from peft_child.module_gradients import Use, has_formula
 
 
@@ -133,10 +134,7 @@ class Taps:
         uses = self._uses.pop(name, [])
         reached = [use for use in uses if use.gradient is not None]
         if name in self._done and reached:
-            raise RuntimeError(
-                f"The gradient of '{name}' arrived in parts: reentrant activation checkpointing uses it in several "
-                "segments. Turn checkpointing off, or use use_reentrant=False, while scoring."
-            )
+            raise arrived_in_parts(name)
         self._done.add(name)
         if reached and self._sink is not None:
             keys = self._owners.keys
