@@ -76,7 +76,7 @@ def choosing(peer: Peer, batch: Mapping[str, Tensor], size: int) -> dict[str, An
 
 def adding(peer: Peer) -> dict[str, Any]:
     """Adding another adapter to the model."""
-    config = replace(peer.model.peft_config["default"], child_sizes=None)
+    config = replace(peer.model.peft_config["default"])
     return {
         "add an adapter": partial(peer.model.add_adapter, "added", config),
         "_delete it": partial(peer.model.delete_adapter, "added"),

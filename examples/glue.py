@@ -149,7 +149,9 @@ def read_split(args, split):
     else:
         splits = load_dataset(*(args.dataset or ("nyu-mll/glue", args.task)))
         rows = splits[next(name for name in splits if name.startswith(split))]  # of MNLI's two the matched one
-    return rows.filter(lambda label: label >= 0, input_columns="label")  # SNLI has -1 where annotators disagree
+    if rows.features["label"].dtype.startswith("int"):  # SNLI has -1 where annotators disagree
+        rows = rows.filter(lambda label: label >= 0, input_columns="label")
+    return rows
 
 
 def encode(rows, tokenizer, max_length):
@@ -198,7 +200,7 @@ def parse_arguments():
     add("--method", choices=LEARNING_RATES, default="child", help="what to train")
     add("--density", type=float, default=0.1, help="share of the child network, of SHiRA, or of gradients")
     add("--num-fisher-examples", type=int, default=512, help="training rows that choose the child network")
-    add("--keep", type=float, nargs="*", default=[], help="after training keep such a share of the changes, then less")
+    add("--keep", type=float, nargs="*", default=[], help="after training keep such a share of all targeted entries")
     add("--learning-rate", type=float, help=f"peak of the schedule; if not given, by method: {LEARNING_RATES}")
     add("--epochs", type=float, default=3, help="passes over the training rows")
     add("--batch-size", type=int, default=16, help="examples in a training step")

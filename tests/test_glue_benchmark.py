@@ -140,6 +140,11 @@ def test_planned_counts():
     assert default["transfer"] == (2 * 4 * (3 + 5), 2 * 4 * 3)
     assert default["rates"] == (3 * 2 * 3 * 5, 0)
     assert default["overlap"] == (5 * (1 + 3), 0)
+    for settings in (Settings(SOURCE), Settings(SOURCE, rows=None, full=True)):  # a rate is for as many rows, or fewer
+        runs = [run for run in EXPERIMENTS["transfer"](settings).least_runs({}) if run.option("--hold-out")]
+        assert {run.option("--max-train-examples") for run in runs} == {str(settings.rows or 5000)}
+    with pytest.raises(ValueError, match="a task other than mrpc"):
+        EXPERIMENTS["probes"](Settings(SOURCE, tasks=("mrpc",)))
     assert counts(full=True, seeds=10, tasks=("cola", "mrpc", "stsb", "rte"))["main"] == (4 * 9 * (3 + 10), 4 * 9 * 3)
 
 
@@ -154,6 +159,19 @@ def test_pages_can_be_written_before_anything_is_known(tmp_path):
     EXPERIMENTS["main"](Settings(SOURCE, only=("Full",))).write({}, tmp_path)
     with pytest.raises(ValueError, match=r"must name some of Full, CT_D 0\.1, .*; got full"):
         EXPERIMENTS["main"](Settings(SOURCE, only=("full",)))
+
+
+def test_only_classes_have_a_number_for_no_label(tmp_path):
+    pytest.importorskip("scipy")
+    from benchmarks.glue.scripts import glue
+
+    args = glue.parse_arguments().parse_args(["--data", str(tmp_path)])
+    for task, labels, kept in (("classes", [0, -1, 2], [0, 2]), ("numbers", [-1.5, 0.0, 2.5], [-1.5, 0.0, 2.5])):
+        (tmp_path / task).mkdir()
+        rows = "\n".join(json.dumps({"sentence": "a", "label": label}) for label in labels)
+        (tmp_path / task / "train.jsonl").write_text(rows)
+        args.task = task
+        assert glue.read_split(args, "train")["label"][:] == kept
 
 
 @pytest.mark.parametrize("name", COMMITTED)

@@ -64,7 +64,7 @@ class Settings(NamedTuple):
             raise ValueError(f"--methods must name some of {names}; got {', '.join(self.only)}.")
         common = ("--epochs", f"{self.epochs:g}", "--batch-size", "16", "--bf16")
         searched, final = (
-            ("--max-train-examples", str(count)) if count else () for count in (self.rows, rows or self.rows)
+            ("--max-train-examples", str(count)) if count else () for count in (self.rows or rows, rows or self.rows)
         )
         seeds = tuple(range(1, self.seeds + 1))
         return Grid(self.source, tasks, chosen, common, searched, (*final, *reported), seeds)
@@ -144,6 +144,8 @@ def probes(settings: Settings) -> Comparison:
     """Linear classifiers for other tasks on a model that was trained for MRPC, after Figure 2 of the paper."""
     methods = (*map(elsewhere, (FULL, task_driven(0.1), task_driven(0.3), task_free(0.3))), UNTRAINED)
     tasks = tuple(task for task in settings.tasks if task != "mrpc")
+    if not tasks:
+        raise ValueError("--tasks must name a task other than mrpc, to probe for; got mrpc alone.")
     columns = tuple(Column(f"MRPC to {title(task)}", "mrpc", ("probes", task)) for task in tasks)
     return Comparison(
         "probes",
