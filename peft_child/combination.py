@@ -40,7 +40,8 @@ def combine_adapters(
         seed=seed,
     )
     settings = dict(adapters[0].settings)
-    if len(adapters) > 1 and deltas:
+    is_as_before = len(adapters) == 1 and (combination_type == "linear" or density == 1)
+    if deltas and not is_as_before:
         settings |= {**OF_OTHERS, "density": density_of(deltas, progress), "target_parameters": list(deltas)}
     return SparseAdapter(settings, deltas, adapters[0].dense)
 

@@ -67,6 +67,8 @@ def extract_adapter(
     cutoff = None
     if density is not None:
         changes = Lazy(names, lambda name: change(base[name], tuned[name]), lambda names: progress(names, "Comparing"))
+        if not round(density * numel):
+            raise ValueError(f"density={density} of {numel} entries is an empty child network.")
         cutoff = find_cutoff(changes, round(density * numel))
     chosen = _count(base, tuned, progress(names, "Counting"), cutoff)
     deltas = Lazy(chosen, lambda name: _extract(name, base[name], tuned[name], chosen[name].cutoff))

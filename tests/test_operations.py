@@ -135,6 +135,8 @@ def test_checkpoints_that_cannot_be_compared(tmp_path):
         extract_adapter(Checkpoint(tmp_path / "first.safetensors"), Checkpoint(tmp_path / "second.safetensors"))
     with pytest.raises(ValueError, match=r"density must be in \(0, 1\], got 2"):
         compare(tensors, density=2)
+    with pytest.raises(ValueError, match=r"density=1e-09 of \d+ entries is an empty child network"):
+        compare(tensors, density=1e-9)
 
 
 def test_a_change_that_no_delta_expresses_is_refused_by_name(tmp_path):
@@ -177,6 +179,11 @@ def test_combining_and_comparing_folders(tmp_path):
     assert (tmp_path / "same/adapter_model.safetensors").read_bytes() == (
         tmp_path / "a/adapter_model.safetensors"
     ).read_bytes()
+
+    pruned = combine_adapters(adapters[:1], [1.0], combination_type="magnitude_prune", density=0.5)
+    chosen = sum(delta.indices.numel() for delta in pruned.deltas.values())
+    assert pruned.settings["variant"] == "extracted"
+    assert pruned.settings["density"] == chosen / sum(delta.numel for delta in pruned.deltas.values()) < 0.2
 
     write_adapter(tmp_path / "both", combine_adapters(adapters, [1.0, 1.0]))
     both = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "both")
