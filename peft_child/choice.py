@@ -226,8 +226,9 @@ def _selectable(model: nn.Module, adapter_name: str) -> Adapter:
     """The adapter, if its child network can be selected now."""
     adapter = adapter_of(model, adapter_name)
     if adapter.config.variant != "task_driven":
+        hint = ", and has to be loaded from a file" if adapter.config.variant == "extracted" else ""
         raise ValueError(
-            f"Only a task_driven child network is selected; '{adapter_name}' is {adapter.config.variant}."
+            f"Only a task_driven child network is selected; '{adapter_name}' is {adapter.config.variant}{hint}."
         )
     _check_untrained(adapter_name, adapter.layers)
     adapter.config.child_size(sum(parameter.numel() for parameter in adapter.targets.values()))

@@ -184,6 +184,7 @@ class ChildTuningConfig(PeftConfig):
     def __post_init__(self) -> None:
         """Check every field; PEFT calls this on construction and on loading alike."""
         super().__post_init__()  # type: ignore[no-untyped-call]
+        self._present_sizes: dict[str, list[int]] | None = None
         self.peft_type = ChildPeftType.PEFT_CHILD
         self._check_numbers()
         _check_choice("variant", self.variant, VARIANTS)
@@ -221,6 +222,17 @@ class ChildTuningConfig(PeftConfig):
         """Settings of an adapter whose child network was made of others', in the parameters of these names."""
         return replace(self, **OF_OTHERS, target_parameters=names, density=density)
 
+    def record_sizes(self, sizes: dict[str, list[int]]) -> None:
+        """Take down the sizes of a child network that is loaded, or saved next, as `child_sizes` of the file.
+
+        The field stays as it is: the user may make other models with this object, and their sizes are others.
+        """
+        self._present_sizes = sizes
+
+    def present_sizes(self) -> dict[str, list[int]] | None:
+        """What was recorded last, or else came with the configuration."""
+        return self._present_sizes or self.child_sizes
+
     @classmethod
     def describe(cls) -> str:
         """One paragraph for each field of this class, with its default."""
@@ -229,22 +241,23 @@ class ChildTuningConfig(PeftConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """As PEFT's, with sets in a fixed order, so that equal configurations are equal files."""
-        settings = super().to_dict()
+        settings = super().to_dict() | {"child_sizes": self.present_sizes()}
         del settings["check_base"]
         return {name: sorted(value) if isinstance(value, set) else value for name, value in settings.items()}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """As PEFT's; completes the model card in the folder if the sizes of a child network are recorded.
+        """As PEFT's; completes the model card in the folder if the sizes of a child network are known.
 
         Args:
             save_directory: The folder for the configuration and the card.
             kwargs: As PEFT's.
         """
         super().save_pretrained(save_directory, **kwargs)
-        if self.child_sizes:
+        settings = self.to_dict()
+        if settings["child_sizes"]:
             auto_mapping = kwargs.get("auto_mapping_dict") or self.auto_mapping
             try:
-                complete_card(save_directory, {**self.to_dict(), "auto_mapping": auto_mapping})
+                complete_card(save_directory, {**settings, "auto_mapping": auto_mapping})
             except ValueError as error:  # a card that cannot be read is no reason to lose a checkpoint
                 warnings.warn(f"The adapter is saved, but its model card is not up to date. {error}", stacklevel=2)
 

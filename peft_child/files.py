@@ -47,19 +47,21 @@ def tensors_to_save(
         config: The adapter's configuration, which is saved next; the sizes of the child network are recorded in it.
         adapter_name: The adapter.
         state_dict: PEFT's copy of the model's state dict, without other adapters. PEFT takes more out of it later, so
-            it is changed: targeted base weights are removed, and `modules_to_save` are whole.
+            it is changed: child networks and targeted base weights are removed, and `modules_to_save` are whole.
 
     Raises:
         RuntimeError: If no child network was chosen, or the state dict does not hold all of it.
     """
     layers = _layers(model)
-    config.child_sizes = {}
+    sizes: dict[str, list[int]] = {}
     for layer in layers.values():
         if adapter_name in layer.child_targets:
             layer.check_is_chosen(adapter_name, "saving")
-            config.child_sizes |= layer.sizes(adapter_name)
+            sizes |= layer.sizes(adapter_name)
+    config.record_sizes(sizes)
     prefixes = tuple(f"{name}.child_" for name in layers)
-    selected = {key: whole(value) for key, value in state_dict.items() if key.startswith(prefixes)}
+    is_written = bool(state_dict)  # accelerate gives an empty one to the ranks that do not write
+    selected = {key: whole(state_dict.pop(key)) for key in list(state_dict) if key.startswith(prefixes)}
     for name in sorted(layers, key=len, reverse=True):
         inside = f"{name}.base_layer."
         for parameter in layers[name].base_layer._parameters:
@@ -69,8 +71,8 @@ def tensors_to_save(
                 f"{name}.{key.removeprefix(inside)}" if key.startswith(inside) else key: value
                 for key, value in selected.items()
             }
-    if state_dict:  # accelerate gives an empty one to the ranks that do not write
-        _check_saved(config.child_sizes, selected)
+    if is_written:
+        _check_saved(sizes, selected)
     dense = [key for key in state_dict if f".modules_to_save.{adapter_name}." in key]
     state_dict |= {key: whole(state_dict[key]) for key in dense}
     return stamped(selected, getattr(torch, config.delta_dtype))
@@ -105,7 +107,7 @@ def fit_state_dict(
 
     Args:
         model: A model whose layers have the adapter.
-        config: The adapter's configuration; the sizes of its child network are recorded in it.
+        config: The adapter's configuration.
         adapter_name: The adapter.
         state_dict: The file's tensors, and those of other parts of the adapter, which pass through.
 
@@ -144,7 +146,7 @@ def fit_state_dict(
             sizes[name] = child.sizes()
         rooms.append((layer, room, positions))
     _check_complete(sizes, children)
-    if config.child_sizes != sizes:
+    if config.present_sizes() != sizes:
         _check_density(config, [layer.named_numels(adapter_name) for layer in layers.values()], sizes)
     _check_base(config.check_base, strange, len(sizes))
     for path, (layer, room, positions) in zip(layers, rooms, strict=True):
@@ -153,7 +155,7 @@ def fit_state_dict(
         for parameter, found in positions.items():
             block = remapped[f"{path}.{INDEX}.{adapter_name}.{parameter}"]
             layer.child_index.await_block(adapter_name, parameter, block, found)
-    config.child_sizes = sizes
+    config.record_sizes(sizes)
     return remapped
 
 
@@ -173,7 +175,7 @@ def _checked_positions(
         indices = child.indices(name)
         if not layer.merged and not _is_at_home(child, base, indices):
             strange.append(name)
-        came_alone = child.sizes() != (config.child_sizes or {}).get(name)  # without its configuration
+        came_alone = child.sizes() != (config.present_sizes() or {}).get(name)  # without its configuration
         if config.variant == "random" and came_alone:
             drawn = layer.sparse_deltas(adapter_name) if drawn is None else drawn
             _check_drawn(name, drawn.get(name), indices)

@@ -47,10 +47,7 @@ class ChildTuningLayer(ChildStorage):
         self.merged_adapters: list[str] = []
         self._replaced: list[_Replaced] = []
         self._base_only = False
-        with warnings.catch_warnings():  # PEFT warns of every kind of module that it does not know itself
-            warnings.simplefilter("ignore", UserWarning)
-            features: tuple[int | None, int | None] = _get_in_out_features(base_layer)
-        self.in_features, self.out_features = features
+        self.in_features, self.out_features = _features(base_layer)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the base layer with composed parameters."""
@@ -254,8 +251,19 @@ class ChildTuningLayer(ChildStorage):
     def _restore(self) -> None:
         for parameter, indices, values in self._replaced:
             base = self.base_parameter(parameter)
-            _set_values_at(base, None if indices is None else indices.to(base.device), values.to(base.device))
+            places = None if indices is None else indices.to(base.device)
+            _set_values_at(base, places, values.to(base.device, base.dtype))
         self._replaced = []
+
+
+def _features(module: nn.Module) -> tuple[int | None, int | None]:
+    """What PEFT knows of the widths of a module, for those who ask."""
+    with warnings.catch_warnings():  # it warns of every kind of module that it does not know
+        warnings.simplefilter("ignore", UserWarning)
+        try:
+            return _get_in_out_features(module)
+        except ValueError:  # attention with keys or values of another width than the queries
+            return None, None
 
 
 def _union(children: tuple[Child, ...]) -> Tensor | None:

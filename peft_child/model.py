@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
-import torch
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -184,14 +183,14 @@ class ChildTuningModel(BaseTuner):
             children = {
                 key: fresh_delta(layer.base_parameter(key), indices[name], config.init_weights)
                 for key, name in targets.items()
+                if name in indices
             }
             layer.set_child(adapter_name, children, trainable=False)
         known = config.child_sizes
-        if known is not None and {name: known[name] for name in targets.values() if name in known} != layer.sizes(
-            adapter_name
-        ):
+        if known is not None:
             rooms = {key: Room(known[name][1], known[name][2]) for key, name in targets.items() if name in known}
             layer.allocate(adapter_name, rooms, trainable=False)
+        layer.child_awaits_file[adapter_name] = known is not None or config.inference_mode
 
     def _indices_without_data(
         self, layer: ChildTuningLayer, adapter_name: str, config: ChildTuningConfig
@@ -209,8 +208,7 @@ class ChildTuningModel(BaseTuner):
         if not twins or not layer.child_chosen.get(twins[0]):
             return None
         taken = layer.sparse_deltas(twins[0])
-        none = torch.empty(0, dtype=torch.int64)
-        return {name: taken[name].indices if name in taken else none for name in names}
+        return {name: taken[name].indices for name in names if name in taken}
 
     def _inject_parameters(
         self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
@@ -262,11 +260,11 @@ class ChildTuningModel(BaseTuner):
         self._merge(names, safe_merge)
 
     def _known(self, adapter_names: list[str] | None) -> list[str]:
-        """The adapters to merge, by default the active ones."""
+        """These adapters, by default the active ones, if there are such."""
         names = list(self.active_adapters if adapter_names is None else adapter_names)
         for name in names:
             if name not in self.peft_config:
-                raise ValueError(f"There is no adapter '{name}' to merge; there are {', '.join(self.peft_config)}.")
+                raise ValueError(f"There is no adapter '{name}'; there are {', '.join(self.peft_config)}.")
         return names
 
     def _merge(self, adapter_names: list[str], safe_merge: bool) -> None:
@@ -307,10 +305,13 @@ class ChildTuningModel(BaseTuner):
         Raises:
             ValueError: If an adapter is unknown or has modules saved whole, the new name is taken, or an argument is
                 out of range.
+            RuntimeError: If the child network of an adapter has not been chosen.
         """
         for name in self._known(adapters):
             if cast(ChildTuningConfig, self.peft_config[name]).modules_to_save:
                 raise ValueError(f"Modules saved whole cannot be combined, and adapter '{name}' has some.")
+            for layer in child_tuning_layers(self.model).values():
+                layer.check_is_chosen(name, "combining")
         combine = combine_named(
             [self._sparse_deltas(name) for name in adapters],
             weights,
@@ -330,7 +331,8 @@ class ChildTuningModel(BaseTuner):
             raise
         for layer in child_tuning_layers(self.model).values():
             if adapter_name in layer.child_targets:
-                children = {key: combined[name] for key, name in layer.child_targets[adapter_name].items()}
+                targets = layer.child_targets[adapter_name]
+                children = {key: combined[name] for key, name in targets.items() if name in combined}
                 layer.set_child(adapter_name, children, trainable=False)
 
     def _sparse_deltas(self, adapter_name: str) -> dict[str, SparseDelta]:
@@ -392,8 +394,7 @@ class ChildTuningModel(BaseTuner):
             return fit_state_dict(model, config, adapter_name, state_dict)
         except ValueError:
             layers = child_tuning_layers(model).values()
-            added = any(adapter_name in layer.child_targets and layer.is_waiting(adapter_name) for layer in layers)
-            if added and isinstance(model, PeftModel):
+            if any(layer.child_awaits_file.get(adapter_name) for layer in layers) and isinstance(model, PeftModel):
                 if len(model.peft_config) > 1:
                     model.delete_adapter(adapter_name)
                 else:

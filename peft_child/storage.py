@@ -46,6 +46,7 @@ class ChildStorage(nn.Module, BaseTunerLayer):
         child_mask: By adapter and parameter, the packed mask of the delta's gradient, int64, if it is masked.
         child_masking: By adapter, the mask that new deltas start with, or None.
         child_chosen: By adapter, whether its child network has been chosen or loaded.
+        child_awaits_file: By adapter, whether it was added for a file that has not been loaded.
         child_beside_shards: By adapter, whether its deltas are not sharded as the base layer is (FSDP2).
         child_ties: Parameters of this layer whose tensor also belongs to an earlier layer, which holds its delta.
     """
@@ -57,6 +58,7 @@ class ChildStorage(nn.Module, BaseTunerLayer):
         "child_masking",
         "child_targets",
         "child_chosen",
+        "child_awaits_file",
         "child_beside_shards",
     )
 
@@ -69,6 +71,7 @@ class ChildStorage(nn.Module, BaseTunerLayer):
         self.child_masking: dict[str, GradientMask | None] = {}
         self.child_targets: dict[str, dict[str, str]] = {}
         self.child_chosen: dict[str, bool] = {}
+        self.child_awaits_file: dict[str, bool] = {}
         self.child_beside_shards: dict[str, bool] = {}
         self.child_ties: dict[str, tuple[ChildStorage, str]] = {}
         self._number = watch(self)
@@ -94,6 +97,7 @@ class ChildStorage(nn.Module, BaseTunerLayer):
         self.child_masking[adapter_name] = mask
         self.child_targets[adapter_name] = dict(targets)
         self.child_chosen[adapter_name] = not targets
+        self.child_awaits_file[adapter_name] = False
         self.child_beside_shards[adapter_name] = False
         self.child_ties.update(ties)
 
@@ -109,20 +113,22 @@ class ChildStorage(nn.Module, BaseTunerLayer):
 
         Args:
             adapter_name: An adapter of this layer.
-            children: For every target; those without an entry leave their parameter as it is.
+            children: By parameter; targets without one, or with an empty one, stay as they are in the base.
             trainable: Whether the deltas take gradients.
         """
         self._clear(adapter_name)
         for parameter in self.child_targets[adapter_name]:
-            indices, values = children[parameter].indices, children[parameter].values
-            if not indices.numel():
+            child = children.get(parameter)
+            if child is None or not child.indices.numel():
                 continue  # an empty delta would only trouble optimizers and sharding
+            indices, values = child.indices, child.values
             base = self.base_parameter(parameter)
             block = encode(indices.cpu().numpy(), tuple(base.shape), fingerprint_of(base, indices))
             stored = torch.frombuffer(bytearray(block), dtype=torch.uint8).to(base.device)
             self._put(adapter_name, parameter, values.detach().to(base.device, copy=True), stored, trainable)
             self.child_index.remember(adapter_name, parameter, indices)
         self.child_chosen[adapter_name] = True
+        self.child_awaits_file[adapter_name] = False
 
     def allocate(self, adapter_name: str, rooms: Mapping[str, Room], trainable: bool) -> None:
         """Make deltas and blocks of the given sizes, to be filled by a loader.
@@ -147,6 +153,7 @@ class ChildStorage(nn.Module, BaseTunerLayer):
                     self._put(adapter_name, parameter, delta, block, trainable)
         self._forget(adapter_name)
         self.child_chosen[adapter_name] = True
+        self.child_awaits_file[adapter_name] = False
 
     def indices(self, adapter_name: str, parameter: str) -> Tensor:
         """Flat indices of the child in a parameter, int64, shape `(k,)`, on the device of the delta."""
@@ -253,15 +260,9 @@ class ChildStorage(nn.Module, BaseTunerLayer):
             name: delta._replace(indices=delta.indices[chosen[name]], values=delta.values[chosen[name]])
             for name, delta in self.sparse_deltas(adapter_name).items()
         }
-        none = torch.empty(0, dtype=torch.int64)
-        empty = SparseDelta((0,), none, none.float())
         self.child_masking[adapter_name] = None
         targets = self.child_targets[adapter_name]
-        self.set_child(adapter_name, {key: kept.get(name, empty) for key, name in targets.items()}, trainable)
-
-    def is_waiting(self, adapter_name: str) -> bool:
-        """Whether the adapter has room here for a file that was not loaded."""
-        return any(not bool(block.any()) for block in self.child_index.of(adapter_name).values())
+        self.set_child(adapter_name, {key: kept[name] for key, name in targets.items() if name in kept}, trainable)
 
     def is_trained(self, adapter_name: str) -> bool:
         """Whether the child network of an adapter has moved from the base here."""

@@ -180,6 +180,11 @@ def _check_weight(parameter: nn.Parameter, owner: Owner) -> None:
             f"Parameter '{owner.name}' belongs to the top-level module, which PEFT cannot replace; target parameters "
             "of modules inside it."
         )
+    if hasattr(nn.ParameterDict(), owner.parameter):
+        raise ValueError(
+            f"'{owner.name}' has the name of a method or attribute of the containers of deltas (nn.ParameterDict); "
+            "Child-Tuning cannot target it."
+        )
     tensor: object = parameter
     is_packed = is_traceable_wrapper_subclass(tensor) and type(tensor).__name__ != "DTensor"
     is_packed = is_packed and not is_quantised(parameter)

@@ -254,7 +254,7 @@ def test_a_merge_that_cannot_finish_does_not_start():
     with pytest.raises(RuntimeError, match="is offloaded"):
         model.merge_adapter()
     assert not any(layer.merged for layer in child_tuning_layers(model).values())
-    with pytest.raises(ValueError, match="There is no adapter 'typo' to merge"):
+    with pytest.raises(ValueError, match="There is no adapter 'typo'; there are default"):
         model.merge_and_unload(adapter_names=["typo"])
 
 
@@ -327,3 +327,44 @@ def test_the_selection_is_recorded_for_one_model_alone(tmp_path):
         model.save_pretrained(tmp_path / str(index))
         loaded = PeftModel.from_pretrained(build("linear"), tmp_path / str(index))
         assert_same(child_of(loaded), child_of(model))
+
+
+def test_a_merge_is_undone_after_a_change_of_dtype():
+    model = chosen_model("linear", variant="random", init_weights=False)
+    expected = {name: tensor.half() for name, tensor in snapshot(model).items() if "base_layer" in name}
+    model.merge_adapter()
+    model.half()
+    model.unmerge_adapter()
+    assert_same({name: tensor for name, tensor in snapshot(model).items() if "base_layer" in name}, expected)
+
+
+def test_attention_with_keys_of_another_width():
+    class Attending(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, kdim=6, vdim=4, batch_first=True)
+
+        def forward(self, x, key, value):
+            return self.attention(x, key, value)[0]
+
+    model = Attending().eval()
+    config = ChildTuningConfig(variant="random", density=0.5, init_weights=False, target_modules=["attention"])
+    inputs = torch.randn(2, 3, 8), torch.randn(2, 5, 6), torch.randn(2, 5, 4)
+    with torch.no_grad():
+        before = model(*inputs)
+        adapted = get_peft_model(model, config).eval()
+        composed = adapted(*inputs)
+        assert not torch.equal(composed, before)
+        assert torch.equal(adapted.merge_and_unload()(*inputs), composed)
+
+
+def test_a_parameter_that_no_container_can_hold_is_refused():
+    class Memory(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.keys = nn.Parameter(torch.ones(3, 3))
+
+    base = nn.ModuleDict({"memory": Memory()})
+    with pytest.raises(ValueError, match=r"'memory\.keys' has the name of a method"):
+        get_peft_model(base, ChildTuningConfig(target_parameters=["memory.keys"]))
+    assert isinstance(base["memory"], Memory)

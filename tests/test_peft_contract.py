@@ -240,6 +240,26 @@ def test_a_damaged_file_is_refused_and_changes_nothing(tmp_path, change, message
     assert_same(snapshot(base), snapshot(build("llama")))
 
 
+@pytest.mark.parametrize("variant", ["task_driven", "random", "task_free"])
+def test_a_refused_adapter_is_removed_again(tmp_path, variant):
+    trained("llama", variant=variant).save_pretrained(tmp_path)
+    base = build("llama", seed=7)
+    before = snapshot(base)
+    with pytest.raises(ValueError, match="other weights than the one this adapter was made on"):
+        PeftModel.from_pretrained(base, tmp_path, check_base="error", is_trainable=True)
+    assert_same(snapshot(base), before)
+    damaged(tmp_path, lambda tensors: tensors[first(tensors, "child_delta")].add_(1))
+    model = get_peft_model(build("llama"), config_for("llama", variant=variant))
+    before = snapshot(model)
+    with pytest.raises(FormatError, match="checksum"):
+        model.load_adapter(tmp_path, adapter_name="second")
+    assert list(model.peft_config) == ["default"]
+    weights = peft.utils.save_and_load.load_peft_weights(tmp_path, device="cpu")
+    with pytest.raises(FormatError, match="checksum"):  # an adapter that was there before stays
+        peft.set_peft_model_state_dict(model, weights)
+    assert_same(snapshot(model), before)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_same_base_is_recognised_in_any_dtype(tmp_path, dtype):
     trained("llama").save_pretrained(tmp_path)
@@ -318,6 +338,17 @@ def test_one_configuration_serves_many_models():
     assert config.child_sizes is None
 
 
+@pytest.mark.parametrize("variant", ["random", "task_free"])
+def test_saving_a_model_leaves_its_configuration_as_it_was(tmp_path, variant):
+    config = config_for("llama", variant=variant)
+    get_peft_model(build("llama"), config).save_pretrained(tmp_path)
+    assert config.child_sizes is None
+    config.density, config.seed = 0.4, 3  # another child network, which the sizes of the first would not fit
+    other = get_peft_model(build("llama"), config)
+    assert_same(child_of(other), child_of(chosen_model("llama", variant=variant, density=0.4, seed=3)))
+    logits(other, batch_of("llama"))
+
+
 def two_adapters():
     model = get_peft_model(build("llama"), config_for("llama", variant="random", init_weights=False))
     other = config_for("llama", variant="random", init_weights=False, seed=1, target_modules=["q_proj", "v_proj"])
@@ -364,6 +395,22 @@ def test_combinations_that_are_refused_change_nothing(arguments, message):
     assert list(model.peft_config) == ["default", "second"]
 
 
+def test_combining_an_adapter_that_has_not_been_chosen_is_refused():
+    model = chosen_model("llama", variant="random")
+    model.add_adapter("open", config_for("llama"))
+    with pytest.raises(RuntimeError, match=r"'open' has not been chosen: .* before combining"):
+        model.add_weighted_adapter(["default", "open"], [1.0, 1.0], "both")
+    assert list(model.peft_config) == ["default", "open"]
+
+
+def test_combining_where_one_name_ends_another():
+    base = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4)))
+    model = get_peft_model(base, ChildTuningConfig(variant="random", density=0.5, target_modules="0"))
+    assert child_of(model).keys() == {"0.weight", "0.bias"}
+    model.add_weighted_adapter(["default"], [1.0], "same")
+    assert_same(child_of(model, "same"), child_of(model))
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_rounded_deltas_take_half_of_the_space(tmp_path, dtype):
     model = trained("llama", delta_dtype=dtype)
@@ -384,7 +431,7 @@ def test_merging_twice_or_an_unknown_adapter_is_refused():
     before = snapshot(model)
     with pytest.raises(ValueError, match=r"'default' is already merged; call unmerge_adapter\(\)"):
         model.merge_adapter()
-    with pytest.raises(ValueError, match="no adapter 'other' to merge; there are default"):
+    with pytest.raises(ValueError, match="There is no adapter 'other'; there are default"):
         model.merge_adapter(["other"])
     assert_same(snapshot(model), before)
 
@@ -659,3 +706,22 @@ def test_parents_see_the_base_layer_through_the_wrapper():
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         layer.nothing  # noqa: B018
     assert not hasattr(layer, "_hf_hook")
+
+
+def test_a_native_adapter_with_layers_in_which_nothing_was_chosen_can_be_saved(tmp_path):
+    model = build("llama")
+    config = config_for("llama", target_modules=["q_proj", "v_proj"])
+    adapted = get_peft_model(model, config)
+    named = build("llama").named_parameters()
+    shapes = {name: tensor.shape for name, tensor in named if "q_proj" in name or "v_proj" in name}
+    first_name = next(iter(shapes))
+    scores = {name: torch.rand(shape) + 2 * (name == first_name) for name, shape in shapes.items()}
+    adapted.peft_config["default"].density = 0.1
+    select_child_network(adapted, scores=scores)
+    assert child_of(adapted).keys() == {first_name}
+    adapted.save_pretrained(tmp_path / "child")
+    native = build("llama")
+    native.load_adapter(tmp_path / "child")
+    native.save_pretrained(tmp_path / "again")
+    again = PeftModel.from_pretrained(build("llama"), tmp_path / "again")
+    assert_same(child_of(again), child_of(adapted))
