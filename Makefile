@@ -8,7 +8,7 @@ export PYTHONPYCACHEPREFIX := $(CURDIR)/$(VENV)/pycache
 
 .PHONY: demo test lint check wheel benchmark clean
 
-demo: $(VENV)/.installed  ## Pretrain, adapt three ways, save, load, merge and draw: about two minutes
+demo: $(VENV)/.installed  ## Pretrain, adapt three ways, save, load, merge and draw
 	$(BIN)/python examples/quickstart.py
 
 test: lint check wheel  ## Everything that has to pass
@@ -29,7 +29,7 @@ wheel: $(VENV)/.installed  ## Build the wheel, and run the fast tests on it in a
 	cp -r tests examples benchmarks docs pyproject.toml README.md "$$folder"; \
 	cd "$$folder"; PYTHONPYCACHEPREFIX="$$folder/pycache" venv/bin/pytest -m "not slow"
 
-benchmark: $(VENV)/.installed  ## All methods side by side: some minutes; FLAGS=--long takes longer
+benchmark: $(VENV)/.installed  ## All methods side by side, into docs: 20 minutes on two cores; FLAGS=--long takes longer
 	$(BIN)/python -m benchmarks.run --output docs $(FLAGS)
 
 $(VENV)/.installed: pyproject.toml constraints.txt

@@ -199,7 +199,7 @@ def parse_arguments():
     add("--max-length", type=int, default=128, help="longest example, in tokens")
     add("--method", choices=LEARNING_RATES, default="child", help="what to train")
     add("--density", type=float, default=0.1, help="share of the child network, of SHiRA, or of gradients")
-    add("--num-fisher-examples", type=int, default=512, help="training rows that choose the child network")
+    add("--num-fisher-examples", type=int, default=128, help="training rows that choose the child network")
     add("--keep", type=float, nargs="*", default=[], help="after training keep such a share of all targeted entries")
     add("--learning-rate", type=float, help=f"peak of the schedule; if not given, by method: {LEARNING_RATES}")
     add("--epochs", type=float, default=3, help="passes over the training rows")

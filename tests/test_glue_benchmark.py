@@ -24,13 +24,13 @@ SOURCE = Source("encoder", "data")
 REPORT = ROOT / "docs" / "results"
 COMMITTED = {  # and how
     "main": {},
-    "rates": {"seeds": 3},
+    "rates": {},
     "ablations": {},
-    "transfer": {"seeds": 3, "only": ("Full", "CT_D 0.3")},
+    "transfer": {"only": ("Full", "CT_D 0.3")},
     "examples": {"tasks": ("stsb",), "only": ("CT_D 0.3", "32 examples", "1000 examples")},
     "probes": {},
-    "forgetting": {"seeds": 1},
-    "overlap": {"seeds": 1},
+    "forgetting": {},
+    "overlap": {},
 }
 METHOD = Method("Full", ("--method", "full"), (3e-5, 1e-4, 3e-4))
 GRID = Grid(SOURCE, ("mrpc",), (METHOD,), (), ("--max-train-examples", "8"), ("--max-train-examples", "16"), (1, 2))
@@ -204,6 +204,17 @@ def test_forgetting_shows_every_learning_rate(tmp_path):
     assert "| Full | 0.0001 | 41.5 ± 0.7 | 90.0 ± 0.0 | 1,234 |" in page
     assert "| LoRA r=16 | 0.03 | - | - | - |" in page
     assert f"- `{runs[-1].command(SOURCE)}`: MemoryError: no\n" in page
+
+
+def test_methods_are_compared_where_they_have_learned_as_much():
+    pytest.importorskip("matplotlib")
+    from benchmarks.glue.trade_off import old_where_new_is
+
+    path = [(100.0, 50.0), (64.0, 80.0), (50.0, 90.0), (70.0, 200.0)]  # the last is beyond the best
+    assert old_where_new_is(80.0, path) == pytest.approx((50 * 80) ** 0.5)  # 80 is half way in logarithms
+    assert old_where_new_is(50.0, path) == pytest.approx(90)
+    assert old_where_new_is(49.0, path) is None
+    assert old_where_new_is(110.0, path) == pytest.approx(50)
 
 
 def test_results_are_recorded_once_and_survive_a_torn_line(tmp_path):

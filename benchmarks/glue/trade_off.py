@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import ClassVar
 
+import numpy as np
+
 from benchmarks.glue.figures import draw_trade_off
 from benchmarks.glue.grid import Known
 from benchmarks.glue.runs import Run, Source, succeeded
 from benchmarks.glue.tables import MISSING, failures, markdown, mean_and_deviation, of_seeds
+
+
+EQUAL = (90.0, 80.0, 70.0)  # perplexities on the new domain at which methods are compared
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,7 @@ class Forgetting:
         """Write forgetting.md and forgetting.svg."""
         base = known.get(self._base().command(self.source), {}).get("metrics", {})
         points: dict[str, list[tuple[float, float]]] = {}
+        paths: dict[str, dict[int, list[tuple[float, float]]]] = {method: {} for method in self.METHODS}
         rows = [["Base", MISSING, *(f"{base.get(domain, float('nan')):.1f}" for domain in ("new", "old")), "0"]]
         for method, (_, rates) in self.METHODS.items():
             for rate in rates:
@@ -65,6 +71,9 @@ class Forgetting:
                 }
                 cells = [mean_and_deviation(values, len(self.seeds)) for values in by_domain.values()]
                 rows.append([method, f"{rate:g}", *cells, f"{found[0]['entries']:,}" if found else MISSING])
+                for result in found if base else ():
+                    path = paths[method].setdefault(result["seed"], [(base["new"], base["old"])])
+                    path.append((result["metrics"]["new"], result["metrics"]["old"]))
                 if found:
                     new, old = (fmean(values.values()) for values in by_domain.values())
                     if not base or new < base["new"]:
@@ -72,6 +81,7 @@ class Forgetting:
         if base:
             points["Base"] = [(base["new"], base["old"])]
         draw_trade_off(points, folder / "forgetting.svg")
+        equal = [[method, *(self._at_equal_learning(paths[method], new) for new in EQUAL)] for method in self.METHODS]
         head = ["method", "learning rate", "new domain", "old domain", "trained entries"]
         page = (
             "# Learning and forgetting\n\nThe language model of `examples/quickstart.py`, trained on the source code "
@@ -79,7 +89,28 @@ class Forgetting:
             f"new one). Perplexity on held-out text, {of_seeds('mean and standard deviation', len(self.seeds))}. No "
             "learning rate is chosen: each is a point of the figure, and further down on the left is better. What is "
             "worse than the base on the new domain is only in the table.\n\n"
-            f"![Perplexity on both domains](forgetting.svg)\n\n{markdown(head, rows)}"
+            f"![Perplexity on both domains](forgetting.svg)\n\n{markdown(head, rows)}\n"
+            "Perplexity on the old domain when that on the new one has come down to a value, interpolated (in the "
+            "logarithms) between the learning rates of each seed, those beyond the best left out:\n\n"
+            f"{markdown(['method', *(f'new domain at {new:g}' for new in EQUAL)], equal)}"
             f"{failures(self.runs(known), self.source, known)}"
         )
         (folder / "forgetting.md").write_text(page, "utf-8")
+
+    def _at_equal_learning(self, paths: dict[int, list[tuple[float, float]]], new: float) -> str:
+        found = {seed: old_where_new_is(new, path) for seed, path in paths.items()}
+        return mean_and_deviation({seed: old for seed, old in found.items() if old is not None}, len(self.seeds))
+
+
+def old_where_new_is(wanted: float, path: Sequence[tuple[float, float]]) -> float | None:
+    """Perplexity on the old domain where that on the new one is `wanted`, or None if it never comes down so far.
+
+    Args:
+        wanted: Perplexity on the new domain.
+        path: Perplexities on the new and the old domain, from the base model on, by growing learning rate.
+    """
+    best = min(range(len(path)), key=lambda place: path[place][0])
+    new, old = np.log(np.array(path[: best + 1])).T
+    if np.log(wanted) < new[-1]:
+        return None
+    return float(np.exp(np.interp(-np.log(wanted), -new, old)))
