@@ -27,7 +27,7 @@ COMMITTED = {  # and how
     "rates": {},
     "ablations": {},
     "transfer": {"only": ("Full", "CT_D 0.3")},
-    "examples": {"tasks": ("stsb",), "only": ("CT_D 0.3", "32 examples", "1000 examples")},
+    "examples": {"tasks": ("mrpc", "stsb"), "only": ("CT_D 0.3", "32 examples", "1000 examples")},
     "probes": {},
     "forgetting": {},
     "overlap": {},
