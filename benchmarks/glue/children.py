@@ -47,16 +47,19 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
 
 def between_tasks(args: Namespace, seed: int) -> dict[str, dict[str, float]]:
     """The child networks of every two tasks; and of every task with itself, from other rows, another head or both."""
-    children, again = {}, {}
-    for task in (args.task, *args.others):
-        own, other = for_task(args, task), seed + 1000
-        children[task] = child_of(own, seed, args.num_fisher_examples)
-        again[task] = {
-            name: shared(children[task], child_of(own, rows, args.num_fisher_examples, head_seed=head))
-            for name, rows, head in (("rows", other, seed), ("head", seed, other), ("both", other, other))
-        }
+    another = seed + 1000
+    changes = {"rows": (another, seed), "head": (seed, another), "both": (another, another)}
+    settings = {task: for_task(args, task) for task in (args.task, *args.others)}
+    children = {task: child_of(own, seed, args.num_fisher_examples) for task, own in settings.items()}
     pairs = {f"{one} {other}": shared(children[one], children[other]) for one, other in combinations(children, 2)}
-    return {"tasks": pairs, **{name: {task: again[task][name] for task in again} for name in ("rows", "head", "both")}}
+    again = {
+        name: {
+            task: shared(children[task], child_of(own, rows, args.num_fisher_examples, head_seed=head))
+            for task, own in settings.items()
+        }
+        for name, (rows, head) in changes.items()
+    }
+    return {"tasks": pairs, **again}
 
 
 def with_few_examples(args: Namespace, seed: int) -> dict[str, float]:
