@@ -23,8 +23,10 @@ from peft_child.sparse_file import (
     INDEX,
     MASK,
     StoredChild,
+    check_numel,
     fingerprint_of,
     fingerprints_differ,
+    precise_dtype,
     read_children,
     stamped,
 )
@@ -139,7 +141,7 @@ def fit_state_dict(
             _check_mask(config, name, mask, child.mask)
             if mask is not None:
                 remapped[f"{path}.{MASK}.{adapter_name}.{parameter}"] = (child.mask or mask).pack()
-            delta = child.delta if child.delta.dtype == torch.float64 else child.delta.float()
+            delta = child.delta.to(precise_dtype(child.delta))
             remapped[f"{path}.{DELTA}.{adapter_name}.{parameter}"] = alike(delta, present.get(name))
             remapped[f"{path}.{INDEX}.{adapter_name}.{parameter}"] = _unsealed(child.block)
             room[parameter] = Room(delta.numel(), child.block.numel(), delta.dtype)
@@ -167,11 +169,7 @@ def _checked_positions(
     drawn: dict[str, SparseDelta] | None = None
     for parameter, (name, child) in own.items():
         base = layer.base_parameter(parameter)
-        if child.header.numel != base.numel():
-            raise FormatError(
-                f"The child of '{name}' cannot be loaded. It belongs to a tensor of {child.header.numel} entries, the "
-                f"base model's has {base.numel()}."
-            )
+        check_numel(name, child, base)
         indices = child.indices(name)
         if not layer.merged and not _is_at_home(child, base, indices):
             strange.append(name)

@@ -370,6 +370,19 @@ class ChildTuningModel(BaseTuner):
 
     # State dict
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """As torch's; checks the child networks of all layers before any changes, and makes room for them.
+
+        A layer without one of its own knows only from the others whether the child network was chosen.
+        """
+        layers = {f"{prefix}{name}.": layer for name, layer in child_tuning_layers(self).items()}
+        for adapter in self.peft_config:
+            holders = {path: layer for path, layer in layers.items() if adapter in layer.child_targets}
+            rooms = [(layer, layer.rooms_in(state_dict, path, adapter)) for path, layer in holders.items()]
+            for layer, room in rooms if any(room for _, room in rooms) else []:
+                layer.make_room(adapter, room)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     @classmethod
     def _get_adapter_state_dict(
         cls,

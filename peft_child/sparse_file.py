@@ -206,6 +206,20 @@ def checked_child(name: str, pair: Mapping[str, Tensor]) -> StoredChild:
     return StoredChild(delta, block, header, mask)
 
 
+def check_numel(name: str, child: StoredChild, base: Tensor) -> None:
+    """Raise a `FormatError` if a child network belongs to a tensor of another size than this parameter has."""
+    if child.header.numel != base.numel():
+        raise FormatError(
+            f"The child of '{name}' cannot be loaded. It belongs to a tensor of {child.header.numel} entries, the "
+            f"base model's has {base.numel()}."
+        )
+
+
+def precise_dtype(delta: Tensor) -> torch.dtype:
+    """The dtype in memory of a delta that was saved: float32 but for changes that only float64 can express."""
+    return torch.float64 if delta.dtype == torch.float64 else torch.float32
+
+
 def _problem(header: Header, delta: Tensor) -> str:
     if header.size != delta.numel():
         return f"Its index has {header.size} positions and its delta {delta.numel()} values."

@@ -16,7 +16,8 @@ from peft_child.index_buffers import IndexBuffers
 from peft_child.mask import GradientMask, MaskUse, owner_of, watch
 from peft_child.mask_buffers import MaskBuffers
 from peft_child.ranks import check_whole, is_sharded
-from peft_child.sparse_file import fingerprint_of
+from peft_child.sparse_file import KINDS, MASK, check_numel, checked_child, fingerprint_of, precise_dtype
+from peft_child.unheld import expect_optimizer
 
 
 class Room(NamedTuple):
@@ -116,7 +117,7 @@ class ChildStorage(nn.Module, BaseTunerLayer):
             children: By parameter; targets without one, or with an empty one, stay as they are in the base.
             trainable: Whether the deltas take gradients.
         """
-        self._clear(adapter_name)
+        before = self._clear(adapter_name)
         for parameter in self.child_targets[adapter_name]:
             child = children.get(parameter)
             if child is None or not child.indices.numel():
@@ -125,7 +126,8 @@ class ChildStorage(nn.Module, BaseTunerLayer):
             base = self.base_parameter(parameter)
             block = encode(indices.cpu().numpy(), tuple(base.shape), fingerprint_of(base, indices))
             stored = torch.frombuffer(bytearray(block), dtype=torch.uint8).to(base.device)
-            self._put(adapter_name, parameter, values.detach().to(base.device, copy=True), stored, trainable)
+            delta = _kept(before.get(parameter), values.detach().to(base.device, copy=True))
+            self._put(adapter_name, parameter, delta, stored, trainable)
             self.child_index.remember(adapter_name, parameter, indices)
         self.child_chosen[adapter_name] = True
         self.child_awaits_file[adapter_name] = False
@@ -140,20 +142,53 @@ class ChildStorage(nn.Module, BaseTunerLayer):
             rooms: By parameter, for the parameters with a child.
             trainable: Whether new deltas take gradients.
         """
-        deltas, blocks = self._deltas(adapter_name), self.child_index.of(adapter_name)
-        present = {key: Room(delta.numel(), blocks[key].numel(), delta.dtype) for key, delta in deltas.items()}
-        if present != dict(rooms):
-            self._clear(adapter_name)
+        if self._rooms(adapter_name) != dict(rooms):
+            before = self._clear(adapter_name)
             for parameter in self.child_targets[adapter_name]:
                 if parameter in rooms:
                     count, num_bytes, dtype = rooms[parameter]
                     device = self.base_parameter(parameter).device
                     block = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
-                    delta = torch.zeros(count, dtype=dtype, device=device)
+                    delta = _kept(before.get(parameter), torch.zeros(count, dtype=dtype, device=device))
                     self._put(adapter_name, parameter, delta, block, trainable)
         self._forget(adapter_name)
         self.child_chosen[adapter_name] = True
         self.child_awaits_file[adapter_name] = False
+
+    def rooms_in(self, state_dict: Mapping[str, Any], prefix: str, adapter_name: str) -> dict[str, Room]:
+        """By parameter, what the child network that a model's state dict has for this layer takes.
+
+        Args:
+            state_dict: Tensors by their names in the model.
+            prefix: Name of this layer there, with a dot at the end.
+            adapter_name: An adapter of this layer.
+
+        Raises:
+            FormatError: If a child network is damaged, or belongs to a tensor of another size.
+        """
+        rooms = {}
+        for parameter, name in self.child_targets[adapter_name].items():
+            keys = {kind: f"{prefix}{kind}.{adapter_name}.{parameter}" for kind in (*KINDS, MASK)}
+            pair = {kind: state_dict[key] for kind, key in keys.items() if key in state_dict}
+            if pair:
+                child = checked_child(name, pair)
+                check_numel(name, child, self.base_parameter(parameter))
+                rooms[parameter] = Room(child.delta.numel(), child.block.numel(), precise_dtype(child.delta))
+        return rooms
+
+    def make_room(self, adapter_name: str, rooms: Mapping[str, Room]) -> None:
+        """As `allocate`, where sizes differ; new deltas take gradients if the adapter is active."""
+        present = {key: room[:2] for key, room in self._rooms(adapter_name).items()}
+        if not self.child_chosen[adapter_name] or present != {key: room[:2] for key, room in rooms.items()}:
+            self.allocate(adapter_name, rooms, adapter_name in self.active_adapters and not self.disable_adapters)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        """As torch's; a child network that was chosen in another model gets room first."""
+        found = {adapter: self.rooms_in(state_dict, prefix, adapter) for adapter in self.child_targets}
+        for adapter, rooms in found.items():
+            if rooms:
+                self.make_room(adapter, rooms)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def indices(self, adapter_name: str, parameter: str) -> Tensor:
         """Flat indices of the child in a parameter, int64, shape `(k,)`, on the device of the delta."""
@@ -272,16 +307,28 @@ class ChildStorage(nn.Module, BaseTunerLayer):
         """The adapter's deltas by parameter; empty if it has none here."""
         return cast(nn.ParameterDict, self.child_delta._modules.get(adapter_name, {}))
 
-    def _clear(self, adapter_name: str) -> None:
+    def _rooms(self, adapter_name: str) -> dict[str, Room]:
+        """What the adapter's child networks take here at present."""
+        blocks = self.child_index.of(adapter_name)
+        return {
+            key: Room(delta.numel(), blocks[key].numel(), delta.dtype)
+            for key, delta in self._deltas(adapter_name).items()
+        }
+
+    def _clear(self, adapter_name: str) -> dict[str, nn.Parameter]:
+        """Take an adapter's child network out; returns its deltas by parameter."""
         for name, delta in self.named_deltas(adapter_name).items():
             check_whole(name, delta, "give its adapter another child network before that")
+        deltas = dict(self._deltas(adapter_name).items())
         self._deltas(adapter_name).clear()
         self.child_index.of(adapter_name).clear()
         self.child_mask.of(adapter_name).clear()
         self._forget(adapter_name)
+        return deltas
 
-    def _put(self, adapter_name: str, parameter: str, delta: Tensor, block: Tensor, trainable: bool) -> None:
-        self._deltas(adapter_name)[parameter] = nn.Parameter(delta, requires_grad=trainable)
+    def _put(self, adapter_name: str, parameter: str, delta: nn.Parameter, block: Tensor, trainable: bool) -> None:
+        self._deltas(adapter_name)[parameter] = delta.requires_grad_(trainable)
+        expect_optimizer(delta)
         self.child_index.of(adapter_name)[parameter] = block
         self.child_beside_shards[adapter_name] = is_sharded(self.base_parameter(parameter))
         mask = self.child_masking[adapter_name]
@@ -318,6 +365,17 @@ class ChildStorage(nn.Module, BaseTunerLayer):
             device = device or next(self.base_layer.parameters()).device
             for held in (self.child_delta, self.child_index, self.child_mask):
                 held[adapter_name].to(device)
+
+
+def _kept(delta: nn.Parameter | None, values: Tensor) -> nn.Parameter:
+    """The parameter that optimizers may hold with other values if they fit into it, otherwise a new one."""
+    described = (values.shape, values.dtype, values.device)
+    if delta is None or (delta.shape, delta.dtype, delta.device) != described or delta.is_inference():
+        return nn.Parameter(values)
+    delta.grad = None
+    with torch.no_grad():
+        delta.copy_(values)
+    return delta
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

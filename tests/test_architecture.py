@@ -9,7 +9,7 @@ import peft_child
 
 
 LAYERS = [
-    {"front_matter", "lazy", "plot", "quantised", "reading", "streaming"},
+    {"front_matter", "lazy", "plot", "quantised", "reading", "streaming", "unheld"},
     {"card", "ranks"},
     {"mask", "codec", "selection", "fisher", "batches", "checkpoint", "example_gradients", "weighing"},
     {"compose", "config", "hooks", "index_buffers", "mask_buffers", "sharded", "sparse_file", "module_gradients"},

@@ -1,0 +1,66 @@
+"""The first optimizer step that leaves new deltas out raises: in no optimizer they would silently stay as they are.
+
+An optimizer that was made before the child network was chosen, chosen again, thinned or loaded holds other parameters.
+torch tells of no optimizer before it steps, so those that exist are looked up in the garbage collector, which happens
+only if a new delta has a gradient and the optimizer that steps does not have it.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from functools import cache
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary, WeakValueDictionary
+
+from torch import nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+
+
+T = TypeVar("T")
+
+# By identity, deltas that no optimizer that stepped has held; and, by optimizer, those that are not of its model.
+_NEW: WeakValueDictionary[int, nn.Parameter] = WeakValueDictionary()
+_OF_OTHERS: WeakKeyDictionary[Optimizer, set[int]] = WeakKeyDictionary()
+
+
+def expect_optimizer(delta: nn.Parameter) -> None:
+    """Let the first optimizer step on the model of a new delta raise if the delta is in no optimizer."""
+    _start_watching()
+    _NEW[id(delta)] = delta
+
+
+def _check(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    stepped = _parameters_of(optimizer)
+    for held in stepped & set(_NEW):
+        del _NEW[held]
+    lost = {key for key, delta in list(_NEW.items()) if delta.grad is not None}
+    if lost <= _OF_OTHERS.get(optimizer, set()):
+        return
+    for other in _living(Optimizer):
+        lost -= _parameters_of(other)
+    for model in _living(nn.Module):
+        parameters = dict(model.named_parameters())
+        ids = {id(parameter) for parameter in parameters.values()}
+        if lost & ids and stepped & ids:
+            names = [name for name, parameter in parameters.items() if id(parameter) in lost]
+            raise RuntimeError(
+                f"{len(names)} deltas of a child network are in no optimizer and would not be trained, such as "
+                f"'{names[0]}': they were made after the optimizer. Make the optimizer after the child network has "
+                "been chosen, thinned or loaded; or freeze the deltas (requires_grad_(False))."
+            )
+    _OF_OTHERS[optimizer] = lost
+
+
+def _parameters_of(optimizer: Optimizer) -> set[int]:
+    return {id(parameter) for group in getattr(optimizer, "param_groups", ()) for parameter in group["params"]}
+
+
+def _living(kind: type[T]) -> Iterator[T]:
+    """All objects of a class; `isinstance` would ask proxies for what they stand for, which may do anything."""
+    return (found for found in gc.get_objects() if issubclass(type(found), kind))
+
+
+@cache
+def _start_watching() -> None:
+    register_optimizer_step_pre_hook(_check)
