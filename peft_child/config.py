@@ -92,7 +92,7 @@ class ChildTuningConfig(PeftConfig):
         default=1,
         metadata={"help": "Optimizer steps after which the random gradient mask is drawn anew, a positive integer."},
     )
-    target_modules: list[str] | str | None = field(
+    target_modules: list[str] | set[str] | str | None = field(
         default=None,
         metadata={
             "help": (
@@ -111,7 +111,7 @@ class ChildTuningConfig(PeftConfig):
             )
         },
     )
-    exclude_modules: list[str] | str | None = field(
+    exclude_modules: list[str] | set[str] | str | None = field(
         default=None,
         metadata={"help": "Modules to leave out of `target_modules`: a list of names or endings, or an expression."},
     )
@@ -199,6 +199,9 @@ class ChildTuningConfig(PeftConfig):
         for name in ("target_modules", "target_parameters", "exclude_modules", "modules_to_save", "layers_pattern"):
             _check_names(name, getattr(self, name), allow_text=name != "modules_to_save")
         self._check_layers()
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), list):
+                setattr(self, name, set(getattr(self, name)))
         if self.child_sizes is not None:
             _check_sizes(self.child_sizes)
 
@@ -279,20 +282,18 @@ class ChildTuningConfig(PeftConfig):
 
     def _check_layers(self) -> None:
         layers = self.layers_to_transform
+        if isinstance(self.target_modules, str) and layers is not None:
+            raise ValueError("`layers_to_transform` cannot be used when `target_modules` is a str.")
+        if self.layers_pattern and layers is None:
+            raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
         if layers is None:
-            if self.layers_pattern:
-                raise ValueError(
-                    "layers_pattern needs layers_to_transform, the indices of the layers, but it is None."
-                )
             return
         indices = layers if isinstance(layers, (list, tuple)) else [layers]
         if not indices or any(type(index) is not int or index < 0 for index in indices):
             raise ValueError(f"layers_to_transform must be non-negative integers, at least one, got {layers!r}.")
-        named_otherwise = self.target_modules is None and self.target_parameters is not None
-        if isinstance(self.target_modules, str) or named_otherwise:
+        if self.target_modules is None and self.target_parameters is not None:
             raise ValueError(
-                "layers_to_transform applies to a list of target_modules, got "
-                f"target_modules={self.target_modules!r}; say the layers in the expression."
+                f"layers_to_transform applies to a list of target_modules, which is None, got {layers!r}."
             )
 
 

@@ -82,9 +82,10 @@ class ChildTuningLayer(ChildStorage):
             return {}
         self._check_chosen()
         found = {}
-        for parameter, base in self.base_layer._parameters.items():
+        for parameter in self.targeted():
             children = tuple(self.children_of(parameter, self.active_adapters))
-            if base is not None and children:
+            if children:
+                base = self._base(parameter)
                 self._check_present(parameter, base)
                 found[parameter] = Composition(base, children)
         return found
@@ -143,7 +144,7 @@ class ChildTuningLayer(ChildStorage):
         return self._seen("bias")
 
     def _seen(self, name: str) -> Any:
-        if name not in self.base_layer._parameters:
+        if name not in self.base_layer._parameters and name not in self.targeted():
             value = getattr(self.base_layer, name)
             is_method = ismethod(value) and value.__self__ is self.base_layer
             return partial(self._call_method, name) if is_method else value
@@ -207,8 +208,9 @@ class ChildTuningLayer(ChildStorage):
                 )
             if safe_merge and not torch.isfinite(Composition(base.detach(), children).tensor()).all():
                 raise ValueError(
-                    f"Merging would give NaN or infinite values in '{parameter}' of a {type(self.base_layer).__name__}"
-                    f" (adapters {adapter_names}); nothing was merged."
+                    f"NaNs detected in the merged weights. The adapter {', '.join(adapter_names)} seems to be broken: "
+                    f"'{parameter}' of a {type(self.base_layer).__name__} would have NaN or infinite values. Nothing "
+                    "was merged."
                 )
 
     @contextmanager
@@ -228,7 +230,7 @@ class ChildTuningLayer(ChildStorage):
 
     def _held(self, adapter_names: list[str]) -> Iterator[tuple[str, nn.Parameter, tuple[Child, ...]]]:
         """Parameters with children held here; those tied to another layer are that layer's to write."""
-        for parameter in self.base_layer._parameters:
+        for parameter in self.targeted():
             children = () if parameter in self.child_ties else tuple(self.children_of(parameter, adapter_names))
             if children:
                 base = self.base_parameter(parameter)

@@ -7,6 +7,7 @@ refused adapter leaves the model as it was.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -245,36 +246,30 @@ class ChildTuningModel(BaseTuner):
         """Write the adapters' composed values into the base weights; `unmerge_adapter` restores every bit.
 
         Args:
-            adapter_names: The adapters; by default the active ones.
+            adapter_names: The adapters; by default those that each layer has active.
             safe_merge: Check first that no value becomes NaN or infinite.
 
         Raises:
-            ValueError: If an adapter is merged already or unknown, or the check finds a value. Nothing is merged then.
+            ValueError: If an adapter is unknown, or the check finds a value. Nothing is merged then.
         """
-        names = self._known(adapter_names)
-        for name in names:
-            if any(name in layer.merged_adapters for layer in child_tuning_layers(self.model).values()):
-                raise ValueError(
-                    f"Adapter '{name}' is already merged; call unmerge_adapter() before merging it again."
-                )
-        self._merge(names, safe_merge)
+        self._merge(adapter_names, safe_merge)
 
-    def _known(self, adapter_names: list[str] | None) -> list[str]:
-        """These adapters, by default the active ones, if there are such."""
-        names = list(self.active_adapters if adapter_names is None else adapter_names)
-        for name in names:
+    def _check_known(self, adapter_names: list[str]) -> None:
+        for name in adapter_names:
             if name not in self.peft_config:
                 raise ValueError(f"There is no adapter '{name}'; there are {', '.join(self.peft_config)}.")
-        return names
 
-    def _merge(self, adapter_names: list[str], safe_merge: bool) -> None:
-        """Merge what is not merged yet, after all that could go wrong has been checked in every layer."""
+    def _merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        """Merge what is not merged yet, by default of what each layer has active; all layers are checked first."""
+        self._check_known(adapter_names or [])
+        layers = child_tuning_layers(self.model).values()
+        wanted = {layer: layer.active_adapters if adapter_names is None else adapter_names for layer in layers}
         left = {
-            layer: [
-                name for name in adapter_names if name in layer.child_targets and name not in layer.merged_adapters
-            ]
-            for layer in child_tuning_layers(self.model).values()
+            layer: [name for name in names if name in layer.child_targets and name not in layer.merged_adapters]
+            for layer, names in wanted.items()
         }
+        if not any(left.values()) and any(layer.merged for layer in layers):
+            warnings.warn("All adapters are already merged, nothing to do.", stacklevel=3)
         for layer, names in left.items():
             layer.check_mergeable(names, safe_merge)
         for layer, names in left.items():
@@ -307,7 +302,8 @@ class ChildTuningModel(BaseTuner):
                 out of range.
             RuntimeError: If the child network of an adapter has not been chosen.
         """
-        for name in self._known(adapters):
+        self._check_known(adapters)
+        for name in adapters:
             if cast(ChildTuningConfig, self.peft_config[name]).modules_to_save:
                 raise ValueError(f"Modules saved whole cannot be combined, and adapter '{name}' has some.")
             for layer in child_tuning_layers(self.model).values():
@@ -351,7 +347,7 @@ class ChildTuningModel(BaseTuner):
         """As PEFT's, which leaves layers inside other layers where they are."""
         layers = list(child_tuning_layers(self.model).values())
         if merge:
-            self._merge(self._known(adapter_names), safe_merge)
+            self._merge(adapter_names, safe_merge)
         else:
             for layer in layers:
                 if layer.merged:

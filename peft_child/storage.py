@@ -105,8 +105,15 @@ class ChildStorage(nn.Module, BaseTunerLayer):
     def base_parameter(self, name: str) -> nn.Parameter:
         """The parameter of the base layer, never composed."""
         with lock_of(self.base_layer):
-            parameter = self.base_layer._parameters[name]
-        assert parameter is not None
+            return self._base(name)
+
+    def _base(self, name: str) -> nn.Parameter:
+        parameter = self.base_layer._parameters.get(name)
+        if parameter is None:
+            raise RuntimeError(
+                f"'{name}' has a child network, but is no parameter of the {type(self.base_layer).__name__} any more: "
+                "it was quantised, parametrised or replaced. Call merge_and_unload() before such changes."
+            )
         return parameter
 
     def set_child(self, adapter_name: str, children: Mapping[str, SparseDelta], trainable: bool) -> None:
@@ -208,6 +215,12 @@ class ChildStorage(nn.Module, BaseTunerLayer):
             name = self.child_targets[adapter_name][parameter]
             raise FormatError(f"The child of '{name}' (adapter '{adapter_name}'). {error}") from error
 
+    def targeted(self) -> list[str]:
+        """The parameters of the base layer that adapters target, those tied to another layer's included."""
+        return list(
+            dict.fromkeys([key for targets in self.child_targets.values() for key in targets] + [*self.child_ties])
+        )
+
     def children_of(self, parameter: str, adapter_names: Collection[str]) -> Iterator[Child]:
         """The children of some adapters in one parameter of the base layer, those of tied parameters included."""
         holder, held = self.child_ties.get(parameter, (self, parameter))
@@ -216,8 +229,7 @@ class ChildStorage(nn.Module, BaseTunerLayer):
                 yield holder._child(adapter, held)
 
     def _child(self, adapter_name: str, parameter: str) -> Child:
-        delta, base = self._deltas(adapter_name)[parameter], self.base_layer._parameters[parameter]
-        assert base is not None
+        delta, base = self._deltas(adapter_name)[parameter], self._base(parameter)
         is_whole = delta.numel() == base.numel()
         is_masked = parameter in self.child_mask.of(adapter_name)
         return Child(

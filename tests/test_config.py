@@ -31,8 +31,11 @@ def test_density_out_of_range(density):
         ({"target_modules": 3}, "target_modules must be a list of names or a regular expression, got 3"),
         ({"target_parameters": [1]}, "target_parameters must be a list of names or a regular expression"),
         ({"modules_to_save": "classifier"}, "modules_to_save must be a list of names, got 'classifier'"),
-        ({"layers_pattern": "layer"}, "layers_pattern needs layers_to_transform"),
-        ({"target_modules": ".*q", "layers_to_transform": [0]}, "applies to a list of target_modules"),
+        (
+            {"layers_pattern": "layer"},
+            "When `layers_pattern` is specified, `layers_to_transform` must also be specified",
+        ),
+        ({"target_modules": ".*q", "layers_to_transform": ["0"]}, "cannot be used when `target_modules` is a str"),
         ({"target_modules": "("}, r"target_modules must be a regular expression if it is a string, got '\(': missing"),
         ({"layers_to_transform": "0"}, "must be non-negative integers, at least one, got '0'"),
         ({"layers_to_transform": []}, r"must be non-negative integers, at least one, got \[\]"),
@@ -88,3 +91,9 @@ def test_every_field_is_described():
     description = ChildTuningConfig.describe()
     assert all(f"{name} = " in description for name in ChildTuningConfig.__annotations__)
     assert ChildTuningConfig().peft_type is ChildPeftType.PEFT_CHILD
+
+
+def test_lists_of_modules_become_sets_as_in_peft():
+    config = ChildTuningConfig(target_modules=["b", "a", "b"], exclude_modules=["c"])
+    assert (config.target_modules, config.exclude_modules) == ({"a", "b"}, {"c"})
+    assert config.to_dict()["target_modules"] == ["a", "b"]

@@ -425,15 +425,49 @@ def test_rounded_deltas_take_half_of_the_space(tmp_path, dtype):
             assert torch.equal(value, model.state_dict()[key].to(getattr(torch, dtype)).float())
 
 
-def test_merging_twice_or_an_unknown_adapter_is_refused():
+def test_merging_twice_warns_and_an_unknown_adapter_is_refused():
     model = trained("linear")
     model.merge_adapter()
     before = snapshot(model)
-    with pytest.raises(ValueError, match=r"'default' is already merged; call unmerge_adapter\(\)"):
+    with pytest.warns(UserWarning, match="All adapters are already merged, nothing to do"):
         model.merge_adapter()
     with pytest.raises(ValueError, match="There is no adapter 'other'; there are default"):
         model.merge_adapter(["other"])
     assert_same(snapshot(model), before)
+
+
+@pytest.mark.parametrize("method", ["merge_adapter", "merge_and_unload"])
+def test_what_each_layer_has_active_is_merged(method):
+    model = trained("bert")
+    model.add_adapter("other", config_for("bert", variant="random", modules_to_save=None))
+    move(model, adapter_name="other")
+    layers = child_tuning_layers(model).values()
+    for number, layer in enumerate(layers):
+        layer.set_adapter([["default"], ["other"], ["default", "other"]][number % 3])
+    expected = logits(model, batch_of("bert"))
+    merged = getattr(model, method)() or model
+    assert torch.equal(logits(merged, batch_of("bert")), expected)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own way to quantise is deprecated
+@pytest.mark.parametrize("change", ["quantised", "parametrised", "taken out"])
+def test_a_parameter_that_is_gone_is_an_error_and_not_left_out(change):
+    model = trained("linear")
+    layer = next(iter(child_tuning_layers(model).values()))
+    if change == "quantised":
+        model = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, inplace=True)
+    elif change == "parametrised":
+        torch.nn.utils.parametrizations.weight_norm(layer.base_layer)
+    else:
+        layer.base_layer.weight = None
+    gone = r"'weight' has a child network, but is no parameter of the \w+ any more.*merge_and_unload\(\) before"
+    with pytest.raises(RuntimeError, match=gone):
+        logits(model, batch_of("linear"))
+    for method in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(RuntimeError, match=gone):
+            method()
+    with pytest.raises(RuntimeError, match=gone):
+        _ = layer.weight
 
 
 @pytest.mark.parametrize("method", ["merge_adapter", "merge_and_unload"])
@@ -444,7 +478,9 @@ def test_safe_merge_refuses_what_is_not_finite_before_it_writes(method):
     last = list(child_tuning_layers(model).values())[-1]
     with torch.no_grad():
         last._deltas("default")["weight"][0] = float("nan")
-    with pytest.raises(ValueError, match=r"NaN or infinite values in 'weight' of a Linear.*nothing was merged"):
+    with pytest.raises(
+        ValueError, match=r"NaNs detected in the merged weights\. The adapter default seems to be broken"
+    ):
         getattr(model, method)(safe_merge=True)
     assert_same(snapshot(model.unload()), before)
     fine = trained("linear")
