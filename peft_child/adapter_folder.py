@@ -58,7 +58,9 @@ def open_adapter(folder: str | Path) -> SparseAdapter:
     folder = Path(folder)
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"'{folder}' is no folder of an adapter: it has no '{name}'.")
+            inside = sorted(found.parent.name for found in folder.glob(f"*/{CONFIG_NAME}"))
+            hint = f" There are adapters in it: pass --subfolder {inside[0]}, or another." if inside else ""
+            raise FileNotFoundError(f"'{folder}' is no folder of an adapter: it has no '{name}'.{hint}")
     try:
         settings = json.loads((folder / CONFIG_NAME).read_text())
         _check_method(folder, settings)

@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from itertools import groupby
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -25,6 +26,11 @@ from peft_child.streaming import copy_bytes, read_into, write_tensor
 
 INDEX_NAME = "model.safetensors.index.json"
 WEIGHTS_NAME = "model.safetensors"
+
+# What describes a model, and holds no weights: configurations, tokenizers, chat templates, licences, remote code.
+DESCRIBING = ("*.json", "*.jinja", "*.model", "*.spm", "*.tiktoken", "*.bpe", "*.codes", "*.txt", "*.py")
+LICENCES = ("LICEN[CS]E*", "NOTICE*", "USE_POLICY*")
+_OF_OTHERS = ("adapter_config.json", "*.index.json", "trainer_state.json")
 
 
 class Place(NamedTuple):
@@ -115,10 +121,30 @@ def replacing(target: str | Path, force: bool) -> Iterator[Path]:
         _remove(temporary)
 
 
+def copy_description(source: Path, folder: Path) -> None:
+    """Copy what describes the model in a folder: no weights, and no folder that has any, such as those of exports."""
+    for item in sorted(source.iterdir()):
+        if item.is_file() and _describes(item):
+            shutil.copyfile(item, folder / item.name)
+        elif item.is_dir() and folder != item and item not in folder.parents and _holds_no_weights(item):
+            shutil.copytree(item, folder / item.name, copy_function=shutil.copyfile)
+
+
+def _holds_no_weights(folder: Path) -> bool:
+    return all(_describes(inside) for inside in folder.rglob("*") if inside.is_file())
+
+
+def _describes(file: Path) -> bool:
+    def named(patterns: Iterable[str]) -> bool:
+        return any(fnmatchcase(file.name, pattern) for pattern in patterns)
+
+    return named((*DESCRIBING, *LICENCES)) and not named(_OF_OTHERS)
+
+
 def copy_with_changes(
     checkpoint: Checkpoint, folder: Path, names: Iterable[str], change: Callable[[str, Tensor], Tensor]
 ) -> None:
-    """Copy a checkpoint and everything beside it, with other values in some tensors.
+    """Copy a checkpoint and what describes its model, with other values in some tensors.
 
     Args:
         checkpoint: The checkpoint to copy.
@@ -128,16 +154,12 @@ def copy_with_changes(
             checkpoint has. It is called once for each name, in their order. The tensor that it gets is valid until
             it returns, and it may change that and return it.
     """
-    files = {place.file for place in checkpoint.places.values()}
+    files = set(_weight_files(checkpoint.path))
+    folder.mkdir()
     if checkpoint.path.is_dir():
-        weights = {file.name for file in files}
-        shutil.copytree(
-            checkpoint.path,
-            folder,
-            ignore=lambda where, found: weights.intersection(found) if Path(where) == checkpoint.path else (),
-        )
-    else:
-        folder.mkdir()
+        copy_description(checkpoint.path, folder)
+    if not files <= {checkpoint.path, checkpoint.path / WEIGHTS_NAME}:
+        shutil.copyfile(checkpoint.path / INDEX_NAME, folder / INDEX_NAME)
     changes = _Changes(checkpoint, change)
     for file, group in groupby(names, key=lambda name: checkpoint.places[name].file):
         changes.copy(file, folder / file.name, group)
@@ -178,19 +200,19 @@ def _weight_files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     index = path / INDEX_NAME
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"'{index}' is no index of a checkpoint: it needs a 'weight_map' of file names."
-            ) from error
-        if any(Path(name).name != name for name in names):
-            raise ValueError(f"'{index}' names files outside its own folder.")
-        return [path / name for name in names]
-    if (path / WEIGHTS_NAME).is_file():
+    if (path / WEIGHTS_NAME).is_file():  # transformers prefers it to an index as well
         return [path / WEIGHTS_NAME]
-    raise FileNotFoundError(f"'{path}' is no safetensors file, and no folder with '{WEIGHTS_NAME}' or an index of it.")
+    if not index.is_file():
+        raise FileNotFoundError(
+            f"'{path}' is no safetensors file, and no folder with '{WEIGHTS_NAME}' or an index of it."
+        )
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"'{index}' is no index of a checkpoint: it needs a 'weight_map' of file names.") from error
+    if any(Path(name).name != name for name in names):
+        raise ValueError(f"'{index}' names files outside its own folder.")
+    return [path / name for name in names]
 
 
 def _read_places(file: Path) -> dict[str, Place]:

@@ -121,7 +121,9 @@ def inspect(
 ) -> None:
     """Show what an adapter holds: its child network by tensor, layer and module, its settings and its base model."""
     _check_file(plot, force)
-    stored = open_adapter(locate_adapter(adapter, revision, subfolder=subfolder))
+    folder = locate_adapter(adapter, revision, subfolder=subfolder)
+    _check_apart(plot, folder)
+    stored = open_adapter(folder)
     summary = summarize(stored)
     if plot:  # before printing, which ends early in `| head`
         with replacing(plot, force) as temporary:
@@ -153,6 +155,7 @@ def overlap(
     _check_file(plot, force)
     if len(adapters) < 2:
         raise ValueError("overlap compares two or more adapters, got one.")
+    _check_apart(plot, *map(Path, adapters))
     found = compare_adapters(_open_all(adapters, revision))
     totals = {pair: sum(by_name.values(), start=Overlap(0, 0, 0, 0)) for pair, by_name in found.items()}
     if plot:
@@ -205,6 +208,7 @@ def extract(
     _check_folder(output, force)
     before = Checkpoint(locate_checkpoint(base, base_revision))
     after = Checkpoint(locate_checkpoint(tuned, revision))
+    _check_apart(output, before.path, after.path)
     adapter = extract_adapter(before, after, density, progress)
     adapter.settings.update(base_model_name_or_path=base, revision=base_revision)
     write_adapter(output, adapter, force, progress)
@@ -223,10 +227,11 @@ def merge(
 ) -> None:
     """Write a checkpoint with the adapter merged into its base model, to be used without peft-child.
 
-    Everything beside the weights, such as a tokenizer, is copied from the base.
+    What describes the model, such as its configuration and tokenizer, is copied from the base.
     """
     _check_folder(output, force)
     folder, stored, path = _adapter_and_base(adapter, base, revision, subfolder, base_revision)
+    _check_apart(output, folder, path)
     checkpoint = Checkpoint(path)
     try:
         merge_checkpoint(stored, checkpoint, output, force, progress)
@@ -259,6 +264,7 @@ def combine(
 ) -> None:
     """Combine adapters of one base model in a new one, on the union of their child networks."""
     _check_folder(output, force)
+    _check_apart(output, *map(Path, adapters))
     stored = _open_all(adapters, revision)
     combined = combine_adapters(
         stored,
@@ -289,7 +295,8 @@ def patch(
     has NAME.indices, flat positions, and NAME.values, what stands there after merging.
     """
     _check_file(output, force)
-    _, stored, path = _adapter_and_base(adapter, base, revision, subfolder, base_revision)
+    folder, stored, path = _adapter_and_base(adapter, base, revision, subfolder, base_revision)
+    _check_apart(output, folder, path)
     export_patch(stored, Checkpoint(path), output, force, progress)
     typer.echo(f"wrote {counts(stored)} to {plain(output)}")
 
@@ -372,3 +379,12 @@ def _check_file(output: Path | None, force: bool) -> None:
         raise IsADirectoryError(f"'{output}' is a folder; name a file.")
     if not force:
         raise FileExistsError(f"'{output}' exists already; pass --force to replace it.")
+
+
+def _check_apart(output: Path | None, *inputs: Path) -> None:
+    """Refuse an output that is an input, holds one, or is a file of one; pictures may lie beside an adapter."""
+    for place in inputs if output else ():
+        target, source = Path(output or "").resolve(), place.resolve()
+        is_inside = source in target.parents and target.is_file() and target.suffix != ".png"
+        if is_inside or target == source or target in source.parents:
+            raise FileExistsError(f"'{output}' is, holds or belongs to the input '{place}'; name another output.")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+import transformers
 from torch import Tensor
 
 from peft_child.adapter_folder import PEFT_TYPE, SparseAdapter
@@ -16,6 +19,14 @@ from peft_child.selection import Cutoff, choose, find_cutoff
 from peft_child.sparse_file import fingerprint_of
 
 
+_TASKS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
 FLOATING = ("F32", "BF16", "F16", "F64")
 
 
@@ -83,8 +94,21 @@ def extract_adapter(
         "density": density or sum(found.size for found in chosen.values()) / numel,
         "target_parameters": list(deltas),
         "base_model_name_or_path": str(base.path),
+        **_model_settings(base.path / "config.json"),
     }
     return SparseAdapter(settings, deltas)
+
+
+def _model_settings(file: Path) -> dict[str, Any]:
+    """What PEFT's Auto classes need to know: the class of the base model, and its task if it has one."""
+    architectures = json.loads(file.read_text()).get("architectures") if file.is_file() else None
+    name = architectures[0] if architectures else ""
+    kind = getattr(transformers, name, None)
+    if kind is None:
+        return {}
+    mapping = {"base_model_class": name, "parent_library": kind.__module__}
+    endings = [task for ending, task in _TASKS.items() if name.endswith(ending)]
+    return {"auto_mapping": mapping, **({"task_type": endings[0]} if endings else {})}
 
 
 def _comparable(base: Checkpoint, tuned: Checkpoint) -> list[str]:
@@ -92,8 +116,10 @@ def _comparable(base: Checkpoint, tuned: Checkpoint) -> list[str]:
     for first, second in ((base, tuned), (tuned, base)):
         missing = sorted(first.places.keys() - second.places.keys())
         if missing:
+            tied = any("lm_head" in name for name in missing)
+            hint = " A head that is tied to the embeddings is saved only once: save both alike." if tied else ""
             raise ValueError(
-                f"'{second.path}' lacks {len(missing)} tensors of '{first.path}', such as '{missing[0]}'."
+                f"'{second.path}' lacks {len(missing)} tensors of '{first.path}', such as '{missing[0]}'.{hint}"
             )
     for name, place in base.places.items():
         other = tuned.places[name]

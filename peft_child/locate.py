@@ -21,12 +21,11 @@ from huggingface_hub.errors import (
 
 from peft_child.adapter_folder import CONFIG_NAME
 from peft_child.adapter_folder import WEIGHTS_NAME as ADAPTER_WEIGHTS_NAME
-from peft_child.checkpoint import INDEX_NAME, WEIGHTS_NAME
+from peft_child.checkpoint import DESCRIBING, INDEX_NAME, LICENCES, WEIGHTS_NAME
 
 
 ADAPTER_FILES = (CONFIG_NAME, ADAPTER_WEIGHTS_NAME)
 WEIGHTS_FILES = (WEIGHTS_NAME, INDEX_NAME, "model-*-of-*.safetensors")
-FILES_BESIDE = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*")  # configurations, tokenizers, chat templates
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -53,7 +52,7 @@ def locate_adapter(
 
 def locate_checkpoint(name: str, revision: str | None = None, token: str | None = None) -> Path:
     """Folder or file of a checkpoint, with what lies beside the weights; otherwise as `locate_adapter`."""
-    return _locate(name, revision, token, [*WEIGHTS_FILES, *FILES_BESIDE], ["*/*"])
+    return _locate(name, revision, token, [*WEIGHTS_FILES, *DESCRIBING, *LICENCES], ["*/*"])
 
 
 def _locate(

@@ -120,7 +120,8 @@ def check_fits(adapter: SparseAdapter, base: Checkpoint) -> None:
             f"'{base.path}' has no tensor '{missing[0]}' ({len(missing)} of {len(wanted)} names are missing): the "
             "model has other names than its checkpoint, or the adapter belongs to another model."
         )
-    numels = {name: size[0] for name, size in adapter.sizes.items()}
+    sizes = adapter.sizes  # known of a folder without reading its deltas
+    numels = {name: sizes[name][0] if name in sizes else adapter.deltas[name].numel for name in adapter.deltas}
     numels |= {key.removeprefix(PREFIX): tensor.numel() for key, tensor in adapter.dense.items()}
     for name, numel in numels.items():
         here = base.places[name].numel

@@ -359,6 +359,10 @@ class ChildTuningModel(BaseTuner):
         model: nn.Module = self.model
         return model
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """As PEFT's for modules saved whole, of any kind: PEFT would copy the weight that a single layer has."""
+        setattr(parent, child_name, new_module)
+
     def delete_adapter(self, adapter_name: str) -> None:
         """As PEFT's."""
         super().delete_adapter(adapter_name)

@@ -123,6 +123,9 @@ def stamped(tensors: Mapping[str, Tensor], delta_dtype: torch.dtype | None = Non
     Args:
         tensors: By their names in the file, or in a model.
         delta_dtype: Round float32 deltas to this dtype; by default nothing is rounded.
+
+    Raises:
+        ValueError: If a delta is not finite, which nothing could read again.
     """
     result = dict(tensors)
     for key, block in tensors.items():
@@ -133,6 +136,11 @@ def stamped(tensors: Mapping[str, Tensor], delta_dtype: torch.dtype | None = Non
             continue
         if delta_dtype is not None and delta.dtype == torch.float32:
             result[delta_key] = delta.to(delta_dtype)
+        bad = result[delta_key].numel() - int(result[delta_key].isfinite().sum())
+        if bad:
+            raise ValueError(
+                f"Deltas must be finite to be saved; {bad} values of '{path.removeprefix(PREFIX)}.{rest}' are not."
+            )
         data = with_delta_checksum(block.cpu().numpy().data, checksum_of(result[delta_key]))
         result[key] = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(block.device)
     return result

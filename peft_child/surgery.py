@@ -16,10 +16,11 @@ _OURS = (".child_index.", ".child_mask.")
 
 def check_name_is_free(model: nn.Module, adapter_name: str) -> None:
     """Raise a `ValueError` if a model cannot have another adapter of this name."""
-    if not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict(), adapter_name):
+    is_ours = adapter_name.startswith("child_")  # what the names of our tensors are found by
+    if not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict(), adapter_name) or is_ours:
         raise ValueError(
-            f"adapter_name must be a name that a module can have: not empty, without dots, and not that of a method; "
-            f"got '{adapter_name}'."
+            f"adapter_name must be a name that a module can have: not empty, without dots, not that of a method, and "
+            f"not with 'child_' at its beginning; got '{adapter_name}'."
         )
     if any(adapter_name in layer.child_targets for layer in child_tuning_layers(model).values()):
         raise ValueError(

@@ -68,7 +68,8 @@ class Target(NamedTuple):
 def find_targets(model: nn.Module, config: ChildTuningConfig) -> list[Target]:
     """Find the parameters that a configuration names.
 
-    A module that it names brings along the modules inside it; one that it excludes takes them away.
+    A module that it names brings along the modules inside it; one that it excludes takes them away, and so does one
+    that is saved whole (`modules_to_save`, the head of the task type among them).
 
     Args:
         model: The base model, with or without adapter layers in it.
@@ -119,8 +120,8 @@ def all_linear(model: nn.Module, config: ChildTuningConfig) -> set[str]:
     if head is None and config.task_type == TaskType.SEQ_CLS:
         head = next((getattr(model, name) for name in SEQ_CLS_HEAD_NAMES if hasattr(model, name)), None)
     head = head.base_layer if isinstance(head, ChildTuningLayer) else head
-    places = (place for place in _places(model) if isinstance(place.module, (nn.Linear, Conv1D)))
-    return {place.path for place in places if place.module is not head}
+    places = (place for place in _places(model, config) if isinstance(place.module, (nn.Linear, Conv1D)))
+    return {place.path for place in places if place.module is not head and place.named is not None}
 
 
 # The modules of the base model
@@ -143,7 +144,7 @@ class _Place(NamedTuple):
     named: bool | None
 
 
-def _places(model: nn.Module, config: ChildTuningConfig | None = None) -> Iterator[_Place]:
+def _places(model: nn.Module, config: ChildTuningConfig) -> Iterator[_Place]:
     """Every module of the base model under every name that it has, parents first; not those trained densely."""
 
     def walk(module: nn.Module, path: str, entry: str | None, around: bool | None) -> Iterator[_Place]:
@@ -156,7 +157,7 @@ def _places(model: nn.Module, config: ChildTuningConfig | None = None) -> Iterat
                 f"'{path}' is a {type(module).__module__}.{type(module).__qualname__} of another PEFT method; "
                 "Child-Tuning cannot be combined with others in one model."
             )
-        named = _names_module(config, path) if config is not None and path else False
+        named = _names_module(config, path) if path else False
         named = around if named is False or around is None else named
         yield _Place(path, module, path if entry is None else entry, named)
         for name, child in module._modules.items():
@@ -167,6 +168,8 @@ def _places(model: nn.Module, config: ChildTuningConfig | None = None) -> Iterat
 
 
 def _names_module(config: ChildTuningConfig, path: str) -> bool | None:
+    if path.endswith(tuple(config.modules_to_save or ())):  # PEFT's rule
+        return None
     matched = check_target_module_exists(config, path)
     return None if isinstance(matched, _ExcludedModule) else bool(matched)
 
@@ -224,7 +227,7 @@ def _check_dense_copies(model: nn.Module, config: ChildTuningConfig, targets: li
         if isinstance(module, AuxiliaryTrainingWrapper)
         for parameter in module.original_module.parameters()
     }
-    expressions = [rf"(.*\.)?{name}($|\.)" for name in config.modules_to_save or ()]
+    expressions = [rf".*{re.escape(name)}($|\.)" for name in config.modules_to_save or ()]
     for target in targets:
         is_dense = id(target.parameter) in dense
         for owner in target.owners:

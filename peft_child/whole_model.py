@@ -7,7 +7,6 @@ an adapter's parameter. Then the model is loaded as a whole, which takes its siz
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from transformers.utils import logging
 
 from peft_child.adapter_folder import open_adapter
 from peft_child.card import AUTO_CLASSES
-from peft_child.checkpoint import INDEX_NAME, replacing
+from peft_child.checkpoint import copy_description, replacing
 from peft_child.sparse_file import PREFIX
 
 
@@ -42,8 +41,8 @@ def merge_by_loading(adapter: Path, base: Path, folder: Path, force: bool = Fals
     """
     with replacing(folder, force) as temporary, _quiet():
         model: Any = load_with_adapter(adapter, base)
-        weights = shutil.ignore_patterns("*.safetensors", INDEX_NAME)
-        shutil.copytree(base, temporary, ignore=weights, copy_function=shutil.copyfile)
+        temporary.mkdir()
+        copy_description(base, temporary)
         model.merge_and_unload().save_pretrained(temporary)
 
 

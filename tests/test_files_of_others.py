@@ -1,0 +1,174 @@
+"""Folders that hold more than one model's files, outputs that are inputs, and weights that no file can express."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from peft_child import ChildTuningConfig
+from peft_child.adapter_folder import CONFIG_NAME, open_adapter, write_adapter
+from peft_child.checkpoint import INDEX_NAME, Checkpoint
+from peft_child.extraction import extract_adapter
+from peft_child.merging import check_fits
+
+from .helpers import assert_same, chosen_model, move
+from .problems import build
+from .test_cli import content, error_of, output_of
+
+
+@pytest.fixture
+def base(tmp_path):
+    """A tiny Llama in one file."""
+    build("llama").save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def tuned(base, tmp_path):
+    """The same after some training."""
+    shutil.copytree(base, tmp_path / "tuned")
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.norm.weight"][:2] += 1
+    save_file(tensors, tmp_path / "tuned/model.safetensors", metadata={"format": "pt"})
+    return tmp_path / "tuned"
+
+
+@pytest.fixture
+def child(base, tuned, tmp_path):
+    """The difference between the two."""
+    output_of("extract", base, tuned, tmp_path / "child")
+    return tmp_path / "child"
+
+
+def add_old_shards(folder):
+    """What an earlier, sharded save has left behind: other weights, and an index of them."""
+    old = {name: tensor + 1 for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(old, folder / "model-00001-of-00001.safetensors", metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": dict.fromkeys(old, "model-00001-of-00001.safetensors")}
+    (folder / INDEX_NAME).write_text(json.dumps(index))
+
+
+def weights(folder):
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+def test_the_file_that_transformers_loads_is_merged_into(base, tuned, child, tmp_path):
+    add_old_shards(base)
+    output_of("merge", child, base, tmp_path / "merged")
+    assert_same(weights(tmp_path / "merged"), weights(tuned))
+
+
+def test_the_file_that_transformers_loads_is_extracted_from(base, tuned, child, tmp_path):
+    add_old_shards(tuned)
+    output_of("extract", base, tuned, tmp_path / "again")
+    assert content(tmp_path / "again") == content(child)
+
+
+def test_merging_copies_what_describes_the_model_and_no_other_weights(base, child, tmp_path):
+    add_old_shards(base)
+    described = ["tokenizer.json", "chat_template.jinja", "modeling_own.py", "LICENSE", "merges.txt", "spiece.model"]
+    foreign = ["adapter_config.json", "pytorch_model.bin", "m.gguf", "consolidated.00.pth", "optimizer.pt", "m.onnx"]
+    for name in [*described, *foreign]:
+        (base / name).write_text("{}")
+    for name in ("onnx/model.onnx", "onnx/config.json", "original/params.json", "original/consolidated.pth"):
+        (base / name).parent.mkdir(exist_ok=True)
+        (base / name).write_text("{}")
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates/tool.jinja").write_text("{}")
+    output_of("merge", child, base, tmp_path / "merged")
+    found = {str(path) for path in content(tmp_path / "merged")}
+    kept = {*described, "additional_chat_templates/tool.jinja"}
+    assert found == kept | {"config.json", "generation_config.json", "model.safetensors"}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_extraction_of_weights_that_are_not_finite_is_refused_and_leaves_nothing(base, tuned, tmp_path, value):
+    tensors = load_file(tuned / "model.safetensors")
+    tensors["model.norm.weight"][:3] = value
+    save_file(tensors, tuned / "model.safetensors", metadata={"format": "pt"})
+    error = error_of("extract", base, tuned, tmp_path / "broken")
+    assert "3 values of 'model.norm.weight' are not" in error
+    assert not (tmp_path / "broken").exists()
+
+
+def test_an_adapter_that_diverged_is_not_saved(tmp_path):
+    model = chosen_model("llama")
+    move(model)
+    with torch.no_grad():
+        delta = next(p for name, p in model.named_parameters() if ".child_delta." in name)
+        delta[0] = float("nan")
+    with pytest.raises(ValueError, match=r"Deltas must be finite to be saved; 1 values of '[\w.]+' are not"):
+        model.save_pretrained(tmp_path / "child")
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("is_combined", [False, True])
+def test_extracted_and_combined_adapters_load_in_auto_classes(base, child, tuned, tmp_path, is_combined):
+    if is_combined:
+        output_of("combine", tmp_path / "both", child, child, "--weight", 0.5, "--weight", 0.5)
+        child = tmp_path / "both"
+    model = AutoPeftModelForCausalLM.from_pretrained(child)
+    assert_same(model.merge_and_unload().state_dict(), weights(tuned))
+
+
+def test_an_output_is_never_an_input(base, tuned, child):
+    before = content(base), content(tuned), content(child)
+    for command in (
+        ("patch", child, base, base / "model.safetensors"),
+        ("patch", child, base, child / "adapter_model.safetensors"),
+        ("merge", child, base, base),
+        ("merge", child, base, child),
+        ("extract", base, tuned, tuned),
+        ("combine", child, child),
+        ("inspect", child, "--plot", child / "adapter_model.safetensors"),
+    ):
+        assert "name another output" in error_of(*command, "--force")
+    link = base.parent / "link"
+    link.symlink_to(base)
+    assert "name another output" in error_of("merge", child, link, base, "--force")
+    assert before == (content(base), content(tuned), content(child))
+
+
+def test_adapters_below_a_folder_are_pointed_to(child):
+    shutil.move(child, child.parent / "run/first")
+    assert "pass --subfolder first" in error_of("inspect", child.parent / "run")
+
+
+def test_a_head_that_only_one_checkpoint_has_is_explained(base, tuned, tmp_path):
+    tensors = load_file(tuned / "model.safetensors")
+    tensors["lm_head.weight"] = torch.ones(2, 2)
+    del tensors["model.norm.weight"]
+    save_file(tensors, tuned / "model.safetensors", metadata={"format": "pt"})
+    first = load_file(base / "model.safetensors")
+    first.pop("lm_head.weight", None)
+    del first["model.norm.weight"]
+    save_file(first, base / "model.safetensors", metadata={"format": "pt"})
+    assert "tied to the embeddings is saved only once" in error_of("extract", base, tuned, tmp_path / "child")
+
+
+def test_fresh_adapters_are_checked_against_a_base_too(base, tuned, tmp_path):
+    fresh = extract_adapter(Checkpoint(base), Checkpoint(tuned))
+    check_fits(fresh, Checkpoint(base))
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.norm.weight"] = torch.ones(3)
+    save_file(tensors, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"'model\.norm\.weight' has 3 entries"):
+        check_fits(fresh, Checkpoint(tmp_path / "other.safetensors"))
+
+
+def test_a_configuration_from_a_file_makes_a_new_adapter_that_can_be_saved(tmp_path):
+    chosen_model("llama", variant="random").save_pretrained(tmp_path / "first")
+    config = ChildTuningConfig.from_pretrained(tmp_path / "first")
+    model = get_peft_model(build("llama"), config)
+    move(model)
+    model.save_pretrained(tmp_path / "second")
+    write_adapter(tmp_path / "third", open_adapter(tmp_path / "second"))
+    loaded = PeftModel.from_pretrained(build("llama"), tmp_path / "second")
+    assert (
+        loaded.peft_config["default"].child_sizes
+        == json.loads((tmp_path / "second" / CONFIG_NAME).read_text())["child_sizes"]
+    )
