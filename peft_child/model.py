@@ -33,7 +33,7 @@ from peft_child.surgery import (
     remove_adapter,
     replace_module,
 )
-from peft_child.targets import Owner, Target, all_linear, find_targets, names_parameter
+from peft_child.targets import Owner, Target, all_linear, check_saved_whole, find_targets, names_parameter
 from peft_child.weighted_sum import combine_named, density_of
 
 
@@ -110,6 +110,7 @@ class ChildTuningModel(BaseTuner):
         """Plan the injection, and refuse it before anything has changed."""
         if isinstance(peft_config.target_modules, str) and peft_config.target_modules.lower() == "all-linear":
             peft_config.target_modules = all_linear(model, peft_config)
+        check_saved_whole(model, peft_config)
         targets = find_targets(model, peft_config)
         check_adapter_name(self._injected, targets)
         check_sizes(peft_config, targets)

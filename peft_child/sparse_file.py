@@ -125,15 +125,19 @@ def stamped(tensors: Mapping[str, Tensor], delta_dtype: torch.dtype | None = Non
         delta_dtype: Round float32 deltas to this dtype; by default nothing is rounded.
 
     Raises:
-        ValueError: If a delta is not finite, which nothing could read again.
+        ValueError: If a delta is not finite, or a block was never filled, which nothing could read again.
     """
     result = dict(tensors)
     for key, block in tensors.items():
         path, kind, rest = key.rpartition(f".{INDEX}.")
         delta_key = f"{path}.{DELTA}.{rest}"
         delta = tensors.get(delta_key) if kind else None
-        if delta is None or delta.is_meta or not bool(block.any()):
+        if delta is None or delta.is_meta:
             continue
+        if not bool(block.any()):
+            raise ValueError(
+                f"The child network of '{path.removeprefix(PREFIX)}.{rest}' was neither chosen nor loaded."
+            )
         if delta_dtype is not None and delta.dtype == torch.float32:
             result[delta_key] = delta.to(delta_dtype)
         bad = result[delta_key].numel() - int(result[delta_key].isfinite().sum())

@@ -24,6 +24,10 @@ from peft_child.layer import ChildTuningLayer
 from peft_child.quantised import is_quantised
 
 
+# What PEFT saves whole for a task, though it writes it into `modules_to_save` only after it has injected the adapter.
+_HEADS = {TaskType.TOKEN_CLS: ("classifier", "score"), TaskType.QUESTION_ANS: ("qa_outputs",)}
+
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)  # read without being called
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -124,6 +128,22 @@ def all_linear(model: nn.Module, config: ChildTuningConfig) -> set[str]:
     return {place.path for place in places if place.module is not head and place.named is not None}
 
 
+def saved_whole(config: ChildTuningConfig) -> tuple[str, ...]:
+    """Endings of the names of the modules that PEFT trains densely and saves whole."""
+    heads = _HEADS.get(TaskType(config.task_type), ()) if config.task_type else ()
+    return (*(config.modules_to_save or ()), *heads)
+
+
+def check_saved_whole(model: nn.Module, config: ChildTuningConfig) -> None:
+    """Raise, as PEFT would after it has changed the model, a `TypeError` if a module cannot be saved whole."""
+    for name, module in model.named_modules():
+        if name.endswith(saved_whole(config)) and isinstance(module, _CONTAINERS):
+            raise TypeError(
+                f"modules_to_save cannot be applied to modules of type {type(module)}, such as '{name}'; name the "
+                "modules in it."
+            )
+
+
 # The modules of the base model
 
 
@@ -168,7 +188,7 @@ def _places(model: nn.Module, config: ChildTuningConfig) -> Iterator[_Place]:
 
 
 def _names_module(config: ChildTuningConfig, path: str) -> bool | None:
-    if path.endswith(tuple(config.modules_to_save or ())):  # PEFT's rule
+    if path.endswith(saved_whole(config)):
         return None
     matched = check_target_module_exists(config, path)
     return None if isinstance(matched, _ExcludedModule) else bool(matched)
@@ -196,7 +216,7 @@ def _check_weight(parameter: nn.Parameter, owner: Owner) -> None:
 
 
 def _check_module(owner: Owner) -> None:
-    if isinstance(owner.module, (nn.ParameterList, nn.ParameterDict)):
+    if isinstance(owner.module, _CONTAINERS):
         raise ValueError(
             f"'{owner.name}' is in a {type(owner.module).__name__}, which is read without being called; "
             "Child-Tuning cannot target it."
@@ -227,7 +247,7 @@ def _check_dense_copies(model: nn.Module, config: ChildTuningConfig, targets: li
         if isinstance(module, AuxiliaryTrainingWrapper)
         for parameter in module.original_module.parameters()
     }
-    expressions = [rf".*{re.escape(name)}($|\.)" for name in config.modules_to_save or ()]
+    expressions = [rf".*{re.escape(name)}($|\.)" for name in saved_whole(config)]
     for target in targets:
         is_dense = id(target.parameter) in dense
         for owner in target.owners:

@@ -9,14 +9,14 @@ from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from peft_child import ChildTuningConfig
+from peft_child import ChildTuningConfig, select_child_network
 from peft_child.adapter_folder import CONFIG_NAME, open_adapter, write_adapter
 from peft_child.checkpoint import INDEX_NAME, Checkpoint
 from peft_child.extraction import extract_adapter
 from peft_child.merging import check_fits
 
 from .helpers import assert_same, chosen_model, move
-from .problems import build
+from .problems import batch_of, build
 from .test_cli import content, error_of, output_of
 
 
@@ -158,6 +158,17 @@ def test_fresh_adapters_are_checked_against_a_base_too(base, tuned, tmp_path):
     save_file(tensors, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=r"'model\.norm\.weight' has 3 entries"):
         check_fits(fresh, Checkpoint(tmp_path / "other.safetensors"))
+
+
+def test_a_configuration_from_a_file_does_not_stand_for_a_choice(tmp_path):
+    chosen_model("llama").save_pretrained(tmp_path / "first")
+    config = ChildTuningConfig.from_pretrained(tmp_path / "first")
+    model = get_peft_model(build("llama"), config)
+    with pytest.raises(ValueError, match="was neither chosen nor loaded"):
+        model.save_pretrained(tmp_path / "second")
+    select_child_network(model, [batch_of("llama")], progress_bar=False)
+    model.save_pretrained(tmp_path / "second")
+    PeftModel.from_pretrained(build("llama"), tmp_path / "second")
 
 
 def test_a_configuration_from_a_file_makes_a_new_adapter_that_can_be_saved(tmp_path):
