@@ -43,6 +43,32 @@ def batch_size(batch: Any) -> int:
     return size
 
 
+def check_batch(batch: Any) -> None:
+    """Raise a `ValueError` if this is nothing that a model takes: a row of a dataset, a name, or the like."""
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    is_row = isinstance(ids, Tensor) and ids.dim() < 2
+    if (
+        is_row
+        or not isinstance(batch, Mapping)
+        or not any(isinstance(leaf, Tensor) for leaf in tree_leaves(dict(batch)))
+    ):
+        raise ValueError(
+            f"Batches must be mappings of tensors with a row for each example, got a {type(batch).__name__} without. "
+            "Of a dataset or a list of rows make DataLoader(rows, batch_size=8, collate_fn=data_collator), such as "
+            "with DataCollatorWithPadding(tokenizer); for other batches pass a forward_fn."
+        )
+
+
+def labelled(batch: Any) -> list[int] | None:
+    """Which examples of a batch have a label other than -100, which losses ignore; None if that cannot be told."""
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or not labels.numel():
+        return None
+    rows = labels.reshape(len(labels) if labels.dim() else 1, -1)
+    found: list[int] = rows.ne(-100).any(1).nonzero().flatten().tolist()
+    return None if len(found) == len(rows) else found
+
+
 def to_device(batch: Any, device: torch.device) -> Any:
     """The batch with its tensors on a device; mappings become plain dictionaries."""
     return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, _plain(batch))

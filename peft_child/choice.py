@@ -18,7 +18,7 @@ from peft_child.config import ChildTuningConfig
 from peft_child.delta import fresh_delta
 from peft_child.layer import ChildTuningLayer, child_tuning_layers
 from peft_child.ranks import check_equal, digest, gathered, is_sharded, on_every_rank, own_part, world_size
-from peft_child.scoring import FisherPass, Forward, Options
+from peft_child.scoring import OVER_BATCHES, FisherPass, Forward, Options
 from peft_child.selection import select_largest
 from peft_child.sharded import select_largest_of_shards
 
@@ -33,17 +33,20 @@ class ChildNetwork(NamedTuple):
         chosen: Entries in the child network.
         targeted: Entries it was chosen from.
         dense: Entries trained besides, outside the density (`modules_to_save`).
+        skipped: Examples that were left out of the Fisher information, since they have no label but -100.
     """
 
     chosen: int
     targeted: int
     dense: int
+    skipped: int = 0
 
     def __str__(self) -> str:
         """One line for people."""
         share = self.chosen / self.targeted
         head = f"; {self.dense:,} entries besides are trained densely" if self.dense else ""
-        return f"child network: {self.chosen:,} of {self.targeted:,} targeted entries ({share:.2%}){head}"
+        left_out = f"; {self.skipped:,} examples without labels were left out" if self.skipped else ""
+        return f"child network: {self.chosen:,} of {self.targeted:,} targeted entries ({share:.2%}){head}{left_out}"
 
 
 def select_child_network(
@@ -97,11 +100,11 @@ def select_child_network(
     config, layers, targets = on_every_rank(partial(_selectable, model, adapter_name))
     source = "ready scores" if dataloader is None else "data"
     _check_same_settings(model, config, targets, {"source": source, "num_examples": num_examples})
-    found, examples = ready, None
+    found, examples, skipped = ready, None, 0
     if dataloader is not None:
         fisher_pass = FisherPass(model, dataloader, config.fisher == "authors", options)
         found = fisher_pass.scores(targets)
-        examples = fisher_pass.examples
+        examples, skipped = fisher_pass.examples, fisher_pass.skipped
     on_every_rank(partial(_check_scores, found, targets))
     targeted = sum(parameter.numel() for parameter in targets.values())
     chosen = _choose(found, targets, config.child_size(targeted))
@@ -117,7 +120,7 @@ def select_child_network(
         }
         layer.set_child(adapter_name, children, trainable=not config.inference_mode)
     dense = sum(parameter.numel() for _, parameter in _dense_parameters(model))
-    return ChildNetwork(sum(map(len, chosen.values())), targeted, dense)
+    return ChildNetwork(sum(map(len, chosen.values())), targeted, dense, skipped)
 
 
 def estimate_fisher(
@@ -277,7 +280,7 @@ def _choose(scores: Scores, targets: Mapping[str, nn.Parameter], size: int) -> d
     else:
         chosen = on_every_rank(partial(select_largest, ordered, size))
     if not any(gathered(any(bool(own_part(score).any()) for score in ordered.values()))):
-        raise ValueError("No score is positive: the loss does not depend on any targeted weight.")
+        raise ValueError(f"No score is positive: the loss does not depend on any targeted weight. {OVER_BATCHES}")
     return chosen
 
 

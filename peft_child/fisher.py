@@ -36,8 +36,8 @@ def mean_squares(
 
     Args:
         parameters: Parameters by name.
-        add_squares: Adds the squared gradients of this rank's losses to zeros by name, and returns their number, at
-            least one; see `squaring`.
+        add_squares: Adds the squared gradients of this rank's losses to zeros by name, and returns their number; see
+            `squaring`.
         same_losses: Whether all ranks take the same losses.
         make_room: From name and parameter to float32 zeros in the shape of the parameter, on any device, to add its
             scores up in; `zeros_beside` for the device of the parameter.
@@ -46,11 +46,13 @@ def mean_squares(
         Scores by name, float32, in the shape of the parameter. A parameter that no loss reached has scores of zero.
 
     Raises:
-        ValueError: If a score is not finite.
+        ValueError: If a score is not finite, or there is no loss on any rank.
     """
     scores = {name: make_room(name, parameter) for name, parameter in parameters.items()}
     count = on_every_rank(partial(add_squares, scores))
     total = count if same_losses else sum(gathered(count))
+    if not total:
+        raise ValueError("The Fisher information needs an example with a label other than -100, got none.")
     for score in scores.values():
         if not same_losses:
             add_over_ranks(score)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,12 +19,17 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from peft_child.batched import BatchScorer
-from peft_child.batches import batch_size, some_examples, to_device
+from peft_child.batches import batch_size, check_batch, labelled, some_examples, to_device
 from peft_child.fisher import mean_squares, squaring, zeros_beside
 from peft_child.layer import child_tuning_layers
 from peft_child.quantised import is_quantised
 from peft_child.ranks import check_can_add, gathered, in_step, is_sharded, rank, world_size
 
+
+OVER_BATCHES = (
+    "A loss over the whole batch, of pairs or with in-batch negatives, has no gradient for one example: pass "
+    "split_batches=False."
+)
 
 Forward = Callable[[Any, Any], Any]
 
@@ -47,6 +53,7 @@ class FisherPass:
     Attributes:
         by_batch: Score batches as they come, with dropout and clipping, as the authors' code does.
         examples: Number of examples that were scored; in the end those of all processes together.
+        skipped: Number of examples without a label, likewise; they say nothing, and their loss is the mean of nothing.
     """
 
     model: nn.Module
@@ -54,6 +61,7 @@ class FisherPass:
     by_batch: bool
     options: Options
     examples: int = 0
+    skipped: int = 0
 
     def scores(self, targets: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
         """Fisher information of the targets, float32, in their shapes."""
@@ -68,6 +76,12 @@ class FisherPass:
                     f"'{name}' is quantised ({type(parameter).__name__}), and no gradient reaches it: estimate the "
                     "Fisher information in the base model as it was before, and pass it as scores=."
                 )
+        if any(parameter.dtype == torch.float16 for parameter in targets.values()):
+            warnings.warn(
+                "Gradients of float16 weights below 6e-8 become zero, and so does their Fisher information: load the "
+                "base model in bfloat16 or float32 for the choice, and keep the scores (estimate_fisher).",
+                stacklevel=4,
+            )
         device = next(iter(targets.values())).device
         shared = any(is_sharded(parameter) for parameter in targets.values())
         if shared and not (self.options.score_device is self.options.score_folder is None):
@@ -81,7 +95,13 @@ class FisherPass:
                 torch.manual_seed(gathered(torch.initial_seed())[0])
             found = mean_squares(targets, partial(self._add, targets, device, shared), shared, self._make_room)
         if not shared:
-            self.examples = sum(gathered(self.examples))
+            self.examples, self.skipped = map(sum, zip(*gathered((self.examples, self.skipped)), strict=True))
+        if self.skipped and not rank():
+            warnings.warn(
+                f"{self.skipped} examples have no label but -100; the Fisher information is that of the "
+                f"{self.examples} others.",
+                stacklevel=4,
+            )
         return found
 
     def _make_room(self, name: str, parameter: Tensor) -> Tensor:
@@ -111,7 +131,8 @@ class FisherPass:
         with tqdm(desc="Fisher information", unit=" examples", total=total, disable=silent) as bar:
             add = self._adder(targets, sums, bar.update)
             for source, batch in in_step(self._batches(), lambda rank: left(rank) <= 0, shared):
-                if left(source) > 0:
+                batch = self._labelled(batch) if left(source) > 0 else None
+                if batch is not None:
                     before = self.examples
                     losses += add(to_device(batch, device), left(source))
                     scored[source] += self.examples - before
@@ -153,10 +174,21 @@ class FisherPass:
         count(batch_size(batch) if self.options.split_batches else 1)
         return 1
 
+    def _labelled(self, batch: Any) -> Any:
+        """The examples of a batch that have labels, as far as it can be taken apart, or None if there are none."""
+        kept, splits = labelled(batch), self.options.split_batches
+        if kept is None or (kept and (self.by_batch or not splits)):
+            return batch
+        size = len(batch["labels"]) if splits else 1
+        self.skipped += size - len(kept)
+        return some_examples(batch, kept, size) if kept else None
+
     def _batches(self) -> Iterator[Any]:
         is_empty = True
         for batch in self.dataloader:
             is_empty = False
+            if self.options.forward_fn is None:
+                check_batch(batch)
             yield batch
         if is_empty:
             raise ValueError("The Fisher information needs at least one example, got none.")
@@ -165,12 +197,8 @@ class FisherPass:
         """What there is in the place of the loss of an example or a batch."""
         if self.options.forward_fn is not None:
             output = self.options.forward_fn(self.model, example)
-        elif isinstance(example, Mapping):
-            output = self.model(**example)
         else:
-            raise ValueError(
-                f"Batches must be mappings, got a {type(example).__name__}; pass a forward_fn for others."
-            )
+            output = self.model(**example)
         return self.options.loss_fn(output, example) if self.options.loss_fn is not None else _loss_in(output)
 
     def _loss(self, example: Any, number: int) -> Tensor:
@@ -185,7 +213,7 @@ class FisherPass:
         if not math.isfinite(value):
             raise ValueError(f"The loss of every example must be finite; that of example {number} is {value}.")
         if not loss.requires_grad:
-            raise ValueError(f"The loss of example {number} does not depend on any targeted weight.")
+            raise ValueError(f"The loss of example {number} does not depend on any targeted weight. {OVER_BATCHES}")
         found: Tensor = loss
         return found
 
