@@ -253,15 +253,20 @@ class ChildTuningModel(BaseTuner):
         Raises:
             ValueError: If an adapter is unknown, or the check finds a value. Nothing is merged then.
         """
-        self._merge(adapter_names, safe_merge)
+        if not self._merge(adapter_names, safe_merge):
+            warnings.warn("All adapters are already merged, nothing to do.", stacklevel=2)
 
     def _check_known(self, adapter_names: list[str]) -> None:
         for name in adapter_names:
             if name not in self.peft_config:
                 raise ValueError(f"There is no adapter '{name}'; there are {', '.join(self.peft_config)}.")
 
-    def _merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
-        """Merge what is not merged yet, by default of what each layer has active; all layers are checked first."""
+    def _merge(self, adapter_names: list[str] | None, safe_merge: bool) -> bool:
+        """Merge what is not merged yet, by default of what each layer has active; all layers are checked first.
+
+        Returns:
+            Whether there was something to merge.
+        """
         self._check_known(adapter_names or [])
         layers = child_tuning_layers(self.model).values()
         wanted = {layer: layer.active_adapters if adapter_names is None else adapter_names for layer in layers}
@@ -269,13 +274,12 @@ class ChildTuningModel(BaseTuner):
             layer: [name for name in names if name in layer.child_targets and name not in layer.merged_adapters]
             for layer, names in wanted.items()
         }
-        if not any(left.values()) and any(layer.merged for layer in layers):
-            warnings.warn("All adapters are already merged, nothing to do.", stacklevel=3)
         for layer, names in left.items():
             layer.check_mergeable(names, safe_merge)
         for layer, names in left.items():
             if names:
                 layer.merge(adapter_names=names)
+        return any(left.values())
 
     def add_weighted_adapter(
         self,
@@ -374,14 +378,15 @@ class ChildTuningModel(BaseTuner):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """As torch's; checks the child networks of all layers before any changes, and makes room for them.
 
-        A layer without one of its own knows only from the others whether the child network was chosen.
+        In a state dict of the whole model, a layer without a child network is one in which nothing was chosen.
         """
         layers = {f"{prefix}{name}.": layer for name, layer in child_tuning_layers(self).items()}
         for adapter in self.peft_config:
-            holders = {path: layer for path, layer in layers.items() if adapter in layer.child_targets}
-            rooms = [(layer, layer.rooms_in(state_dict, path, adapter)) for path, layer in holders.items()]
-            for layer, room in rooms if any(room for _, room in rooms) else []:
-                layer.make_room(adapter, room)
+            holders = {path: layer for path, layer in layers.items() if layer.child_targets.get(adapter)}
+            rooms = {path: layer.rooms_in(state_dict, path, adapter) for path, layer in holders.items()}
+            for path, layer in holders.items() if any(rooms.values()) else ():
+                if rooms[path] or f"{path}base_layer.{next(iter(layer.child_targets[adapter]))}" in state_dict:
+                    layer.make_room(adapter, rooms[path])
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     @classmethod

@@ -6,6 +6,7 @@ from torch import nn
 
 from peft_child.config import ChildTuningConfig
 from peft_child.layer import child_tuning_layers
+from peft_child.sparse_file import KINDS, MASK
 from peft_child.targets import Target
 
 
@@ -16,11 +17,11 @@ _OURS = (".child_index.", ".child_mask.")
 
 def check_name_is_free(model: nn.Module, adapter_name: str) -> None:
     """Raise a `ValueError` if a model cannot have another adapter of this name."""
-    is_ours = adapter_name.startswith("child_")  # what the names of our tensors are found by
+    is_ours = adapter_name in (*KINDS, MASK)  # by which our tensors are found in state dicts
     if not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict(), adapter_name) or is_ours:
         raise ValueError(
             f"adapter_name must be a name that a module can have: not empty, without dots, not that of a method, and "
-            f"not with 'child_' at its beginning; got '{adapter_name}'."
+            f"none of {', '.join((*KINDS, MASK))}; got '{adapter_name}'."
         )
     if any(adapter_name in layer.child_targets for layer in child_tuning_layers(model).values()):
         raise ValueError(

@@ -244,6 +244,7 @@ def test_what_is_no_adapter_or_checkpoint(tmp_path):
     (tmp_path / "text.safetensors").write_text("no tensors")
     with pytest.raises(ValueError, match=r"text.safetensors' is no safetensors file"):
         Checkpoint(tmp_path / "text.safetensors")
+    (tmp_path / "base/model.safetensors").unlink()  # which would be preferred to an index
     (tmp_path / "base/model.safetensors.index.json").write_text('{"weight_map": []}')
     with pytest.raises(ValueError, match="is no index of a checkpoint: it needs a 'weight_map'"):
         Checkpoint(tmp_path / "base")

@@ -82,6 +82,14 @@ def test_a_transformers_model_with_the_adapter_loads_a_whole_state_dict():
     assert torch.equal(logits(model, batch_of("bert")), logits(loaded, batch_of("bert")))
 
 
+def test_a_part_of_a_state_dict_leaves_the_rest_alone():
+    model, loaded = trained("bert"), trained("bert")
+    part = {key: value for key, value in model.state_dict().items() if ".layer.0." in key and ".child_" in key}
+    before = snapshot(loaded)
+    loaded.load_state_dict(part, strict=False)
+    assert_same(snapshot(loaded), {**before, **part})
+
+
 def test_loading_sizes_that_fit_keeps_the_parameters():
     model = trained("bert")
     before = [id(parameter) for parameter in model.parameters()]
