@@ -184,7 +184,12 @@ class ChildStorage(nn.Module, BaseTunerLayer):
         return rooms
 
     def make_room(self, adapter_name: str, rooms: Mapping[str, Room]) -> None:
-        """As `allocate`, where sizes differ; new deltas take gradients if the adapter is active."""
+        """As `allocate`, where sizes differ; new deltas take gradients if the adapter is active.
+
+        What is sharded (FSDP2) stays as it is, for torch to say what does not fit.
+        """
+        if any(map(is_sharded, self._deltas(adapter_name).values())):
+            return
         present = {key: room[:2] for key, room in self._rooms(adapter_name).items()}
         if not self.child_chosen[adapter_name] or present != {key: room[:2] for key, room in rooms.items()}:
             self.allocate(adapter_name, rooms, adapter_name in self.active_adapters and not self.disable_adapters)
