@@ -51,7 +51,7 @@ def saved_adapter(base, folder, **changes):
     return child
 
 
-@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`", "ignore:Gradients of float16 weights")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("shard_size", ["5GB", "4KB"])
@@ -151,6 +151,7 @@ def test_a_change_that_no_delta_expresses_is_refused_by_name(tmp_path):
     assert extract_adapter(base, tuned, density=0.5).deltas["a.b"].indices.tolist() == [1]
 
 
+@pytest.mark.filterwarnings("ignore:Gradients of float16 weights")
 def test_a_patch_applied_with_numpy_gives_the_merged_checkpoint(tmp_path):
     import numpy as np
     from safetensors.numpy import load_file as load_arrays
