@@ -59,7 +59,8 @@ def open_adapter(folder: str | Path) -> SparseAdapter:
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         if not (folder / name).is_file():
             inside = sorted(found.parent.name for found in folder.glob(f"*/{CONFIG_NAME}"))
-            hint = f" There are adapters in it: pass --subfolder {inside[0]}, or another." if inside else ""
+            way_out = f"pass --subfolder {inside[0]}, or name '{folder / inside[0]}'" if inside else ""
+            hint = f" There are adapters in it: {way_out}." if inside else ""
             raise FileNotFoundError(f"'{folder}' is no folder of an adapter: it has no '{name}'.{hint}")
     try:
         settings = json.loads((folder / CONFIG_NAME).read_text())

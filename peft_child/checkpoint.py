@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from itertools import groupby
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,9 +28,11 @@ INDEX_NAME = "model.safetensors.index.json"
 WEIGHTS_NAME = "model.safetensors"
 
 # What describes a model, and holds no weights: configurations, tokenizers, chat templates, licences, remote code.
-DESCRIBING = ("*.json", "*.jinja", "*.model", "*.spm", "*.tiktoken", "*.bpe", "*.codes", "*.txt", "*.py")
-LICENCES = ("LICEN[CS]E*", "NOTICE*", "USE_POLICY*")
-_OF_OTHERS = ("adapter_config.json", "*.index.json", "trainer_state.json")
+_VOCABULARIES = ("*.model", "*.model.v*", "*.spm", "*.tiktoken", "*.tokenizer", "*.bpe", "*.codes", "*.txt")
+DESCRIBING = ("*.json", "*.jinja", "*.py", *_VOCABULARIES)
+LICENCES = ("LICEN[CS]E*", "NOTICE*", "USE_POLICY*", "COPYING*")
+_OF_OTHERS = ("adapter_*", "*.index*.json", "trainer_state.json")
+_OF_WEIGHTS = (".bin", ".safetensors", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".ckpt")
 
 
 class Place(NamedTuple):
@@ -60,7 +62,7 @@ class Checkpoint:
     """The tensors of a checkpoint, read when they are asked for.
 
     Args:
-        path: A safetensors file, or a folder with `model.safetensors`, sharded or not.
+        path: A safetensors file, an index of some, or a folder, of which the files are read that transformers loads.
 
     Attributes:
         path: The file or folder.
@@ -154,12 +156,12 @@ def copy_with_changes(
             checkpoint has. It is called once for each name, in their order. The tensor that it gets is valid until
             it returns, and it may change that and return it.
     """
-    files = set(_weight_files(checkpoint.path))
+    first, files = _first_file(checkpoint.path), set(_weight_files(checkpoint.path))
     folder.mkdir()
     if checkpoint.path.is_dir():
         copy_description(checkpoint.path, folder)
-    if not files <= {checkpoint.path, checkpoint.path / WEIGHTS_NAME}:
-        shutil.copyfile(checkpoint.path / INDEX_NAME, folder / INDEX_NAME)
+    if first not in files:  # an index
+        shutil.copyfile(first, folder / first.name)
     changes = _Changes(checkpoint, change)
     for file, group in groupby(names, key=lambda name: checkpoint.places[name].file):
         changes.copy(file, folder / file.name, group)
@@ -196,23 +198,44 @@ class _Changes:
         return torch.frombuffer(self.memory, dtype=mapped.dtype, count=mapped.numel()).view(mapped.shape)
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """The settings in `config.json` of a folder; none where there is no such file, or it holds something else."""
+    file = folder / "config.json"
+    settings = json.loads(file.read_text()) if file.is_file() else {}
+    return settings if isinstance(settings, dict) else {}
+
+
+def _first_file(path: Path) -> Path:
+    """The file that transformers would load first: what the configuration names, or the only one, or an index."""
+    named = None if path.is_file() else read_config(path).get("transformers_weights")
+    names = [WEIGHTS_NAME, INDEX_NAME] if named is None else [_checked(str(named), path / "config.json")]
+    found = [path, *(path / name for name in names)]
+    for file in found:
+        if file.is_file():
+            return file
+    others = sorted(file.name for file in path.glob("*.*") if file.suffix in _OF_WEIGHTS)
+    hint = f" It has '{others[0]}': name a safetensors file itself, and save others again as such." if others else ""
+    raise FileNotFoundError(
+        f"'{path}' is no safetensors file, and no folder with '{names[0]}'"
+        + (f" or an index of it.{hint}" if named is None else f", which its configuration names.{hint}")
+    )
+
+
+def _checked(name: str, source: Path) -> str:
+    if Path(name).name != name:
+        raise ValueError(f"'{source}' names files outside its own folder.")
+    return name
+
+
 def _weight_files(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
-    index = path / INDEX_NAME
-    if (path / WEIGHTS_NAME).is_file():  # transformers prefers it to an index as well
-        return [path / WEIGHTS_NAME]
-    if not index.is_file():
-        raise FileNotFoundError(
-            f"'{path}' is no safetensors file, and no folder with '{WEIGHTS_NAME}' or an index of it."
-        )
+    index = _first_file(path)
+    if index.suffix != ".json":
+        return [index]
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"'{index}' is no index of a checkpoint: it needs a 'weight_map' of file names.") from error
-    if any(Path(name).name != name for name in names):
-        raise ValueError(f"'{index}' names files outside its own folder.")
-    return [path / name for name in names]
+    return [index.parent / _checked(name, index) for name in names]
 
 
 def _read_places(file: Path) -> dict[str, Place]:

@@ -382,9 +382,12 @@ def _check_file(output: Path | None, force: bool) -> None:
 
 
 def _check_apart(output: Path | None, *inputs: Path) -> None:
-    """Refuse an output that is an input, holds one, or is a file of one; pictures may lie beside an adapter."""
-    for place in inputs if output else ():
-        target, source = Path(output or "").resolve(), place.resolve()
-        is_inside = source in target.parents and target.is_file() and target.suffix != ".png"
-        if is_inside or target == source or target in source.parents:
+    """Refuse an output that is or holds an input, or replaces a part of one, through links too; but for pictures."""
+    if output is None:
+        return
+    targets = {output.resolve(), output.parent.resolve() / output.name}  # what a link leads to, and the link itself
+    for place in inputs:
+        read = {file.resolve() for file in (place, *place.rglob("*")) if file.suffix != ".png"}
+        around = {file for file in targets if place.resolve() in file.parents and file.suffix != ".png"}
+        if (around and output.exists()) or any(target in (file, *file.parents) for target in targets for file in read):
             raise FileExistsError(f"'{output}' is, holds or belongs to the input '{place}'; name another output.")

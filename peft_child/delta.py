@@ -157,6 +157,7 @@ def change(base: Tensor, tuned: Tensor) -> Tensor:
     flat = (tensor.reshape(-1).split(_PIECE) for tensor in (base, tuned, scores))
     for before, after, score in zip(*flat, strict=True):
         score.copy_((after.to(precise) - before.to(precise)).abs())
+        score[_bits(before) == _bits(after)] = 0  # of infinities and NaN as well
     return scores
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +11,7 @@ import transformers
 from torch import Tensor
 
 from peft_child.adapter_folder import PEFT_TYPE, SparseAdapter
-from peft_child.checkpoint import Checkpoint
+from peft_child.checkpoint import Checkpoint, read_config
 from peft_child.delta import Progress, SparseDelta, change, count_different, extract_delta, silent
 from peft_child.lazy import Lazy
 from peft_child.selection import Cutoff, choose, find_cutoff
@@ -27,6 +26,7 @@ _TASKS = {
     "ForTokenClassification": "TOKEN_CLS",
     "ForQuestionAnswering": "QUESTION_ANS",
 }
+_EMBEDDING = re.compile(r"emb|wte|shared")
 FLOATING = ("F32", "BF16", "F16", "F64")
 
 
@@ -77,7 +77,9 @@ def extract_adapter(
     numel = sum(base.places[name].numel for name in names)
     cutoff = None
     if density is not None:
-        changes = Lazy(names, lambda name: change(base[name], tuned[name]), lambda names: progress(names, "Comparing"))
+        changes = Lazy(
+            names, lambda name: _scores(name, base[name], tuned[name]), lambda names: progress(names, "Comparing")
+        )
         if not round(density * numel):
             raise ValueError(f"density={density} of {numel} entries is an empty child network.")
         cutoff = find_cutoff(changes, round(density * numel))
@@ -94,15 +96,14 @@ def extract_adapter(
         "density": density or sum(found.size for found in chosen.values()) / numel,
         "target_parameters": list(deltas),
         "base_model_name_or_path": str(base.path),
-        **_model_settings(base.path / "config.json"),
+        **_model_settings(read_config(base.path).get("architectures")),
     }
     return SparseAdapter(settings, deltas)
 
 
-def _model_settings(file: Path) -> dict[str, Any]:
+def _model_settings(architectures: object) -> dict[str, Any]:
     """What PEFT's Auto classes need to know: the class of the base model, and its task if it has one."""
-    architectures = json.loads(file.read_text()).get("architectures") if file.is_file() else None
-    name = architectures[0] if architectures else ""
+    name = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
     kind = getattr(transformers, name, None)
     if kind is None:
         return {}
@@ -116,7 +117,8 @@ def _comparable(base: Checkpoint, tuned: Checkpoint) -> list[str]:
     for first, second in ((base, tuned), (tuned, base)):
         missing = sorted(first.places.keys() - second.places.keys())
         if missing:
-            tied = any("lm_head" in name for name in missing)
+            rows = {place.shape for name, place in second.places.items() if _EMBEDDING.search(name)}
+            tied = any(first.places[name].shape in rows for name in missing)
             hint = " A head that is tied to the embeddings is saved only once: save both alike." if tied else ""
             raise ValueError(
                 f"'{second.path}' lacks {len(missing)} tensors of '{first.path}', such as '{missing[0]}'.{hint}"
@@ -152,7 +154,20 @@ def _count(base: Checkpoint, tuned: Checkpoint, names: Iterable[str], cutoff: Cu
     return found
 
 
+def _scores(name: str, before: Tensor, after: Tensor) -> Tensor:
+    _check_finite(name, before, after)
+    return change(before, after)
+
+
+def _check_finite(name: str, before: Tensor, after: Tensor) -> None:
+    bad = ~(before.isfinite() & after.isfinite())
+    count = count_different(before[bad], after[bad])
+    if count:
+        raise ValueError(f"Weights that changed must be finite before and after; {count} values of '{name}' are not.")
+
+
 def _extract(name: str, before: Tensor, after: Tensor, cutoff: Cutoff | None) -> SparseDelta:
+    _check_finite(name, before, after)
     try:
         delta = extract_delta(before, after, None if cutoff is None else choose(change(before, after), cutoff)[0])
     except ValueError as error:
