@@ -17,7 +17,7 @@ import torch
 from peft.tuners.tuners_utils import _get_in_out_features, check_adapters_to_merge
 from torch import Tensor, nn
 
-from peft_child.compose import Child, ComposedOnUse, Composition, call_composed, lock_of
+from peft_child.compose import Child, ComposedOnUse, ComposedToRead, Composition, call_composed, lock_of
 from peft_child.quantised import is_quantised
 from peft_child.ranks import is_sharded
 from peft_child.storage import ChildStorage
@@ -73,22 +73,29 @@ class ChildTuningLayer(ChildStorage):
 
     def _compositions(self) -> dict[str, Composition]:
         """Compositions of the parameters that the active adapters change at present."""
+        self._check_no_replica()
+        if self._is_bare():
+            return {}
+        self._check_chosen()
+        found = {name: self._composition(name) for name in self.targeted()}
+        found = {name: composition for name, composition in found.items() if composition.children}
+        for name, composition in found.items():
+            self._check_present(name, composition.base)
+        return found
+
+    def _composition(self, parameter: str) -> Composition:
+        return Composition(self._base(parameter), tuple(self.children_of(parameter, self.active_adapters)))
+
+    def _is_bare(self) -> bool:
+        """Whether the base parameters are used as they are."""
+        return self.disable_adapters or self._base_only or self.merged
+
+    def _check_no_replica(self) -> None:
         if getattr(self, "_is_replica", False):
             raise RuntimeError(
                 "Child-Tuning does not work in nn.DataParallel, whose replicas have no parameters: start one process "
                 "for each device (torchrun or accelerate launch), or show only one device."
             )
-        if self.disable_adapters or self._base_only or self.merged:
-            return {}
-        self._check_chosen()
-        found = {}
-        for parameter in self.targeted():
-            children = tuple(self.children_of(parameter, self.active_adapters))
-            if children:
-                base = self._base(parameter)
-                self._check_present(parameter, base)
-                found[parameter] = Composition(base, children)
-        return found
 
     def _check_present(self, parameter: str, base: Tensor) -> None:
         if base.is_meta:
@@ -144,25 +151,45 @@ class ChildTuningLayer(ChildStorage):
         return self._seen("bias")
 
     def _seen(self, name: str) -> Any:
-        if name not in self.base_layer._parameters and name not in self.targeted():
+        if name not in self.targeted():
             value = getattr(self.base_layer, name)
             is_method = ismethod(value) and value.__self__ is self.base_layer
             return partial(self._call_method, name) if is_method else value
         if torch.compiler.is_compiling():
-            return self._composed(name, lazily=False)
+            composition = self._compositions().get(name)
+            return getattr(self.base_layer, name) if composition is None else composition.tensor()
         with lock_of(self.base_layer):
-            # Without gradients torch's own attention takes a fast path, as it does after merging, but not for
-            # subclasses of Tensor.
-            return self._composed(name, lazily=torch.is_grad_enabled())
+            return self._composed(name)
 
     def _call_method(self, name: str, *args: Any, **kwargs: Any) -> Any:
         return self._call(getattr(self.base_layer, name), args, kwargs)
 
-    def _composed(self, name: str, lazily: bool) -> Any:
-        composition = self._compositions().get(name)
-        if composition is None:
-            return getattr(self.base_layer, name)
-        return ComposedOnUse(composition) if lazily else composition.tensor()
+    def _composed(self, name: str) -> Tensor:
+        self._check_no_replica()
+        composition, refusal = self._composition(name), None
+        try:
+            self._check_chosen()
+            self._check_present(name, composition.base)
+        except RuntimeError as error:  # only for who computes with it
+            refusal = error
+        if self._is_bare() or (not composition.children and refusal is None):
+            return composition.base
+        if refusal is not None or torch.is_grad_enabled():
+            return ComposedOnUse(composition, refusal)
+        return ComposedToRead(composition)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As torch's; the attributes of the base layer are set there, but for a parameter with a child network."""
+        base_layer = self.__dict__.get("_modules", {}).get("base_layer")
+        if base_layer is None or name not in base_layer._parameters:
+            super().__setattr__(name, value)
+        elif name not in self.targeted():
+            setattr(base_layer, name, value)
+        elif base_layer._parameters[name] is not getattr(value, "composition", Composition(value, ())).base:
+            raise RuntimeError(
+                f"The child network of '{name}' belongs to the {type(base_layer).__name__} as it is, so that no other "
+                "tensor can be set or tied there: call unload() or merge_and_unload() before."
+            )
 
     # Merging
 
