@@ -50,7 +50,10 @@ class IndexBuffers(ReadBuffers[Tensor]):
         """
         known = self._known.get((adapter_name, parameter))
         block = self.of(adapter_name)[parameter]
-        if known is None or not known.holds(block):
+        if type(block) is not Tensor:  # torch.export traces with tensors that have no values
+            if known is None:
+                raise RuntimeError("Run the model once before torch.export, or call merge_and_unload() before it.")
+        elif known is None or not known.holds(block):
             with torch.inference_mode(False):  # else they could never be used in training
                 self.remember(adapter_name, parameter, self._read(adapter_name, parameter, block))
         return self.known(adapter_name, parameter)

@@ -208,7 +208,7 @@ class ChildStorage(nn.Module, BaseTunerLayer):
 
     def _indices(self, adapter_name: str, parameter: str) -> Tensor:
         """The indices as they are kept."""
-        if torch.compiler.is_compiling():  # it cannot decode, nor ask whether something was loaded since
+        if torch.compiler.is_dynamo_compiling():  # it cannot decode, nor ask whether something was loaded since
             _decode_now(self._number)
             return self.child_index.known(adapter_name, parameter)
         return self._present(adapter_name, parameter)
