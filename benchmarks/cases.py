@@ -15,7 +15,7 @@ from benchmarks.measure import DEVICE, Turns, in_fresh_process, peak_memory, say
 from benchmarks.peers import ADAPTERS, METHODS, Peer, weights_file
 from benchmarks.shapes import SHAPES, Shape, batch_of, build, in_parts, targeted
 from peft_child import ChildTuningConfig, estimate_fisher, select_child_network
-from peft_child.selection import select_largest
+from peft_child.tensors.topk import select_largest
 
 
 EXAMPLES, TOGETHER = 24, 8  # of a Fisher pass, and in a batch

@@ -19,13 +19,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.measure import in_fresh_process, peak_memory, timed
-from peft_child.adapter_folder import SparseAdapter, read_adapter, write_adapter
-from peft_child.checkpoint import Checkpoint
-from peft_child.codec import decode, encode
-from peft_child.delta import SparseDelta
-from peft_child.extraction import extract_adapter
-from peft_child.merging import merge_checkpoint
-from peft_child.selection import draw_random, select_largest
+from peft_child.files.adapter_folder import SparseAdapter, read_adapter, write_adapter
+from peft_child.files.checkpoint import Checkpoint
+from peft_child.files.extract import extract_adapter
+from peft_child.files.merge import merge_checkpoint
+from peft_child.tensors.codec import decode, encode
+from peft_child.tensors.delta import SparseDelta
+from peft_child.tensors.topk import draw_random, select_largest
 
 
 SHIRA = 12  # bytes for each entry of PEFT's SHiRA: a float32 value and two int32 positions

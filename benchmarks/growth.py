@@ -24,7 +24,7 @@ from benchmarks.peers import Peer
 from benchmarks.report import add_arguments, carry_out
 from benchmarks.shapes import Shape, batch_of, build, in_parts, llama
 from peft_child import estimate_fisher
-from peft_child.selection import select_largest
+from peft_child.tensors.topk import select_largest
 
 
 SIZES = [llama(10, 288), llama(12, 448), llama(14, 768), llama(24, 1024)]  # 10, 30, 100 and 300 million weights

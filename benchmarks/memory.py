@@ -14,7 +14,7 @@ from peft import get_peft_model
 
 from benchmarks.shapes import build, llama, targeted
 from peft_child import ChildTuningConfig, estimate_fisher
-from peft_child.layer import child_tuning_layers
+from peft_child.tuner.layer import child_tuning_layers
 
 
 SIZES = {"10M": llama(10, 288), "50M": llama(16, 512), "200M": llama(16, 1024)}
@@ -49,7 +49,9 @@ def measured(base, density):
         "weights": weights,
         "scores": scores,
         "index on disk": size(block for layer in layers for block in layer.child_index["default"].values()),
-        "index in memory": size(known.value for layer in layers for known in layer.child_index._known.values()),
+        "index in memory": size(
+            layer.child_index.known("default", key) for layer in layers for key in layer.child_index["default"]
+        ),
         "deltas": size(deltas),
         "gradients": size(delta.grad for delta in deltas),
         "AdamW": size(value for state in optimizer.state.values() for value in state.values() if value.dim()),

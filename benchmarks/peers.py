@@ -14,7 +14,7 @@ from benchmarks.authors import MaskedAdamW
 from benchmarks.measure import DEVICE
 from benchmarks.shapes import Shape, build, linear_layers, targeted
 from peft_child import ChildTuningConfig, ChildTuningLayer, mask_gradients
-from peft_child.adapter_folder import read_adapter
+from peft_child.files.adapter_folder import read_adapter
 
 
 METHODS = {

@@ -4,15 +4,15 @@ Importing this package makes PEFT know the method: `get_peft_model`, `PeftModel.
 a `ChildTuningConfig` as with any other.
 """
 
-from peft_child.callback import ChildTuningCallback
-from peft_child.choice import ChildNetwork, estimate_fisher, select_child_network
-from peft_child.codec import FormatError
-from peft_child.config import ChildPeftType, ChildTuningConfig
-from peft_child.hooks import GradientMaskHandle, mask_gradients
-from peft_child.layer import ChildTuningLayer
-from peft_child.model import ChildTuningModel, next_gradient_mask
-from peft_child.registration import register
-from peft_child.thinning import Kept, keep_largest
+from peft_child.integrations.registration import register
+from peft_child.integrations.trainer import ChildTuningCallback
+from peft_child.selection.prune import Kept, keep_largest
+from peft_child.selection.select import ChildNetwork, estimate_fisher, select_child_network
+from peft_child.tensors.codec import FormatError
+from peft_child.tuner.config import ChildPeftType, ChildTuningConfig
+from peft_child.tuner.layer import ChildTuningLayer
+from peft_child.tuner.mask_hooks import GradientMaskHandle, mask_gradients
+from peft_child.tuner.model import ChildTuningModel, next_gradient_mask
 
 
 __version__ = "0.1.0.dev0"

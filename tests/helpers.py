@@ -6,7 +6,7 @@ import torch
 from peft import get_peft_model
 
 from peft_child import ChildTuningConfig, select_child_network
-from peft_child.layer import child_tuning_layers
+from peft_child.tuner.layer import child_tuning_layers
 
 from .problems import PROBLEMS, batch_of, build
 
@@ -27,8 +27,8 @@ def child_of(model, adapter_name="default"):
     """Flat indices of an adapter's child network by parameter name."""
     found = {}
     for layer in child_tuning_layers(model).values():
-        for parameter, name in layer.child_targets.get(adapter_name, {}).items():
-            if parameter in layer._deltas(adapter_name):
+        for parameter, name in layer.targets_of(adapter_name).items():
+            if name in layer.named_deltas(adapter_name):
                 found[name] = layer.indices(adapter_name, parameter)
     return found
 
@@ -48,7 +48,7 @@ def move(model, scale=0.05, adapter_name="default"):
     """Random deltas, as if trained."""
     with torch.no_grad():
         for layer in child_tuning_layers(model).values():
-            for delta in layer._deltas(adapter_name).values():
+            for delta in layer.named_deltas(adapter_name).values():
                 delta.copy_(torch.randn(delta.shape) * scale)
 
 

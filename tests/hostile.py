@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from peft_child import FormatError
-from peft_child.adapter_folder import SparseAdapter, read_adapter, write_adapter
-from peft_child.codec import Header, _sealed
-from peft_child.delta import SparseDelta
+from peft_child.files.adapter_folder import SparseAdapter, read_adapter, write_adapter
+from peft_child.tensors.codec import Header, _sealed
+from peft_child.tensors.delta import SparseDelta
 
 
 MOST_MEMORY = 32 << 20  # bytes; the adapter has some kilobytes

@@ -12,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_child import ChildTuningConfig, estimate_fisher
-from peft_child.batches import some_examples
+from peft_child.selection.batches import some_examples
 
 from .helpers import config_for
 from .problems import PROBLEMS, Twice, batch_of, build
@@ -37,7 +37,7 @@ def singles(batches):
 
 def reasons(caplog):
     """Why batches were taken apart."""
-    return [record.getMessage() for record in caplog.records if record.name == "peft_child.batched"]
+    return [record.getMessage() for record in caplog.records if record.name == "peft_child.selection.batch_scorer"]
 
 
 def assert_close(found, expected, tolerance=1e-5, floor=1e-9):

@@ -4,18 +4,19 @@ import pytest
 from huggingface_hub import ModelCard, ModelCardData
 
 from peft_child import ChildTuningConfig
-from peft_child.card import BEGIN, CARD_NAME, END, HEAT_MAP_NAME, TAGS, complete_card
-from peft_child.plot import Place, Share, _drawn, draw_child_network, shares_by_kind, shares_by_place
+from peft_child.card.model_card import BEGIN, CARD_NAME, END, HEAT_MAP_NAME, TAGS, complete_card
+from peft_child.card.plot import Place, Share, _drawn, draw_child_network, shares_by_kind, shares_by_place
+from peft_child.tensors.delta import ChildSize
 
 from .helpers import chosen_model, config_for, move
 
 
 SIZES = {
-    "model.layers.0.self_attn.q_proj.weight": [100, 30, 50],
-    "model.layers.0.self_attn.q_proj.bias": [10, 1, 50],
-    "model.layers.1.self_attn.q_proj.weight": [100, 20, 50],
-    "model.layers.1.mlp.up_proj.weight": [4000, 1200, 50],
-    "model.embed_tokens.weight": [500, 500, 50],
+    "model.layers.0.self_attn.q_proj.weight": ChildSize(100, 30, 50),
+    "model.layers.0.self_attn.q_proj.bias": ChildSize(10, 1, 50),
+    "model.layers.1.self_attn.q_proj.weight": ChildSize(100, 20, 50),
+    "model.layers.1.mlp.up_proj.weight": ChildSize(4000, 1200, 50),
+    "model.embed_tokens.weight": ChildSize(500, 500, 50),
 }
 SETTINGS = {
     "peft_type": "PEFT_CHILD",
@@ -305,7 +306,7 @@ def test_settings_alone_have_no_card(tmp_path):
     ],
 )
 def test_the_name_of_a_parameter_tells_its_place(name, place):
-    assert list(shares_by_place({name: [10, 1]})) == [place]
+    assert list(shares_by_place({name: ChildSize(10, 1, 5)})) == [place]
 
 
 def test_shares_add_up():
@@ -314,7 +315,7 @@ def test_shares_add_up():
 
 
 def test_different_lists_of_layers_are_kept_apart():
-    sizes = {f"{side}.block.0.q.weight": [10, 1] for side in ("encoder", "decoder")}
+    sizes = {f"{side}.block.0.q.weight": ChildSize(10, 1, 5) for side in ("encoder", "decoder")}
     assert list(shares_by_kind(sizes)) == ["decoder.block.*.q", "encoder.block.*.q"]
 
 
@@ -325,7 +326,7 @@ def test_equal_child_networks_make_equal_pictures(tmp_path):
     with matplotlib.rc_context({"font.size": 20, "axes.facecolor": "red", "savefig.dpi": 10}):
         draw_child_network(dict(reversed(SIZES.items())), str(tmp_path / "b.png"))
         assert matplotlib.rcParams["font.size"] == 20
-    draw_child_network({**SIZES, "model.layers.0.mlp.up_proj.weight": [10, 1, 5]}, tmp_path / "c.png")
+    draw_child_network({**SIZES, "model.layers.0.mlp.up_proj.weight": ChildSize(10, 1, 5)}, tmp_path / "c.png")
     first, second, third = ((tmp_path / f"{name}.png").read_bytes() for name in "abc")
     assert first.startswith(b"\x89PNG")
     assert first == second != third
@@ -343,11 +344,11 @@ def test_a_picture_is_drawn_once(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "sizes",
     [
-        {"weight": [10, 1, 5]},
-        {"body.0.weight": [10, 10, 5], "body.2.bias": [10, 1, 5]},
-        {"$x$.\\frac{.weight": [10, 1, 5], "層.1.x" + "y" * 500: [10, 1, 5]},
-        {f"m.{layer}.experts_{expert}.w": [10, 1, 5] for layer in range(120) for expert in range(3)},
-        {f"m.{layer}.experts_{expert}.w": [10, 1, 5] for layer in range(2) for expert in range(130)},
+        {"weight": ChildSize(10, 1, 5)},
+        {"body.0.weight": ChildSize(10, 10, 5), "body.2.bias": ChildSize(10, 1, 5)},
+        {"$x$.\\frac{.weight": ChildSize(10, 1, 5), "層.1.x" + "y" * 500: ChildSize(10, 1, 5)},
+        {f"m.{layer}.experts_{expert}.w": ChildSize(10, 1, 5) for layer in range(120) for expert in range(3)},
+        {f"m.{layer}.experts_{expert}.w": ChildSize(10, 1, 5) for layer in range(2) for expert in range(130)},
     ],
     ids=["root", "no layers", "odd names", "deep", "wide"],
 )

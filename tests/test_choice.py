@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from peft_child import ChildTuningConfig, estimate_fisher, select_child_network
-from peft_child.layer import child_tuning_layers
+from peft_child.tuner.layer import child_tuning_layers
 
 from . import reference
 from .helpers import assert_same, child_of, config_for, logits, move, snapshot, train
@@ -42,7 +42,7 @@ def test_the_child_network_equals_the_definition(name):
     plain = build(name)
     model = unchosen(name, task_type=None)
     names = [
-        target for layer in child_tuning_layers(model).values() for target in layer.child_targets["default"].values()
+        target for layer in child_tuning_layers(model).values() for target in layer.targets_of("default").values()
     ]
     batch = batch_of(name)
     expected = reference.fisher(plain, examples_of(batch), names)

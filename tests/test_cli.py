@@ -25,12 +25,16 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-from peft_child import ChildTuningConfig, cli, locate, terminal
-from peft_child.adapter_folder import CONFIG_NAME, WEIGHTS_NAME, read_adapter, write_adapter
-from peft_child.checkpoint import Checkpoint
-from peft_child.combination import combine_adapters, compare_adapters
-from peft_child.extraction import extract_adapter
-from peft_child.merging import export_patch, merge_checkpoint
+from peft_child import ChildTuningConfig
+from peft_child.cli import locate
+from peft_child.cli import main as cli
+from peft_child.cli import output as terminal
+from peft_child.cli.base_model import model_settings
+from peft_child.files.adapter_folder import CONFIG_NAME, WEIGHTS_NAME, read_adapter, write_adapter
+from peft_child.files.checkpoint import Checkpoint
+from peft_child.files.combination import combine_adapters, compare_adapters
+from peft_child.files.extract import extract_adapter
+from peft_child.files.merge import export_patch, merge_checkpoint
 
 from .helpers import assert_same, chosen_model, move
 from .hubserver import File, HubServer, Repository
@@ -234,7 +238,7 @@ def test_extract(files, tmp_path, density):
     options = [] if density is None else ["--density", density]
     printed = output_of("extract", files / "base", files / "tuned.safetensors", tmp_path / "child", *options)
     expected = extract_adapter(Checkpoint(files / "base"), Checkpoint(files / "tuned.safetensors"), density)
-    expected.settings["revision"] = None
+    expected.settings |= {**model_settings(files / "base"), "revision": None}
     write_adapter(tmp_path / "expected", expected)
     assert content(tmp_path / "child") == content(tmp_path / "expected")
     assert printed == f"extracted {terminal.counts(expected)} to {tmp_path / 'child'}\n"
@@ -492,8 +496,8 @@ def test_what_exists_survives_a_full_disk_and_a_lack_of_permission(occupied, tmp
     def fail(*arguments, **options):
         raise OSError(number, os.strerror(number), "a file")
 
-    monkeypatch.setattr("peft_child.streaming.write_tensor", fail)
-    monkeypatch.setattr("peft_child.checkpoint.write_tensor", fail)
+    monkeypatch.setattr("peft_child.files.safetensors_io.write_tensor", fail)
+    monkeypatch.setattr("peft_child.files.checkpoint.write_tensor", fail)
     assert os.strerror(number) in error_of(*occupied, "--force")
     assert content(tmp_path / "output") == before
     assert [path.name for path in tmp_path.iterdir()] == ["output"]
@@ -556,7 +560,7 @@ def test_what_the_hub_refuses(monkeypatch, error, problem):
 CLIENT = """
 import json, sys
 from typer.testing import CliRunner
-from peft_child.cli import app
+from peft_child.cli.main import app
 results = [CliRunner().invoke(app, arguments) for arguments in json.load(sys.stdin)]
 print(json.dumps([[result.exit_code, result.stdout, result.stderr] for result in results]))
 """

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_child import codec
-from peft_child.codec import FormatError, decode, encode, read_header, with_delta_checksum
+from peft_child.tensors import codec
+from peft_child.tensors.codec import FormatError, decode, encode, read_header, with_delta_checksum
 
 
 def random_indices(numel, count, seed=0):
@@ -53,7 +53,7 @@ def test_positions_beyond_32_bits():
 
 def test_same_bytes_in_another_process():
     code = (
-        "import numpy as np, zlib; from peft_child.codec import encode;"
+        "import numpy as np, zlib; from peft_child.tensors.codec import encode;"
         "print(zlib.crc32(encode(np.arange(0, 9000, 7), (90, 100))))"
     )
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from peft_child.compose import Child, ComposedOnUse, Composition, call_composed, lock_of
+from peft_child.tensors.compose import Child, Composition, call_composed, lock_of
+from peft_child.tensors.composed_on_use import ComposedOnUse
 
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]

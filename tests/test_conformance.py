@@ -8,7 +8,7 @@ import torch
 from peft import get_peft_model
 
 from peft_child import select_child_network
-from peft_child.layer import child_tuning_layers
+from peft_child.tuner.layer import child_tuning_layers
 
 from . import reference
 from .helpers import (
@@ -56,7 +56,7 @@ def test_after_training_only_the_child_network_has_moved(name):
 
 def model_targets(name):
     layers = child_tuning_layers(chosen_model(name, task_type=None)).values()
-    return [target for layer in layers for target in layer.child_targets["default"].values()]
+    return [target for layer in layers for target in layer.targets_of("default").values()]
 
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")  # PEFT means to; see test_peft_contract.py
@@ -156,7 +156,7 @@ def test_active_adapters_add_up_and_round_once(dtype):
     layer = next(iter(child_tuning_layers(model).values()))
     expected = before["body.0.weight"].float().flatten().clone()
     for adapter in "ab":
-        expected[layer.indices(adapter, "weight")] += layer._deltas(adapter)["weight"].detach()
+        expected[layer.indices(adapter, "weight")] += layer.named_deltas(adapter)[layer.targets_of(adapter)["weight"]]
     expected = expected.view(8, 6).to(dtype)
     assert torch.equal(layer.weight.clone(), expected)
     batch = batch_of("linear", dtype=dtype)
@@ -170,23 +170,23 @@ def test_active_adapters_add_up_and_round_once(dtype):
     assert_same(snapshot(model.unload()), before)
 
 
+def deltas_in(model):
+    layers = child_tuning_layers(model).values()
+    return {name: delta.clone() for layer in layers for name, delta in layer.named_deltas("default").items()}
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_fused"])
 def test_the_last_step_is_in_whatever_comes_next(optimizer, tmp_path):
     model = chosen_model("bert").eval()
     train(model, [batch_of("bert")], OPTIMIZERS[optimizer])
-    layers = child_tuning_layers(model)
-    deltas = {
-        (path, key): delta.detach().clone()
-        for path, layer in layers.items()
-        for key, delta in layer._deltas("default").items()
-    }
+    before = deltas_in(model)
     train(model, [batch_of("bert", 2)], OPTIMIZERS[optimizer])
     after = logits(model, batch_of("bert", 3))
-    assert any(not torch.equal(layers[path]._deltas("default")[key], value) for (path, key), value in deltas.items())
-    state = {key: value for key, value in model.state_dict().items() if ".child_delta." in key}
-    for path, layer in layers.items():
-        for key, delta in layer._deltas("default").items():
-            assert torch.equal(state[f"{path}.child_delta.default.{key}"], delta)
+    now = deltas_in(model)
+    assert any(not torch.equal(now[name], value) for name, value in before.items())
+    prefix, kind = "base_model.model.", ".child_delta.default"
+    state = {key: value for key, value in model.state_dict().items() if kind in key}
+    assert_same({key.removeprefix(prefix).replace(kind, ""): value for key, value in state.items()}, now)
     assert torch.equal(logits(model.merge_and_unload(), batch_of("bert", 3)), after)
 
 

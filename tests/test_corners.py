@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from peft_child import ChildTuningConfig, FormatError, select_child_network
-from peft_child.layer import child_tuning_layers
+from peft_child.tuner.layer import child_tuning_layers
 
 from .helpers import assert_same, child_of, chosen_model, config_for, logits, move, snapshot
 from .problems import Output, Regression, batch_of, bert_batch, build, tiny_bert

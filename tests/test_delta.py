@@ -3,9 +3,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_child.compose import Child, Composition
-from peft_child.delta import Overlap, SparseDelta, extract_delta, merged_values, overlap
-from peft_child.weighted_sum import COMBINATIONS, combine_deltas
+from peft_child.tensors.combine import COMBINATIONS, combine_deltas
+from peft_child.tensors.compose import Child, Composition
+from peft_child.tensors.delta import Overlap, SparseDelta, extract_delta, merged_values, overlap
 
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from peft_child import ChildTuningConfig, select_child_network
-from peft_child.adapter_folder import CONFIG_NAME, open_adapter, write_adapter
-from peft_child.checkpoint import INDEX_NAME, Checkpoint
-from peft_child.extraction import extract_adapter
-from peft_child.merging import check_fits
+from peft_child.files.adapter_folder import CONFIG_NAME, open_adapter, write_adapter
+from peft_child.files.checkpoint import INDEX_NAME, Checkpoint
+from peft_child.files.extract import extract_adapter
+from peft_child.files.merge import check_fits
 
 from .helpers import assert_same, chosen_model, move
 from .problems import batch_of, build

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from peft_child.fisher import mean_squares, squaring, zeros_beside
+from peft_child.selection.squares import mean_squares, squaring, zeros_beside
 
 
 def diagonal_fisher(parameters, losses, max_norm=None):

@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from peft_child.adapter_folder import SparseAdapter, read_adapter, write_adapter
-from peft_child.codec import read_header
-from peft_child.delta import SparseDelta
-from peft_child.sparse_file import fingerprint_of
+from peft_child.files.adapter_folder import SparseAdapter, read_adapter, write_adapter
+from peft_child.files.adapter_tensors import fingerprint_of
+from peft_child.tensors.codec import read_header
+from peft_child.tensors.delta import SparseDelta
 
 from .helpers import chosen_model, move
 

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from peft_child import estimate_fisher, keep_largest, select_child_network
-from peft_child.sharded import select_largest_of_shards
+from peft_child.tensors.sharded_topk import select_largest_of_shards
 
 from . import reference
 from .helpers import assert_same, child_of, config_for, logits, move, snapshot, train

@@ -364,7 +364,7 @@ def test_controls_choose_as_they_say(workplace):
 
     from benchmarks.glue import variants
     from peft_child import ChildTuningConfig
-    from peft_child.layer import child_tuning_layers
+    from peft_child.tuner.layer import child_tuning_layers
 
     from .helpers import assert_same, child_of
     from .problems import bert_batch, tiny_bert
@@ -385,9 +385,7 @@ def test_controls_choose_as_they_say(workplace):
     for path, layer in pruned.items():
         for parameter, tensor in layer.base_layer.named_parameters():
             expected = torch.zeros(tensor.numel())
-            kept = children["pruned"].get(
-                layer.child_targets["default"][parameter], torch.tensor([], dtype=torch.long)
-            )
+            kept = children["pruned"].get(layer.targets_of("default")[parameter], torch.tensor([], dtype=torch.long))
             expected[kept] = getattr(whole[path].base_layer, parameter).flatten()[kept]
             assert torch.equal(tensor.flatten(), expected)
 

@@ -12,7 +12,7 @@ from transformers import (
 )
 
 from peft_child import ChildTuningConfig
-from peft_child.layer import child_tuning_layers
+from peft_child.tuner.layer import child_tuning_layers
 
 from .helpers import assert_same, move, snapshot
 
@@ -66,7 +66,7 @@ def test_a_head_is_merged_and_unloaded_whatever_it_is(task):
 def test_nothing_inside_a_module_saved_whole_is_targeted(task, target_modules):
     model = adapted(task, built(task), target_modules=target_modules)
     head = HEADS[task][2]
-    named = [name for layer in child_tuning_layers(model).values() for name in layer.child_targets["default"].values()]
+    named = [name for layer in child_tuning_layers(model).values() for name in layer.targets_of("default").values()]
     assert named
     assert not [name for name in named if head in name]
     assert any(f"{head}.modules_to_save" in name for name, p in model.named_parameters() if p.requires_grad)
@@ -74,7 +74,7 @@ def test_nothing_inside_a_module_saved_whole_is_targeted(task, target_modules):
 
 def test_a_module_saved_whole_may_hold_others_that_would_be_targeted(tmp_path):
     model = adapted("TOKEN_CLS", built("TOKEN_CLS"), modules_to_save=["layer.1"])
-    names = [name for layer in child_tuning_layers(model).values() for name in layer.child_targets["default"].values()]
+    names = [name for layer in child_tuning_layers(model).values() for name in layer.targets_of("default").values()]
     assert names
     assert not [name for name in names if "layer.1." in name]
     move(model)

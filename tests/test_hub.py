@@ -19,8 +19,8 @@ from transformers import LlamaForCausalLM
 from transformers.utils.hub import PushToHubMixin
 
 from peft_child import ChildTuningConfig
-from peft_child.card import BEGIN, END
-from peft_child.hub import bringing_cards
+from peft_child.card.model_card import BEGIN, END
+from peft_child.integrations.hub import bringing_cards
 
 from .helpers import batch_of, build, chosen_model, config_for, logits, move
 from .hubserver import File, HubServer

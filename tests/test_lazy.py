@@ -2,7 +2,7 @@
 
 import pytest
 
-from peft_child.lazy import Lazy, read_ahead
+from peft_child.tensors.lazy import Lazy, read_ahead
 
 
 def test_items_are_computed_when_they_are_asked_for_and_not_kept():

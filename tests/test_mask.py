@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from peft_child.mask import GradientMask, MaskUse, watch
+from peft_child.tensors.gradient_mask import GradientMask
+from peft_child.tensors.mask_steps import MaskUse, watch
 
 
 @pytest.mark.parametrize("density", [0.001, 0.1, 1 / 3, 0.5, 0.9, 1 - 1e-9])

@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from peft_child import FormatError
-from peft_child.adapter_folder import SparseAdapter, read_adapter, write_adapter
-from peft_child.checkpoint import Checkpoint, replacing
-from peft_child.combination import combine_adapters, compare_adapters
-from peft_child.extraction import extract_adapter
-from peft_child.merging import NamesDifferError, export_patch, merge_checkpoint
+from peft_child.files.adapter_folder import SparseAdapter, read_adapter, write_adapter
+from peft_child.files.checkpoint import Checkpoint, replacing
+from peft_child.files.combination import combine_adapters, compare_adapters
+from peft_child.files.extract import extract_adapter
+from peft_child.files.merge import NamesDifferError, export_patch, merge_checkpoint
 
 from .helpers import assert_same, child_of, chosen_model, config_for, logits, move
 from .problems import batch_of, build, tiny_llama
@@ -287,11 +287,11 @@ def test_reading_an_adapter_gives_what_the_model_has(tmp_path):
 MEASURED = """
 import re, sys, tempfile
 from pathlib import Path
-from peft_child.adapter_folder import open_adapter, write_adapter
-from peft_child.checkpoint import Checkpoint
-from peft_child.combination import combine_adapters
-from peft_child.extraction import extract_adapter
-from peft_child.merging import export_patch, merge_checkpoint
+from peft_child.files.adapter_folder import open_adapter, write_adapter
+from peft_child.files.checkpoint import Checkpoint
+from peft_child.files.combination import combine_adapters
+from peft_child.files.extract import extract_adapter
+from peft_child.files.merge import export_patch, merge_checkpoint
 
 folder = Path(sys.argv[1])
 
@@ -349,11 +349,11 @@ def test_memory_does_not_grow_with_the_number_of_tensors(large_files):
 
 PREPARED = """
 import sys
-from peft_child.adapter_folder import read_adapter, write_adapter
-from peft_child.checkpoint import Checkpoint
-from peft_child.combination import combine_adapters
-from peft_child.extraction import extract_adapter
-from peft_child.merging import export_patch, merge_checkpoint
+from peft_child.files.adapter_folder import read_adapter, write_adapter
+from peft_child.files.checkpoint import Checkpoint
+from peft_child.files.combination import combine_adapters
+from peft_child.files.extract import extract_adapter
+from peft_child.files.merge import export_patch, merge_checkpoint
 child, base, expected, output = sys.argv[1:]
 """
 REPEATED = """

@@ -11,8 +11,8 @@ from transformers import Trainer, TrainingArguments
 from transformers.optimization import Adafactor
 
 from peft_child import keep_largest, mask_gradients, select_child_network
-from peft_child.layer import child_tuning_layers
-from peft_child.mask import GradientMask
+from peft_child.tensors.gradient_mask import GradientMask
+from peft_child.tuner.layer import child_tuning_layers
 
 from . import reference
 from .helpers import assert_same, child_of, chosen_model, config_for, logits, snapshot, train
@@ -283,7 +283,7 @@ def merged_weights(model):
     """The targeted weights as the model computes with them."""
     found = {}
     for layer in child_tuning_layers(model).values():
-        for key, name in layer.child_targets["default"].items():
+        for key, name in layer.targets_of("default").items():
             found[name] = getattr(layer, key).detach().clone()
     return found
 

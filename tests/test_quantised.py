@@ -7,7 +7,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
 
 from peft_child import estimate_fisher, select_child_network
-from peft_child.layer import child_tuning_layers
+from peft_child.tuner.layer import child_tuning_layers
 
 from .helpers import assert_same, child_of, config_for, logits, snapshot, train
 from .problems import batch_of, build

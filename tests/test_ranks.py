@@ -11,7 +11,7 @@ from torch import distributed
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from peft_child import estimate_fisher, select_child_network
-from peft_child.ranks import check_equal, gathered, on_every_rank, rank, world_size
+from peft_child.tensors.distributed import check_equal, gathered, on_every_rank, rank, world_size
 
 from . import reference
 from .helpers import assert_same, child_of, config_for

@@ -8,7 +8,7 @@ from transformers.utils.hub import PushToHubMixin
 
 import peft_child
 from peft_child import ChildPeftType, ChildTuningConfig, ChildTuningModel
-from peft_child.registration import register
+from peft_child.integrations.registration import register
 
 
 def test_peft_knows_the_method_by_its_name():

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_child.selection import apportion, draw_random, select_largest
+from peft_child.tensors.topk import apportion, draw_random, select_largest
 
 from . import reference
 
@@ -50,7 +50,7 @@ def test_exact_count_where_most_scores_are_zero():
 
 
 def test_pieces_join_to_the_whole(monkeypatch):
-    monkeypatch.setattr("peft_child.selection._PIECE", 7)
+    monkeypatch.setattr("peft_child.tensors.topk._PIECE", 7)
     scores = scores_with(1000)
     expected = reference.largest(scores, 20)
     assert all(torch.equal(indices, expected[name]) for name, indices in select_largest(scores, 20).items())

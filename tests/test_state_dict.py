@@ -7,8 +7,8 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from peft_child.codec import FormatError
-from peft_child.layer import child_tuning_layers
+from peft_child.tensors.codec import FormatError
+from peft_child.tuner.layer import child_tuning_layers
 
 from .helpers import assert_same, child_of, chosen_model, config_for, logits, move, snapshot, train
 from .problems import PROBLEMS, batch_of, build
@@ -51,7 +51,7 @@ def test_a_model_that_chose_otherwise_takes_the_choice_of_the_state_dict():
 
 def test_what_was_loaded_trains_also_where_layers_have_no_child():
     model, loaded = trained("bert", density=0.001), fresh("bert", density=0.001)
-    assert any(not layer._deltas("default") for layer in child_tuning_layers(model).values())
+    assert any(not layer.named_deltas("default") for layer in child_tuning_layers(model).values())
     loaded.load_state_dict(model.state_dict())
     before = snapshot(loaded)
     train(loaded.train(), [batch_of("bert")])

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
-from peft_child.streaming import TensorWriter, copy_bytes
+from peft_child.files.safetensors_io import TensorWriter, copy_bytes
 
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.uint8, torch.int64, torch.bool]

@@ -13,8 +13,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from peft_child import ChildTuningConfig, keep_largest, mask_gradients, next_gradient_mask, select_child_network
-from peft_child.layer import child_tuning_layers
-from peft_child.mask import GradientMask
+from peft_child.tensors.gradient_mask import GradientMask
+from peft_child.tuner.layer import child_tuning_layers
 
 from . import reference
 from .helpers import assert_same, child_of, chosen_model, config_for, logits, move, snapshot, train
@@ -45,8 +45,8 @@ def steps_of(model):
     return {
         name: layer.gradient_mask("default", key).step
         for layer in child_tuning_layers(model).values()
-        for key, name in layer.child_targets["default"].items()
-        if key in layer.child_mask.of("default")
+        for key, name in layer.targets_of("default").items()
+        if layer.is_masked("default", key)
     }
 
 
@@ -163,8 +163,8 @@ def test_checkpointing_does_not_change_the_mask(use_reentrant):
     # Names differ with the wrapper, and masks with the names.
     model = get_peft_model(other, ChildTuningConfig(**targets))
     for layer in child_tuning_layers(model).values():
-        names = layer.child_targets["default"]
-        layer.child_targets["default"] = {key: name.replace("body.body", "body") for key, name in names.items()}
+        names = layer.targets_of("default")
+        names |= {key: name.replace("body.body", "body") for key, name in names.items()}
     assert_same({name.replace("body.body", "body"): value for name, value in gradients(model, batch).items()}, plain)
 
 
@@ -355,9 +355,9 @@ def test_keeping_the_largest_changes(tmp_path, name):
     model = model_of(name, base, task_type=None)
     train(model, [batch_of(name, seed) for seed in range(4)])
     dense = {
-        target: layer._deltas("default")[key].detach().clone()
+        target: layer.named_deltas("default")[target].clone()
         for layer in child_tuning_layers(model).values()
-        for key, target in layer.child_targets["default"].items()
+        for key, target in layer.targets_of("default").items()
     }
     kept = keep_largest(model, 0.1)
     expected = reference.largest({target: value.abs() for target, value in dense.items()}, kept.chosen)

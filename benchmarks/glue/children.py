@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from benchmarks.glue.scripts import glue
 from benchmarks.glue.variants import for_task
 from peft_child import estimate_fisher
-from peft_child.selection import select_largest
+from peft_child.tensors.topk import select_largest
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:

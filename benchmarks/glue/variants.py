@@ -20,7 +20,7 @@ from sklearn.preprocessing import StandardScaler
 
 from benchmarks.glue.scripts import glue
 from peft_child import estimate_fisher, select_child_network
-from peft_child.layer import child_tuning_layers
+from peft_child.tuner.layer import child_tuning_layers
 
 
 DATASETS = {"snli": ["stanfordnlp/snli"]}  # on the Hub, for tasks that are not in GLUE; others need --data
@@ -88,7 +88,7 @@ def pruned(model: Any, examples: Any, args: Namespace) -> None:
     for layer in child_tuning_layers(model).values():
         for parameter, tensor in layer.base_layer.named_parameters():
             mask = torch.zeros(tensor.numel(), dtype=torch.bool)
-            if parameter in layer.child_delta["default"]:  # it has a child network
+            if layer.targets_of("default").get(parameter) in layer.named_deltas("default"):
                 mask[layer.indices("default", parameter).cpu()] = True
             tensor.mul_(mask.view(tensor.shape).to(tensor.device))
 

@@ -1,0 +1,133 @@
+"""What only transformers knows of a base model: its class, and its tensors where a checkpoint names them otherwise.
+
+transformers renames and fuses tensors of some architectures on loading, so that no tensor of the checkpoint belongs to
+an adapter's parameter. Then the model is loaded as a whole, which takes its size in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import transformers
+from peft import PeftModel
+from transformers.utils import logging
+
+from peft_child.card.model_card import AUTO_CLASSES
+from peft_child.files.adapter_folder import open_adapter
+from peft_child.files.adapter_tensors import PREFIX
+from peft_child.files.checkpoint import copy_description, read_config, replacing
+
+
+MODEL_CONFIG_NAME = "config.json"
+
+_TASKS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+
+
+def merge_by_loading(adapter: Path, base: Path, folder: Path, force: bool = False) -> None:
+    """Write a checkpoint with the adapter merged, as `merge_and_unload()` and `save_pretrained()` make it.
+
+    Args:
+        adapter: Folder of the adapter.
+        base: Folder of its base model; what lies beside the weights is copied.
+        folder: The folder to make.
+        force: Replace a folder that exists.
+
+    Raises:
+        FileExistsError: If the folder exists and `force` is not set.
+        ValueError: If the model cannot be loaded, or the adapter does not fit.
+    """
+    with replacing(folder, force) as temporary, _quiet():
+        model: Any = load_with_adapter(adapter, base)
+        temporary.mkdir()
+        copy_description(base, temporary)
+        model.merge_and_unload().save_pretrained(temporary)
+
+
+def load_with_adapter(adapter: Path, base: Path, check_base: str = "warn") -> PeftModel:
+    """Load a base model with an adapter, in the class that the adapter was made for.
+
+    Args:
+        adapter: Folder of the adapter.
+        base: Folder of its base model.
+        check_base: What to do if the base has other weights than the adapter was made on: 'warn', 'error' or 'off'.
+
+    Raises:
+        ValueError: If the class is unknown, the adapter does not fit, or parts of the model are in neither of the two.
+    """
+    stored = open_adapter(adapter)
+    model_class = _model_class(stored.settings, base)
+    with _quiet():
+        model, info = model_class.from_pretrained(
+            base, dtype="auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+    try:
+        loaded = PeftModel.from_pretrained(model, adapter, check_base=check_base)
+    except RuntimeError as error:
+        raise ValueError(f"The adapter in '{adapter}' does not fit '{base}': {error}") from error
+    missing = sorted(name for name in info["missing_keys"] if f"{PREFIX}{name}" not in stored.dense)
+    if missing:
+        raise ValueError(
+            f"'{base}' lacks '{missing[0]}' ({len(missing)} tensors in all), and the adapter does not bring it along: "
+            f"as a {type(model).__name__}, the model would be completed with random values."
+        )
+    return loaded
+
+
+def _model_class(settings: Mapping[str, Any], base: Path) -> Any:
+    """By the adapter's task, else by the class that it was made on, else by the one that saved the checkpoint."""
+    if not (base / MODEL_CONFIG_NAME).is_file():
+        raise ValueError(f"To be loaded as a model, '{base}' must be a folder with '{MODEL_CONFIG_NAME}'.")
+    task = AUTO_CLASSES.get(str(settings.get("task_type")))
+    if task:
+        return getattr(transformers, task)
+    name = _class_name(settings.get("auto_mapping"), json.loads((base / MODEL_CONFIG_NAME).read_text()))
+    found = getattr(transformers, name, None)
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        raise ValueError(f"transformers has no model class '{name}', which '{base}' would have to be loaded with.")
+    return found
+
+
+def _class_name(auto_mapping: object, config: object) -> str:
+    if isinstance(auto_mapping, dict):
+        return str(auto_mapping.get("base_model_class"))
+    architectures = config.get("architectures") if isinstance(config, dict) else None
+    return str(architectures[0]) if isinstance(architectures, list) and architectures else ""
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what transformers reports on missing tensors, which are judged here, and bars that no terminal shows."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def model_settings(base: Path) -> dict[str, Any]:
+    """What PEFT's Auto classes need to know of a checkpoint: the class of the model, and its task if it has one."""
+    architectures = read_config(base).get("architectures")
+    name = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
+    kind = getattr(transformers, name, None)
+    if kind is None:
+        return {}
+    mapping = {"base_model_class": name, "parent_library": kind.__module__}
+    endings = [task for ending, task in _TASKS.items() if name.endswith(ending)]
+    return {"auto_mapping": mapping, **({"task_type": endings[0]} if endings else {})}

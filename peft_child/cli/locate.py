@@ -1,0 +1,95 @@
+"""Finds adapters and checkpoints: local folders first, then repositories on the Hugging Face Hub.
+
+Whatever goes wrong on the Hub becomes one sentence that says what to do.
+"""
+
+from __future__ import annotations
+
+import re
+from glob import escape
+from pathlib import Path, PurePosixPath
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from peft_child.files.adapter_folder import CONFIG_NAME, WEIGHTS_NAME
+from peft_child.files.checkpoint import CHECKPOINT_NAME, DESCRIBING, INDEX_NAME, LICENCES
+
+
+ADAPTER_FILES = (CONFIG_NAME, WEIGHTS_NAME)
+WEIGHTS_FILES = (CHECKPOINT_NAME, INDEX_NAME, "model-*-of-*.safetensors")
+HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+def locate_adapter(
+    name: str, revision: str | None = None, token: str | None = None, subfolder: str | None = None
+) -> Path:
+    """Folder of an adapter.
+
+    Args:
+        name: A path, or the name of a repository on the Hub. A path that exists is preferred.
+        revision: Branch, tag or commit on the Hub; by default its main branch.
+        token: Access token for the Hub; by default that of the environment or of `hf auth login`.
+        subfolder: Where the adapter lies in the folder or the repository, if not at its top.
+
+    Returns:
+        The path itself, or the folder in the Hub's cache; with the subfolder.
+
+    Raises:
+        OSError: If there is no such path, and the repository cannot be downloaded; the message says why.
+    """
+    inside = PurePosixPath(subfolder or "")
+    return _locate(name, revision, token, [escape(str(inside / file)) for file in ADAPTER_FILES]) / inside
+
+
+def locate_checkpoint(name: str, revision: str | None = None, token: str | None = None) -> Path:
+    """Folder or file of a checkpoint, with what lies beside the weights; otherwise as `locate_adapter`."""
+    return _locate(name, revision, token, [*WEIGHTS_FILES, *DESCRIBING, *LICENCES], ["*/*"])
+
+
+def _locate(
+    name: str, revision: str | None, token: str | None, patterns: list[str], ignored: list[str] | None = None
+) -> Path:
+    if Path(name).exists():
+        return Path(name)
+    if not HUB_NAME.fullmatch(name):
+        raise FileNotFoundError(
+            f"There is no file or folder '{name}', nor can a repository on the Hub be called that."
+        )
+    try:
+        folder = snapshot_download(
+            name, revision=revision, token=token, allow_patterns=patterns, ignore_patterns=ignored
+        )
+    except Exception as error:  # the network errors of the client's own dependencies have no other common class
+        raise OSError(_explained(name, revision, error)) from error
+    return Path(folder)
+
+
+def _explained(name: str, revision: str | None, error: Exception) -> str:
+    start = f"There is no file or folder '{name}' here, and"
+    if isinstance(error, GatedRepoError):
+        return f"{start} on the Hub it is gated: accept its terms on its page, and log in with `hf auth login`."
+    if isinstance(error, RepositoryNotFoundError):
+        return f"{start} no repository on the Hub that you may read; for a private one log in with `hf auth login`."
+    if isinstance(error, RevisionNotFoundError):
+        return f"'{name}' on the Hub has no revision '{revision}'."
+    if isinstance(error, HFValidationError):
+        return f"{start} no repository on the Hub can be called that."
+    if isinstance(error, LocalEntryNotFoundError):
+        return f"{start} the Hub cannot be reached: {_cause(error)}"
+    if isinstance(error, HfHubHTTPError):
+        return f"{start} the Hub refused it: {error}"
+    return f"{start} it cannot be downloaded from the Hub: {type(error).__name__}: {error}"
+
+
+def _cause(error: Exception) -> str:
+    """The client's own explanation speaks of caches; what happened is in the error that it followed."""
+    cause = error.__cause__ or error
+    return f"{type(cause).__name__}: {cause}"

@@ -1,0 +1,393 @@
+"""The command `peft-child`: look at adapters, make and merge, compare, combine and check them.
+
+Every verb reads, calls one function of the library, and prints. What goes wrong is one line and exit code 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from peft_child.card.plot import draw_child_network, draw_overlap
+from peft_child.cli.base_model import load_with_adapter, merge_by_loading, model_settings
+from peft_child.cli.locate import locate_adapter, locate_checkpoint
+from peft_child.cli.output import (
+    OneLineErrors,
+    counts,
+    plain,
+    print_json,
+    print_overlaps,
+    print_settings,
+    print_summary,
+    progress,
+    say,
+)
+from peft_child.cli.output import overlap_as_dict as as_dict
+from peft_child.cli.summary import summarize
+from peft_child.files.adapter_folder import CONFIG_NAME, SparseAdapter, open_adapter, read_adapter, write_adapter
+from peft_child.files.checkpoint import CHECKPOINT_NAME, INDEX_NAME, Checkpoint, replacing
+from peft_child.files.combination import combine_adapters, compare_adapters
+from peft_child.files.extract import extract_adapter
+from peft_child.files.merge import NamesDifferError, check_fits, check_weights, export_patch, merge_checkpoint
+from peft_child.tensors.codec import FormatError
+from peft_child.tensors.combine import COMBINATIONS, MAJORITIES
+from peft_child.tensors.delta import Overlap
+from peft_child.tuner.config import ChildTuningConfig
+
+
+app = typer.Typer(
+    cls=OneLineErrors,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+AdapterName = Annotated[
+    str, typer.Argument(metavar="ADAPTER", help="Folder of an adapter, or its name on the Hugging Face Hub.")
+]
+AdapterNames = Annotated[
+    list[str], typer.Argument(metavar="ADAPTER", help="Folders of adapters, or their names on the Hub.")
+]
+BaseName = Annotated[
+    str,
+    typer.Argument(
+        metavar="BASE", help="Checkpoint of the base model: a folder, a safetensors file, or a name on the Hub."
+    ),
+]
+OutputFolder = Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder to make.")]
+Revision = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Branch, tag or commit of the adapter, if it is on the Hub.")
+]
+Subfolder = Annotated[
+    str | None, typer.Option(metavar="FOLDER", help="Where the adapter lies inside of ADAPTER, if not at its top.")
+]
+Revisions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--revision", metavar="NAME", help="Branch, tag or commit on the Hub: once for all adapters, or once for each."
+    ),
+]
+BaseRevision = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Branch, tag or commit of the base, if it is on the Hub; by default the one that the adapter records.",
+    ),
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs, complete and unrounded.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"peft-child {version('peft-child')}")
+        raise typer.Exit
+
+
+@app.callback()
+def about(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Look at Child-Tuning adapters, and make, compare, combine, check and merge them.
+
+    An adapter is a small file of changes to some weights of a base model, its child network. Adapters and checkpoints
+    are local folders, or names of repositories on the Hugging Face Hub such as `me/my-child`.
+    `peft-child COMMAND --help` explains each command, with an example.
+    """
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+@app.command(epilog="Example: `peft-child inspect ./child --plot child.png`")
+def inspect(
+    adapter: AdapterName,
+    revision: Revision = None,
+    subfolder: Subfolder = None,
+    as_json: AsJson = False,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="OUT.png", help="Draw the child network as a heat map, layers by modules.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the plot if it exists.")] = False,
+) -> None:
+    """Show what an adapter holds: its child network by tensor, layer and module, its settings and its base model."""
+    _check_file(plot, force)
+    folder = locate_adapter(adapter, revision, subfolder=subfolder)
+    _check_apart(plot, folder)
+    stored = open_adapter(folder)
+    summary = summarize(stored)
+    if plot:  # before printing, which ends early in `| head`
+        with replacing(plot, force) as temporary:
+            draw_child_network(stored.sizes, temporary)
+    if as_json:
+        settings = {key: value for key, value in stored.settings.items() if key != "child_sizes"}
+        print_json({"adapter": adapter, "settings": settings, **summary.as_dict()})
+    else:
+        print_settings(adapter, stored.settings)
+        print_summary(summary)
+
+
+@app.command("overlap", epilog="Example: `peft-child overlap ./mrpc ./rte ./cola --plot overlap.png`")
+def compare(
+    adapters: AdapterNames,
+    revision: Revisions = None,
+    tensors: Annotated[bool, typer.Option("--tensors", help="Show every tensor, not only the total.")] = False,
+    as_json: AsJson = False,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="OUT.png", help="Draw the Jaccard indices as a heat map.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the plot if it exists.")] = False,
+) -> None:
+    """Compare the child networks of two or more adapters of one base model, every two of them.
+
+    Jaccard: entries that both have chosen, over entries that either has; 1 for equal child networks. Times chance:
+    shared entries, over what two random child networks of these sizes would share.
+    """
+    _check_file(plot, force)
+    if len(adapters) < 2:
+        raise ValueError("overlap compares two or more adapters, got one.")
+    _check_apart(plot, *map(Path, adapters))
+    found = compare_adapters(_open_all(adapters, revision))
+    totals = {pair: sum(by_name.values(), start=Overlap(0, 0, 0, 0)) for pair, by_name in found.items()}
+    if plot:
+        everyone = range(len(adapters))
+        jaccard = {pair: total.jaccard for pair, total in totals.items()} | {(i, i): 1.0 for i in everyone}
+        with replacing(plot, force) as temporary:
+            draw_overlap(adapters, [[jaccard[min(i, j), max(i, j)] for j in everyone] for i in everyone], temporary)
+    if as_json:
+        pairs = [
+            {
+                "adapters": [adapters[index] for index in pair],
+                **as_dict(totals[pair]),
+                "tensors": {name: as_dict(part) for name, part in by_name.items()},
+            }
+            for pair, by_name in found.items()
+        ]
+        print_json({"adapters": adapters, "pairs": pairs})
+    else:
+        print_overlaps(adapters, totals, found if tensors else {})
+
+
+@app.command(epilog="Example: `peft-child extract org/model ./fine-tuned ./child --density 0.01`")
+def extract(
+    base: BaseName,
+    tuned: Annotated[
+        str, typer.Argument(metavar="TUNED", help="Checkpoint of the same model after fine-tuning, of any kind.")
+    ],
+    output: OutputFolder,
+    density: Annotated[
+        float | None,
+        typer.Option(metavar="SHARE", help="Keep this share of all entries, in (0, 1]; by default all that differ."),
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Branch, tag or commit of TUNED, if it is on the Hub.")
+    ] = None,
+    base_revision: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Branch, tag or commit of BASE, if it is on the Hub.")
+    ] = None,
+    force: Force = False,
+) -> None:
+    """Make an adapter of the difference between two checkpoints.
+
+    Without --density, merging the adapter into the base gives the fine-tuned checkpoint back bit for bit. With it, the
+    entries that changed most are kept. Refused are changes of integer and FP8 tensors; and, without --density, changes
+    that would need more than the 53 bits of a float64, such as from 1e30 to 1.
+
+    The adapter has the names of the checkpoint, so `merge` and `patch` always take it. PEFT takes it only if the model
+    has the same names: transformers renames or fuses tensors of some architectures on loading, such as Mixtral.
+    """
+    _check_folder(output, force)
+    before = Checkpoint(locate_checkpoint(base, base_revision))
+    after = Checkpoint(locate_checkpoint(tuned, revision))
+    _check_apart(output, before.path, after.path)
+    adapter = extract_adapter(before, after, density, progress)
+    adapter.settings.update(model_settings(before.path), base_model_name_or_path=base, revision=base_revision)
+    write_adapter(output, adapter, force, progress)
+    typer.echo(f"extracted {counts(open_adapter(output))} to {plain(output)}")
+
+
+@app.command(epilog="Example: `peft-child merge ./child org/model ./merged`")
+def merge(
+    adapter: AdapterName,
+    base: BaseName,
+    output: OutputFolder,
+    revision: Revision = None,
+    subfolder: Subfolder = None,
+    base_revision: BaseRevision = None,
+    force: Force = False,
+) -> None:
+    """Write a checkpoint with the adapter merged into its base model, to be used without peft-child.
+
+    What describes the model, such as its configuration and tokenizer, is copied from the base.
+    """
+    _check_folder(output, force)
+    folder, stored, path = _adapter_and_base(adapter, base, revision, subfolder, base_revision)
+    _check_apart(output, folder, path)
+    checkpoint = Checkpoint(path)
+    try:
+        merge_checkpoint(stored, checkpoint, output, force, progress)
+    except NamesDifferError:
+        say("note", "the checkpoint has other names than the model, so the whole model is loaded to merge it.")
+        merge_by_loading(folder, path, output, force)
+    typer.echo(f"merged {counts(stored)} into {plain(output)}")
+
+
+@app.command(epilog="Example: `peft-child combine ./both ./mrpc ./rte --weight 0.7 --weight 0.3 --type ties`")
+def combine(
+    output: OutputFolder,
+    adapters: AdapterNames,
+    weight: Annotated[
+        list[float] | None, typer.Option(metavar="W", help="Once for each adapter, in their order; by default 1.0.")
+    ] = None,
+    combination_type: Annotated[
+        str, typer.Option("--type", metavar="TYPE", help=f"How: {', '.join(COMBINATIONS)}.")
+    ] = "linear",
+    density: Annotated[
+        float,
+        typer.Option(metavar="SHARE", help="Share of every adapter's child network to keep, for all but 'linear'."),
+    ] = 1.0,
+    majority_sign: Annotated[
+        str, typer.Option(metavar="|".join(MAJORITIES), help="What decides about the sign, for the kinds of ties.")
+    ] = "total",
+    seed: Annotated[int, typer.Option(help="Seed of the random choices, for the kinds of dare.")] = 0,
+    revision: Revisions = None,
+    force: Force = False,
+) -> None:
+    """Combine adapters of one base model in a new one, on the union of their child networks."""
+    _check_folder(output, force)
+    _check_apart(output, *map(Path, adapters))
+    stored = _open_all(adapters, revision)
+    combined = combine_adapters(
+        stored,
+        weight or [1.0] * len(stored),
+        combination_type=combination_type,
+        density=density,
+        majority_sign_method=majority_sign,
+        seed=seed,
+        progress=progress,
+    )
+    write_adapter(output, combined, force, progress)
+    typer.echo(f"combined {len(stored)} adapters to {counts(open_adapter(output))} in {plain(output)}")
+
+
+@app.command(epilog="Example: `peft-child patch ./child org/model child-patch.safetensors`")
+def patch(
+    adapter: AdapterName,
+    base: BaseName,
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT.safetensors", help="File to make.")],
+    revision: Revision = None,
+    subfolder: Subfolder = None,
+    base_revision: BaseRevision = None,
+    force: Force = False,
+) -> None:
+    """Write the merged values of the child network alone, as positions and values of the checkpoint's tensors.
+
+    A serving engine that holds the base model can take them in place of a merged copy. For every tensor NAME the file
+    has NAME.indices, flat positions, and NAME.values, what stands there after merging.
+    """
+    _check_file(output, force)
+    folder, stored, path = _adapter_and_base(adapter, base, revision, subfolder, base_revision)
+    _check_apart(output, folder, path)
+    export_patch(stored, Checkpoint(path), output, force, progress)
+    typer.echo(f"wrote {counts(stored)} to {plain(output)}")
+
+
+@app.command(epilog="Example: `peft-child verify ./child --base org/model`")
+def verify(
+    adapter: AdapterName,
+    base: Annotated[
+        str | None, typer.Option(metavar="BASE", help="Check as well that it was made on this checkpoint.")
+    ] = None,
+    revision: Revision = None,
+    subfolder: Subfolder = None,
+    base_revision: BaseRevision = None,
+) -> None:
+    """Check an adapter completely, and say what is wrong with it; exit code 2 if something is.
+
+    Every checksum, position and value is checked and, with --base, every name and size and the base's own values.
+    """
+    folder = locate_adapter(adapter, revision, subfolder=subfolder)
+    stored = read_adapter(folder)
+    if not stored.deltas:
+        raise FormatError("The file holds no child network; it was saved before one was chosen.")
+    ChildTuningConfig.from_pretrained(str(folder))
+    if base is not None:
+        _check_base(folder, stored, locate_checkpoint(base, _recorded(stored, base, base_revision)))
+    typer.echo(f"ok: {counts(stored)}" + (f", made on {plain(base)}" if base else ""))
+
+
+# What several verbs do
+
+
+def _adapter_and_base(
+    adapter: str, base: str, revision: str | None, subfolder: str | None, base_revision: str | None
+) -> tuple[Path, SparseAdapter, Path]:
+    folder = locate_adapter(adapter, revision, subfolder=subfolder)
+    stored = open_adapter(folder)
+    return folder, stored, locate_checkpoint(base, _recorded(stored, base, base_revision))
+
+
+def _recorded(adapter: SparseAdapter, base: str, base_revision: str | None) -> str | None:
+    """The revision that was asked for, or else the one of this base that the adapter was made on."""
+    if base_revision is None and adapter.settings.get("base_model_name_or_path") == base:
+        return adapter.settings.get("revision")
+    return base_revision
+
+
+def _open_all(names: Sequence[str], revisions: Sequence[str] | None) -> list[SparseAdapter]:
+    given: list[str | None] = list(revisions) if revisions else [None]
+    if len(given) not in (1, len(names)):
+        raise ValueError(f"--revision is for all {len(names)} adapters or once for each, got {len(given)} of them.")
+    each = given if len(given) == len(names) else given * len(names)
+    return [open_adapter(locate_adapter(name, revision)) for name, revision in zip(names, each, strict=True)]
+
+
+def _check_base(folder: Path, adapter: SparseAdapter, base: Path) -> None:
+    checkpoint = Checkpoint(base)
+    try:
+        check_fits(adapter, checkpoint)
+        check_weights(adapter, checkpoint, progress)
+    except NamesDifferError:
+        say("note", "the checkpoint has other names than the model, so the whole model is loaded to check it.")
+        load_with_adapter(folder, base, check_base="error")
+
+
+def _check_folder(output: Path, force: bool) -> None:
+    """Refuse at once what would be refused after the work, and never replace a folder of something else."""
+    if not output.exists():
+        return
+    marks = (CONFIG_NAME, "config.json", CHECKPOINT_NAME, INDEX_NAME)
+    if not force:
+        raise FileExistsError(f"'{output}' exists already; pass --force to replace it.")
+    if not output.is_dir() or not any((output / name).is_file() for name in marks):
+        raise FileExistsError(f"'{output}' is no folder of an adapter or a checkpoint; it is not replaced.")
+
+
+def _check_file(output: Path | None, force: bool) -> None:
+    if output is None or not output.exists():
+        return
+    if output.is_dir():
+        raise IsADirectoryError(f"'{output}' is a folder; name a file.")
+    if not force:
+        raise FileExistsError(f"'{output}' exists already; pass --force to replace it.")
+
+
+def _check_apart(output: Path | None, *inputs: Path) -> None:
+    """Refuse an output that is or holds an input, or replaces a part of one, through links too; but for pictures."""
+    if output is None:
+        return
+    targets = {output.resolve(), output.parent.resolve() / output.name}  # what a link leads to, and the link itself
+    for place in inputs:
+        read = {file.resolve() for file in (place, *place.rglob("*")) if file.suffix != ".png"}
+        around = {file for file in targets if place.resolve() in file.parents and file.suffix != ".png"}
+        if (around and output.exists()) or any(target in (file, *file.parents) for target in targets for file in read):
+            raise FileExistsError(f"'{output}' is, holds or belongs to the input '{place}'; name another output.")

@@ -1,0 +1,177 @@
+"""An adapter on disk without any model: its settings, its sparse deltas, and the modules saved whole with it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from peft_child.card.model_card import complete_card
+from peft_child.files.adapter_tensors import DELTA, INDEX, PREFIX, checked_child, child_keys, claimed_size, stamped
+from peft_child.files.checkpoint import replacing
+from peft_child.files.safetensors_io import TensorWriter
+from peft_child.tensors.codec import FormatError, encode
+from peft_child.tensors.delta import ChildSize, Progress, SparseDelta, silent
+from peft_child.tensors.lazy import Lazy
+
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+PEFT_TYPE = "PEFT_CHILD"
+
+WITHOUT_MASK: dict[str, Any] = {"gradient_density": 1.0, "resample_every": 1}
+
+# Clears the selection settings, for adapters that were made of others.
+WITHOUT_SELECTION: dict[str, Any] = {
+    "variant": "extracted",
+    "target_modules": None,
+    "exclude_modules": None,
+    "layers_to_transform": None,
+    "layers_pattern": None,
+    **WITHOUT_MASK,
+    "fisher_examples": None,
+    "child_sizes": None,
+}
+
+
+@dataclass
+class SparseAdapter:
+    """A Child-Tuning adapter as tensors.
+
+    Attributes:
+        settings: What `adapter_config.json` holds.
+        deltas: Sparse deltas by name of the parameter in the base model. Those of a folder have the shape of a matrix
+            with the tensor's rows, since the file knows no more.
+        dense: Tensors saved whole (`modules_to_save`), by name in the file.
+        sizes: Entries, chosen entries, and bytes of the index block, by name of the parameter.
+    """
+
+    settings: dict[str, Any]
+    deltas: Mapping[str, SparseDelta]
+    dense: dict[str, Tensor] = field(default_factory=dict)
+    sizes: dict[str, ChildSize] = field(default_factory=dict)
+
+
+def open_adapter(folder: str | Path) -> SparseAdapter:
+    """Open an adapter folder; every delta is read and checked when it is asked for.
+
+    Args:
+        folder: A folder with `adapter_config.json` and `adapter_model.safetensors`.
+
+    Raises:
+        FileNotFoundError: If one of the files is missing.
+        FormatError: If it is an adapter of another PEFT method, or a file cannot be one of ours. Asking for a delta
+            raises it as well, if that is damaged.
+    """
+    folder = Path(folder)
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        if not (folder / name).is_file():
+            inside = sorted(found.parent.name for found in folder.glob(f"*/{CONFIG_NAME}"))
+            way_out = f"pass --subfolder {inside[0]}, or name '{folder / inside[0]}'" if inside else ""
+            hint = f" There are adapters in it: {way_out}." if inside else ""
+            raise FileNotFoundError(f"'{folder}' is no folder of an adapter: it has no '{name}'.{hint}")
+    try:
+        settings = json.loads((folder / CONFIG_NAME).read_text())
+        _check_method(folder, settings)
+        with safe_open(folder / WEIGHTS_NAME, framework="pt") as file:
+            keys, others = child_keys(file.keys())
+            dense = {key: file.get_tensor(key) for key in others}
+            blocks = {name: file.get_slice(pair[INDEX]) for name, pair in keys.items() if INDEX in pair}
+            found = {name: claimed_size(name, block) for name, block in blocks.items()}
+    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise FormatError(f"The adapter in '{folder}' cannot be read: {error}.") from error
+    recorded = settings.get("child_sizes")
+    try:
+        sizes = found if recorded is None else {name: ChildSize(*size) for name, size in recorded.items()}
+    except (AttributeError, TypeError):
+        sizes = {}
+    if sizes.keys() != keys.keys():
+        raise FormatError(f"child_sizes of '{CONFIG_NAME}' names other parameters than '{WEIGHTS_NAME}' has.")
+    deltas = Lazy(keys, lambda name: _read_delta(folder / WEIGHTS_NAME, name, keys[name], sizes[name]))
+    return SparseAdapter(settings, deltas, dense, sizes)
+
+
+def read_adapter(folder: str | Path) -> SparseAdapter:
+    """Open an adapter folder and check all of it, one tensor at a time.
+
+    Raises:
+        FileNotFoundError: If one of the files is missing.
+        FormatError: If it is an adapter of another PEFT method, or a file is damaged.
+    """
+    adapter = open_adapter(folder)
+    for name in adapter.deltas:
+        adapter.deltas[name]
+    return adapter
+
+
+def _read_delta(file: Path, name: str, keys: Mapping[str, str], size: ChildSize) -> SparseDelta:
+    """Read and check one delta; `keys` are its names in the file by kind."""
+    with safe_open(file, framework="pt") as tensors:
+        child = checked_child(name, {kind: tensors.get_tensor(key) for kind, key in keys.items()})
+    if size != child.size():
+        raise FormatError(
+            f"The child of '{name}' cannot be loaded. The settings say {list(size)} entries, chosen entries and bytes "
+            f"of it, the file {list(child.size())}."
+        )
+    shape = (child.header.numel // child.header.width, child.header.width)
+    return SparseDelta(shape, child.indices(name), child.delta, child.header.fingerprint)
+
+
+def _check_method(folder: Path, settings: object) -> None:
+    kind = settings.get("peft_type") if isinstance(settings, dict) else None
+    if kind != PEFT_TYPE:
+        raise FormatError(f"'{folder}' is an adapter of type {kind!r}, not of Child-Tuning ({PEFT_TYPE!r}).")
+
+
+def write_adapter(
+    folder: str | Path, adapter: SparseAdapter, force: bool = False, progress: Progress = silent
+) -> None:
+    """Write an adapter folder that every loader can read, with a model card, whole or not at all.
+
+    Deltas are asked for once, one at a time, and written at once.
+
+    Args:
+        folder: The folder to make.
+        adapter: The adapter; the sizes of its child networks are recorded in the settings that are written.
+        force: Replace a folder that exists.
+        progress: Wraps the loop over tensor names.
+
+    Raises:
+        FileExistsError: If the folder exists and `force` is not set.
+    """
+    with replacing(folder, force) as temporary:
+        temporary.mkdir()
+        with TensorWriter(temporary / WEIGHTS_NAME) as weights:
+            for key, tensor in adapter.dense.items():
+                weights.add(key, tensor)
+            sizes = _write_deltas(weights, adapter.deltas, progress)
+        settings = {**adapter.settings, "child_sizes": sizes}
+        (temporary / CONFIG_NAME).write_text(json.dumps(settings, indent=2, sort_keys=True))
+        if sizes:
+            complete_card(temporary, settings)
+
+
+def _write_deltas(
+    weights: TensorWriter, deltas: Mapping[str, SparseDelta], progress: Progress
+) -> dict[str, ChildSize]:
+    """Write index blocks and values; returns their sizes, as the settings record them."""
+    written = ((name, deltas[name]) for name in progress(list(deltas), "Writing"))
+    return {name: _write_delta(weights, name, delta) for name, delta in written if delta.indices.numel()}
+
+
+def _write_delta(weights: TensorWriter, name: str, delta: SparseDelta) -> ChildSize:
+    path, _, parameter = name.rpartition(".")
+    block = encode(delta.indices.cpu().numpy(), delta.shape, delta.fingerprint)
+    pair = {
+        f"{PREFIX}{path}.{DELTA}.{parameter}": delta.values,
+        f"{PREFIX}{path}.{INDEX}.{parameter}": torch.frombuffer(bytearray(block), dtype=torch.uint8),
+    }
+    for key, tensor in stamped(pair).items():
+        weights.add(key, tensor)
+    return ChildSize(delta.numel, delta.indices.numel(), len(block))

@@ -1,0 +1,155 @@
+"""An adapter from the difference between two checkpoints, tensor by tensor."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from peft_child.files.adapter_folder import PEFT_TYPE, SparseAdapter
+from peft_child.files.adapter_tensors import fingerprint_of
+from peft_child.files.checkpoint import Checkpoint
+from peft_child.tensors.delta import Progress, SparseDelta, change, count_different, extract_delta, silent
+from peft_child.tensors.lazy import Lazy
+from peft_child.tensors.topk import Cutoff, choose, find_cutoff
+
+
+_EMBEDDING = re.compile(r"emb|wte|shared")
+FLOATING = ("F32", "BF16", "F16", "F64")
+
+
+class _Chosen(NamedTuple):
+    """What is chosen of one tensor.
+
+    Attributes:
+        size: Number of entries.
+        cutoff: What their changes reach, or None if all that differ are chosen.
+    """
+
+    size: int
+    cutoff: Cutoff | None
+
+
+def extract_adapter(
+    base: Checkpoint, tuned: Checkpoint, density: float | None = None, progress: Progress = silent
+) -> SparseAdapter:
+    """Make an adapter of the difference between two checkpoints of the same shapes.
+
+    Without a density every entry that differs in a bit belongs to the child network, and merging the adapter into the
+    base gives the tuned checkpoint bit for bit. With a density the child network has exactly `round(density * n)` of
+    the n floating point entries, those that changed most. Tensors are read one at a time, and every delta is computed
+    when it is asked for, so the checkpoints have to stay as they are until the adapter is written.
+
+    Changes of integer and FP8 tensors are refused, since no delta expresses them; and without a density also a change
+    between two numbers whose difference needs more than the 53 bits of a float64, such as from 1e30 to 1.
+    The adapter has the names of the checkpoint. They fit `merge_checkpoint` and `export_patch` always, but PEFT only
+    if the model has the same ones: transformers renames or fuses tensors of some architectures on loading.
+
+    Args:
+        base: The checkpoint before fine-tuning.
+        tuned: The checkpoint after it.
+        density: Share of the entries to keep, in (0, 1], or None for all that differ.
+        progress: Wraps the loops over tensor names.
+
+    Returns:
+        The adapter. Asking for a delta raises `ValueError` if it cannot express the change exactly, where that is
+        promised.
+
+    Raises:
+        ValueError: If the checkpoints have other tensors or shapes, nothing differs, a tensor that is not floating
+            point differs, or `density` is out of range.
+    """
+    if density is not None and not 0 < density <= 1:
+        raise ValueError(f"density must be in (0, 1], got {density!r}.")
+    names = _comparable(base, tuned)
+    numel = sum(base.places[name].numel for name in names)
+    cutoff = None
+    if density is not None:
+        changes = Lazy(
+            names, lambda name: _scores(name, base[name], tuned[name]), lambda names: progress(names, "Comparing")
+        )
+        if not round(density * numel):
+            raise ValueError(f"density={density} of {numel} entries is an empty child network.")
+        cutoff = find_cutoff(changes, round(density * numel))
+    chosen = _count(base, tuned, progress(names, "Counting"), cutoff)
+    deltas = Lazy(chosen, lambda name: _extract(name, base[name], tuned[name], chosen[name].cutoff))
+    if not deltas:
+        raise ValueError(f"'{base.path}' and '{tuned.path}' do not differ in any floating point entry.")
+    for name in deltas:
+        if "." not in name:
+            raise ValueError(f"'{name}' belongs to the top-level module, which an adapter cannot reach.")
+    settings = {
+        "peft_type": PEFT_TYPE,
+        "variant": "extracted",
+        "density": density or sum(found.size for found in chosen.values()) / numel,
+        "target_parameters": list(deltas),
+        "base_model_name_or_path": str(base.path),
+    }
+    return SparseAdapter(settings, deltas)
+
+
+def _comparable(base: Checkpoint, tuned: Checkpoint) -> list[str]:
+    """Floating point tensors that both have, after a check that they have the same ones."""
+    for first, second in ((base, tuned), (tuned, base)):
+        missing = sorted(first.places.keys() - second.places.keys())
+        if missing:
+            rows = {place.shape for name, place in second.places.items() if _EMBEDDING.search(name)}
+            tied = any(first.places[name].shape in rows for name in missing)
+            hint = " A head that is tied to the embeddings is saved only once: save both alike." if tied else ""
+            raise ValueError(
+                f"'{second.path}' lacks {len(missing)} tensors of '{first.path}', such as '{missing[0]}'.{hint}"
+            )
+    for name, place in base.places.items():
+        other = tuned.places[name]
+        if (place.dtype, place.shape) != (other.dtype, other.shape):
+            raise ValueError(
+                f"'{name}' is {place.dtype} {place.shape} in '{base.path}' and {other.dtype} {other.shape} in "
+                f"'{tuned.path}'; they must be the same."
+            )
+    names = [name for name, place in base.places.items() if place.dtype in FLOATING and 0 not in place.shape]
+    for name in base.places.keys() - set(names):
+        if not torch.equal(base[name], tuned[name]):
+            raise ValueError(
+                f"'{name}' differs and is {base.places[name].dtype}; only floating point changes can be kept."
+            )
+    return names
+
+
+def _count(base: Checkpoint, tuned: Checkpoint, names: Iterable[str], cutoff: Cutoff | None) -> dict[str, _Chosen]:
+    """What is chosen of each tensor of which something is; `cutoff` is that of the first one."""
+    found = {}
+    for name in names:
+        here = cutoff
+        if cutoff is None:
+            size = count_different(base[name], tuned[name])
+        else:
+            indices, cutoff = choose(change(base[name], tuned[name]), cutoff)
+            size = indices.numel()
+        if size:
+            found[name] = _Chosen(size, here)
+    return found
+
+
+def _scores(name: str, before: Tensor, after: Tensor) -> Tensor:
+    _check_finite(name, before, after)
+    return change(before, after)
+
+
+def _check_finite(name: str, before: Tensor, after: Tensor) -> None:
+    bad = ~(before.isfinite() & after.isfinite())
+    count = count_different(before[bad], after[bad])
+    if count:
+        raise ValueError(f"Weights that changed must be finite before and after; {count} values of '{name}' are not.")
+
+
+def _extract(name: str, before: Tensor, after: Tensor, cutoff: Cutoff | None) -> SparseDelta:
+    _check_finite(name, before, after)
+    try:
+        delta = extract_delta(before, after, None if cutoff is None else choose(change(before, after), cutoff)[0])
+    except ValueError as error:
+        raise ValueError(f"The change of '{name}' cannot be kept. {error}") from error
+    matrix = (before.shape[0], before[0].numel()) if before.dim() else (1, 1)
+    return delta._replace(shape=matrix, fingerprint=fingerprint_of(before, delta.indices))

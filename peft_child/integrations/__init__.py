@@ -1,0 +1,1 @@
+"""Other libraries: PEFT's registry, transformers' Trainer, and the Hugging Face Hub."""

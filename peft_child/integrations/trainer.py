@@ -1,0 +1,148 @@
+"""What Child-Tuning can do inside transformers' Trainer: choose the child network, and log how it moves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.linalg import vector_norm
+from transformers import TrainerCallback
+
+from peft_child.card.plot import places_of
+from peft_child.selection.select import Scores, select_child_network
+from peft_child.tensors.distributed import check_equal, digest, whole, world_size
+from peft_child.tuner.layer import child_tuning_layers
+from peft_child.tuner.model import next_gradient_mask
+
+
+if TYPE_CHECKING:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+
+class ChildTuningCallback(TrainerCallback):
+    """Chooses the child network when the Trainer is made, and logs how far it has moved while it trains.
+
+    Neither is needed for training: without data or scores the callback only logs, and a child network that is chosen
+    already, or loaded, stays as it is. The choice is made at the end of the Trainer's construction, before there is an
+    optimizer; a Trainer that makes its model anew for each training (`model_init`) has to choose there. Resuming from
+    a checkpoint replaces what was chosen by the checkpoint's child network. In several processes the callback checks
+    that all of them train the same one.
+
+    With every training loss it logs `child/moved`, the share of the chosen entries that differ from the base;
+    `child/norm`, the L2 norm of the delta; and the norm by layer, as in `child/norm/layer.3`, with `child/norm/other`
+    for what is outside of numbered layers. These numbers are in the Trainer's `log_history` and reach all callbacks
+    that come after this one. Reporters of `report_to` come before it, so move them to the end, as in
+    `trainer.add_callback(trainer.pop_callback(TensorBoardCallback))`.
+
+    Args:
+        dataloader: The task's data, as `select_child_network` takes it; in several processes each one's own shard.
+        scores: Ready-made scores instead of data, as `select_child_network` takes them.
+        adapter_name: The adapter.
+        count_steps: Count optimizer steps for random gradient masks where torch's hooks do not, because the engine
+            steps on copies of the parameters or without a torch optimizer (DeepSpeed); see `next_gradient_mask`.
+        kwargs: Further arguments of `select_child_network`, such as `num_examples`.
+    """
+
+    def __init__(
+        self,
+        dataloader: Iterable[Any] | None = None,
+        *,
+        scores: Scores | str | Path | None = None,
+        adapter_name: str = "default",
+        count_steps: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        self.dataloader = dataloader
+        self.scores = scores
+        self.adapter_name = adapter_name
+        self.count_steps = count_steps
+        self.steps_before: list[int] = []
+        self.kwargs = kwargs
+
+    def on_init_end(self, *event: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
+        """Choose the child network, if there is something to choose by and it is not chosen yet.
+
+        Raises:
+            ValueError: See `select_child_network`.
+        """
+        if model is None or (self.dataloader is None and self.scores is None):
+            return
+        layers = child_tuning_layers(model, self.adapter_name).values()
+        if not layers or not all(layer.is_chosen(self.adapter_name) for layer in layers):
+            select_child_network(
+                model, self.dataloader, scores=self.scores, adapter_name=self.adapter_name, **self.kwargs
+            )
+
+    def on_train_begin(self, *event: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
+        """In several processes, check that all of them train the same child network with the same gradient masks.
+
+        Raises:
+            ValueError: If they do not, such as random child networks of different seeds; raised on every rank.
+        """
+        if model is None or world_size() == 1:
+            return
+        for layer in child_tuning_layers(model).values():
+            layer.read_again()  # what broadcasts wrote goes unnoticed
+        buffers = dict(model.named_buffers())
+        held = {
+            kind: {name: buffer for name, buffer in buffers.items() if f".{kind}.{self.adapter_name}." in name}
+            for kind in ("child_index", "child_mask")
+        }
+        check_equal(
+            {
+                f"child network of adapter '{self.adapter_name}' (digest)": digest(held["child_index"])[:12],
+                f"gradient masks of adapter '{self.adapter_name}' (digest)": digest(held["child_mask"])[:12],
+            }
+        )
+
+    def on_step_begin(self, *event: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
+        """Remember the steps that were counted so far."""
+        if self.count_steps and model is not None:
+            self.steps_before = _counted_steps(model)
+
+    def on_step_end(self, *event: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
+        """Count the step, unless torch's hooks did."""
+        if self.count_steps and model is not None and _counted_steps(model) == self.steps_before:
+            next_gradient_mask(model)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add the numbers of the child network to the log of a training loss."""
+        if model is None or logs is None or "loss" not in logs:
+            return
+        numbers = _numbers(model, self.adapter_name)
+        logs.update(numbers)
+        state.log_history[-1].update(numbers)  # the Trainer put a copy there before it called anyone
+
+
+def _counted_steps(model: nn.Module) -> list[int]:
+    return [step for layer in child_tuning_layers(model).values() for step in layer.counted_steps()]
+
+
+def _numbers(model: nn.Module, adapter_name: str) -> dict[str, float]:
+    """How far the child network of an adapter has moved, in flat names."""
+    layers = child_tuning_layers(model, adapter_name).values()
+    deltas = {name: delta for layer in layers for name, delta in layer.named_deltas(adapter_name).items()}
+    if not deltas:
+        return {}
+    squares = {name: float(whole(vector_norm(delta, dtype=torch.float64))) ** 2 for name, delta in deltas.items()}
+    moved = sum(float(whole(delta.ne(0).sum())) for delta in deltas.values())
+    by_layer: dict[int | None, float] = {}
+    for name, place in places_of(deltas).items():
+        by_layer[place.layer] = by_layer.get(place.layer, 0.0) + squares[name]
+    norms = {
+        "child/norm/other" if number is None else f"child/norm/layer.{number}": square**0.5
+        for number, square in by_layer.items()
+    }
+    chosen = sum(delta.numel() for delta in deltas.values())
+    return {"child/moved": moved / chosen, "child/norm": sum(squares.values()) ** 0.5, **norms}

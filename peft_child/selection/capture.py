@@ -1,0 +1,160 @@
+"""Per-example gradients of a whole batch from one forward and one backward pass.
+
+While a batch runs, each module that owns a targeted parameter is tapped: its input is kept, and the gradient of its
+output taken as it comes back. The parameters themselves need no gradients, so none is computed for the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from peft_child.selection.example_gradients import Part
+from peft_child.selection.module_gradients import Use, has_formula
+from peft_child.selection.squares import arrived_in_parts
+
+
+Sink = Callable[[str, Sequence[Part]], None]
+
+
+class Owners:
+    """The modules of a model that own targeted parameters.
+
+    Args:
+        model: The model.
+        targets: Parameters by name.
+    """
+
+    def __init__(self, model: nn.Module, targets: Mapping[str, nn.Parameter]) -> None:
+        names = {id(parameter): name for name, parameter in targets.items()}
+        self.targets = targets
+        self.keys: dict[nn.Module, dict[str, str]] = {}  # of each module: key of a parameter to name of the target
+        for module in model.modules():
+            owned = {key: names[id(value)] for key, value in module._parameters.items() if id(value) in names}
+            if owned:
+                self.keys[module] = owned
+
+    def to_run_again(self) -> tuple[int, str]:
+        """Number of weights in matrices without a formula, and the kinds of the modules that they are in."""
+        weights, kinds = 0, set()
+        for module, owned in self.keys.items():
+            for key, name in owned.items():
+                if self.targets[name].dim() > 1 and not has_formula(module, key):
+                    weights += self.targets[name].numel()
+                    kinds.add(type(module).__name__)
+        return weights, ", ".join(sorted(kinds))
+
+    @contextmanager
+    def tapped(self, examples: int) -> Iterator[Taps]:
+        """Tap the modules for a forward and a backward pass of a batch of so many examples."""
+        taps = Taps(self, examples)
+        with ExitStack() as stack:
+            for parameter in self.targets.values():
+                parameter.requires_grad_(False)
+                stack.callback(parameter.requires_grad_, True)
+            for module in self.keys:
+                handle = module.register_forward_hook(taps.tap, with_kwargs=True, prepend=True)
+                stack.callback(handle.remove)
+            yield taps
+
+
+class Taps:
+    """What is known of one batch.
+
+    Attributes:
+        refusal: Why this batch cannot be done at once, if so.
+        layouts: How the inputs of the modules are divided among the examples.
+    """
+
+    def __init__(self, owners: Owners, examples: int) -> None:
+        self._owners = owners
+        self._examples = examples
+        self._anchor = torch.zeros((), requires_grad=True)
+        self._uses: dict[str, list[Use]] = {}
+        self._done: set[str] = set()
+        self._sink: Sink | None = None
+        self.refusal: str | None = None
+        self.layouts: set[tuple[Any, ...]] = set()
+
+    def tap(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Hook: keep the input of a module, and let its output tell when its gradient comes back."""
+        if not torch.is_grad_enabled() or self.refusal is not None:
+            return None
+        length = len(output) if isinstance(output, Tensor) and output.dim() else 0
+        if not length or (length > 1 and length % self._examples):
+            shape = tuple(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"
+            self.refusal = (
+                f"a {type(module).__name__} should return one tensor, with a part for each of {self._examples} "
+                f"examples in its first dimension, and returns {shape}"
+            )
+            return None
+        shared = length == 1 < self._examples
+        if shared:
+            output = output.repeat(self._examples, *[1] * (output.dim() - 1))
+        inputs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
+        use = Use(module, inputs, self._examples, shared, length)
+        self.layouts.add(use.layout())
+        for name in self._owners.keys[module].values():
+            self._uses.setdefault(name, []).append(use)
+        if output.requires_grad:
+            output.register_hook(lambda gradient: self._come_back(use, gradient))
+            return output
+        return _Root.apply(self._anchor, output, lambda gradient: self._come_back(use, gradient))  # type: ignore[no-untyped-call]
+
+    def backward(self, loss: Tensor, scale: float, sink: Sink) -> None:
+        """Run backward and hand the parts of each target's gradients to a sink as soon as they are complete.
+
+        Args:
+            loss: Scalar loss of the batch.
+            scale: Factor for all gradients.
+            sink: Called with the name of a target and its parts, once for each target that the loss reaches.
+
+        Raises:
+            RuntimeError: If a target's gradient comes back in parts.
+        """
+        self._sink = sink
+        loss.backward(gradient=torch.full_like(loss, scale))
+        with torch.no_grad():
+            for name in list(self._uses):
+                self._finish(name)
+
+    @torch.no_grad()
+    def _come_back(self, use: Use, gradient: Tensor) -> None:
+        use.gradient = gradient
+        for name in self._owners.keys[use.module].values():
+            if all(each.gradient is not None for each in self._uses.get(name, ())):
+                self._finish(name)
+
+    def _finish(self, name: str) -> None:
+        uses = self._uses.pop(name, [])
+        reached = [use for use in uses if use.gradient is not None]
+        if name in self._done and reached:
+            raise arrived_in_parts(name)
+        self._done.add(name)
+        if reached and self._sink is not None:
+            keys = self._owners.keys
+            parts = [use.part(key) for use in reached for key, own in keys[use.module].items() if own == name]
+            self._sink(name, parts)
+        for use in uses:
+            if not any(use is other for waiting in self._uses.values() for other in waiting):
+                use.gradient, use.inputs = None, ((), {})
+
+
+class _Root(torch.autograd.Function):
+    """The output of a module that nothing before it gives a graph, as the root of one."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, output: Tensor, come_back: Callable[[Tensor], None]) -> Tensor:
+        ctx.mark_dirty(output)  # not a view, which the model could not write into
+        ctx.come_back = come_back
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None]:
+        ctx.come_back(gradients[0])
+        return None, None, None

@@ -1,0 +1,167 @@
+"""The gradients of a module's parameters for each example, from one call of the module and what came back to it.
+
+Modules of common kinds have a formula. Any other is run again for each example alone, on its own input and output
+gradient; torch differentiates that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from transformers.pytorch_utils import Conv1D
+
+from peft_child.selection.example_gradients import Each, Part, Product, Rows, Whole, product
+
+
+@dataclass(eq=False)
+class Use:
+    """One call of a module in the forward pass of a batch.
+
+    Attributes:
+        module: The module.
+        inputs: Positional and keyword arguments.
+        examples: Number of examples in the batch.
+        shared: Whether the call served all examples at once (an output with a first dimension of 1).
+        length: First dimension of the output; that of one example is the same part of it for each.
+        gradient: Gradient of the output, once it has come back; its first dimension is `length`, or `examples` if the
+            call was shared.
+    """
+
+    module: nn.Module
+    inputs: tuple[tuple[Any, ...], dict[str, Any]]
+    examples: int
+    shared: bool
+    length: int
+    gradient: Tensor | None = None
+
+    def part(self, key: str) -> Part:
+        """What this call adds to the gradient of one of the module's parameters, for each example."""
+        formula = _formula(self.module, key)
+        if formula is not None:
+            return formula(self, key)
+        return Each(lambda example: _run_again(self, key, example))
+
+    def layout(self) -> tuple[Any, ...]:
+        """What of this call decides how its input is divided among the examples."""
+        leaves = tree_flatten(self.inputs)[0]
+        dims = [(leaf.dim(), self.is_divided(leaf)) if isinstance(leaf, Tensor) else None for leaf in leaves]
+        return id(self.module), self.shared, self.length == self.examples, *dims
+
+    def is_divided(self, leaf: Any) -> bool:
+        """Whether an argument has its own part for each example."""
+        return isinstance(leaf, Tensor) and not self.shared and leaf.dim() > 0 and len(leaf) == self.length
+
+    def input(self) -> Tensor:
+        """The only tensor among the arguments, its first dimension as that of the gradient."""
+        (tensor,) = [leaf for leaf in tree_flatten(self.inputs)[0] if isinstance(leaf, Tensor)]
+        return tensor.expand(self.examples, *tensor.shape[1:]) if self.shared else tensor
+
+    def returned(self) -> Tensor:
+        """The gradient, which has come back."""
+        assert self.gradient is not None
+        return self.gradient
+
+
+def has_formula(module: nn.Module, key: str) -> bool:
+    """Whether the gradients of a parameter need no second run of its module."""
+    return _formula(module, key) is not None
+
+
+def _formula(module: nn.Module, key: str) -> Callable[[Use, str], Part] | None:
+    """The formula of a module that computes as the class that it is written for, whatever its own class."""
+    if key not in ("weight", "bias") or "forward" in vars(module):
+        return None
+    if isinstance(module, nn.Embedding) and (
+        module.sparse or module.scale_grad_by_freq or module.max_norm is not None
+    ):
+        return None
+    if isinstance(module, _CONVOLUTIONS) and (module.padding_mode != "zeros" or isinstance(module.padding, str)):
+        return None
+    return _FORMULAS.get(type(module).forward)
+
+
+def _by_token(tensor: Tensor, examples: int, dims: int = 1) -> Tensor:
+    """Shape `(examples, tokens, *last dims)`."""
+    return tensor.reshape(examples, -1, *tensor.shape[tensor.dim() - dims :])
+
+
+def _of_linear(use: Use, key: str) -> Part:
+    gradient = _by_token(use.returned(), use.examples)
+    if key == "bias":
+        return Whole(gradient.sum(1))
+    return product(gradient, _by_token(use.input(), use.examples).to(gradient.dtype), gradient)
+
+
+def _of_conv1d(use: Use, key: str) -> Part:
+    part = _of_linear(use, key)
+    return Product(part.right, part.left, part.tokens) if isinstance(part, Product) else part
+
+
+def _of_embedding(use: Use, key: str) -> Part:
+    module: Any = use.module
+    ids = use.input().reshape(use.examples, -1)
+    values = _by_token(use.returned(), use.examples)
+    if module.padding_idx is not None:
+        values = values.masked_fill((ids == module.padding_idx).unsqueeze(-1), 0)
+    return Rows(ids, values, module.num_embeddings)
+
+
+def _of_layer_norm(use: Use, key: str) -> Part:
+    module: Any = use.module
+    gradient = use.returned().float()
+    if key == "weight":
+        gradient = gradient * F.layer_norm(use.input().float(), module.normalized_shape, eps=module.eps)
+    return Whole(_by_token(gradient, use.examples, len(module.normalized_shape)).sum(1))
+
+
+def _of_convolution(use: Use, key: str) -> Part:
+    module: Any = use.module
+    gradient, input_ = use.returned(), use.input()
+    each = len(gradient) // use.examples
+    if key == "bias":
+        return Whole(gradient.movedim(1, -1).reshape(use.examples, -1, module.out_channels).sum(1))
+    settings = module.stride, module.padding, module.dilation, module.groups
+
+    def compute(example: int) -> Tensor:
+        own = slice(example * each, (example + 1) * each)
+        derive: Any = _WEIGHT_GRADIENTS[gradient.dim()]
+        found: Tensor = derive(input_[own].to(gradient.dtype), module.weight.shape, gradient[own], *settings)
+        return found
+
+    return Each(compute)
+
+
+def _run_again(use: Use, key: str, example: int) -> Tensor:
+    """The gradient of one example, from a second run of the module."""
+    parameter = use.module._parameters[key]
+    assert parameter is not None
+    leaves, spec = tree_flatten(use.inputs)
+    each = 1 if use.shared else use.length // use.examples
+    own = slice(example * each, (example + 1) * each)
+    with torch.enable_grad():
+        parameter.requires_grad_(True)
+        try:
+            args, kwargs = tree_unflatten([leaf[own] if use.is_divided(leaf) else leaf for leaf in leaves], spec)
+            output = use.module.forward(*args, **kwargs)
+            (found,) = torch.autograd.grad(output, parameter, use.returned()[own], materialize_grads=True)
+        finally:
+            parameter.requires_grad_(False)
+    return found.to_dense() if found.is_sparse else found
+
+
+_CONVOLUTIONS = nn.Conv1d, nn.Conv2d, nn.Conv3d
+_WEIGHT_GRADIENTS = {3: conv1d_weight, 4: conv2d_weight, 5: conv3d_weight}
+_FORMULAS: dict[Any, Callable[[Use, str], Part]] = {
+    nn.Linear.forward: _of_linear,
+    Conv1D.forward: _of_conv1d,
+    nn.Embedding.forward: _of_embedding,
+    nn.LayerNorm.forward: _of_layer_norm,
+    **{kind.forward: _of_convolution for kind in _CONVOLUTIONS},
+}

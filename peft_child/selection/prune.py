@@ -1,0 +1,85 @@
+"""From a dense change to a sparse one: the child network of the entries that moved most."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple, cast
+
+from torch import nn
+
+from peft_child.files.adapter_folder import WITHOUT_MASK
+from peft_child.selection.select import adapter_of
+from peft_child.tensors.distributed import check_whole
+from peft_child.tensors.topk import select_largest
+from peft_child.tuner.config import ChildTuningConfig
+
+
+class Kept(NamedTuple):
+    """What `keep_largest` kept.
+
+    Attributes:
+        chosen: Entries in the child network.
+        trained: Entries that were trained before.
+        norm_share: L2 norm of the changes that were kept, over that of all.
+        largest_dropped: Largest absolute change that was dropped; those entries are as in the base model again.
+    """
+
+    chosen: int
+    trained: int
+    norm_share: float
+    largest_dropped: float
+
+    def __str__(self) -> str:
+        """One line for people."""
+        return (
+            f"kept {self.chosen:,} of {self.trained:,} trained entries, {self.norm_share:.1%} of the norm of their "
+            f"changes; the largest change dropped is {self.largest_dropped:.3g}"
+        )
+
+
+def keep_largest(model: nn.Module, density: float, *, adapter_name: str = "default") -> Kept:
+    """Turn a trained adapter into a sparse one: keep its largest changes, and give the other entries back to the base.
+
+    This makes a small file of a task-free adapter (Child-Tuning_F), whose change is dense after some steps. The model
+    loses something; evaluate it before and after. The deltas are new parameters, so training on needs a new optimizer.
+
+    Args:
+        model: A model with a trained Child-Tuning adapter.
+        density: Share of the targeted entries to keep, in (0, 1]; exactly `round(density * n)` of n.
+        adapter_name: The adapter; it must be active.
+
+    Returns:
+        How much was kept; printing it gives one line.
+
+    Raises:
+        ValueError: If the density is out of range, or above that of the adapter, or a change is not finite.
+    """
+    config, layers, targets = adapter_of(model, adapter_name)
+    for name, parameter in targets.items():
+        check_whole(name, parameter, "save the adapter, and keep its largest changes in one process")
+    for layer in layers:
+        layer.check_is_chosen(adapter_name, "keeping its largest changes")
+    changed = {name: delta for layer in layers for name, delta in layer.named_deltas(adapter_name).items()}
+    kept = replace(
+        config, variant="extracted", density=density, **WITHOUT_MASK, fisher_examples=None, child_sizes=None
+    )
+    size = kept.child_size(sum(parameter.numel() for parameter in targets.values()))
+    trained = sum(delta.numel() for delta in changed.values())
+    if size > trained:
+        raise ValueError(f"density must be at most that of the adapter; {density} is {size} of {trained} entries.")
+    for name, delta in changed.items():
+        if not delta.isfinite().all():
+            raise ValueError(f"Changes must be finite; those of '{name}' hold another value.")
+    chosen = select_largest({name: delta.abs().float() for name, delta in changed.items()}, size)
+
+    squares = [0.0, 0.0]
+    dropped = 0.0
+    for name, delta in changed.items():
+        rest = delta.index_fill(0, chosen[name], 0)
+        dropped = max(dropped, float(rest.abs().max()))
+        squares[0] += float(delta[chosen[name]].double().square().sum())
+        squares[1] += float(delta.double().square().sum())
+    for layer in layers:
+        layer.keep(adapter_name, chosen)
+    cast(dict[str, ChildTuningConfig], model.peft_config)[adapter_name] = kept
+    return Kept(size, trained, (squares[0] / squares[1]) ** 0.5 if squares[1] else 1.0, dropped)

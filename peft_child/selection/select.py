@@ -1,0 +1,323 @@
+"""Task-driven choice of an adapter's child network: a Fisher pass over the task's data, then the largest scores."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from peft_child.selection.fisher_pass import OVER_BATCHES, FisherPass, Forward, Options
+from peft_child.tensors.delta import fresh_delta
+from peft_child.tensors.distributed import (
+    check_equal,
+    digest,
+    gathered,
+    is_sharded,
+    on_every_rank,
+    own_part,
+    world_size,
+)
+from peft_child.tensors.sharded_topk import select_largest_of_shards
+from peft_child.tensors.topk import select_largest
+from peft_child.tuner.config import ChildTuningConfig
+from peft_child.tuner.layer import ChildTuningLayer, child_tuning_layers
+
+
+Scores = Mapping[str, Tensor]
+
+
+class ChildNetwork(NamedTuple):
+    """What was chosen.
+
+    Attributes:
+        chosen: Entries in the child network.
+        targeted: Entries it was chosen from.
+        dense: Entries trained besides, outside the density (`modules_to_save`).
+        skipped: Examples that were left out of the Fisher information, since they have no label but -100.
+    """
+
+    chosen: int
+    targeted: int
+    dense: int
+    skipped: int = 0
+
+    def __str__(self) -> str:
+        """One line for people."""
+        share = self.chosen / self.targeted
+        head = f"; {self.dense:,} entries besides are trained densely" if self.dense else ""
+        left_out = f"; {self.skipped:,} examples without labels were left out" if self.skipped else ""
+        return f"child network: {self.chosen:,} of {self.targeted:,} targeted entries ({share:.2%}){head}{left_out}"
+
+
+def select_child_network(
+    model: nn.Module,
+    dataloader: Iterable[Any] | None = None,
+    *,
+    scores: Scores | str | Path | None = None,
+    adapter_name: str = "default",
+    num_examples: int | None = None,
+    forward_fn: Forward | None = None,
+    loss_fn: Forward | None = None,
+    split_batches: bool = True,
+    progress_bar: bool = True,
+    score_device: torch.device | str | None = None,
+    score_folder: str | Path | None = None,
+) -> ChildNetwork:
+    """Choose the child network of a task-driven adapter (Child-Tuning_D; Xu et al., 2021).
+
+    Exactly `round(density * n)` of the n targeted entries are chosen, those with the largest scores over all targeted
+    parameters together. Call it once, before the optimizer is made, since it creates the parameters to be trained.
+
+    In several processes (torch.distributed) every rank calls it with its own shard of the data, before the model is
+    wrapped in DDP; see `estimate_fisher`. All end with the same child network, which is checked. The scores of a model
+    that is sharded already (FSDP2) stay in shards; to train what was chosen in it, save the adapter, and load that
+    before sharding.
+
+    Args:
+        model: A model with a Child-Tuning adapter: a `PeftModel`, or a transformers model after `add_adapter`.
+        dataloader: The task's data, with labels; see `estimate_fisher`, which also takes the other arguments.
+        scores: Ready-made scores instead of data: a mapping as `estimate_fisher` returns it, or the path of a
+            safetensors file of one; the same on every rank.
+        adapter_name: The adapter; it must be active.
+        num_examples: Use the first so many examples of the data, of all ranks together; by default all.
+        forward_fn: See `estimate_fisher`.
+        loss_fn: See `estimate_fisher`.
+        split_batches: See `estimate_fisher`.
+        progress_bar: Show a progress bar.
+        score_device: See `estimate_fisher`.
+        score_folder: See `estimate_fisher`.
+
+    Returns:
+        The sizes of what was chosen; printing it gives one line.
+
+    Raises:
+        ValueError: If neither or both of data and scores are given, or they are not as described, or no score is
+            positive, or the adapter is not a task-driven one; or if ranks differ in their settings or scores.
+        RuntimeError: If the adapter's child network has been trained already.
+    """
+    options = Options(num_examples, forward_fn, loss_fn, split_batches, progress_bar, score_device, score_folder)
+    ready = on_every_rank(partial(_ready_scores, dataloader, scores))
+    config, layers, targets = on_every_rank(partial(_selectable, model, adapter_name))
+    source = "ready scores" if dataloader is None else "data"
+    _check_same_settings(model, config, targets, {"source": source, "num_examples": num_examples})
+    found, examples, skipped = ready, None, 0
+    if dataloader is not None:
+        fisher_pass = FisherPass(model, dataloader, config.fisher == "authors", options)
+        found = fisher_pass.scores(targets)
+        examples, skipped = fisher_pass.examples, fisher_pass.skipped
+    on_every_rank(partial(_check_scores, found, targets))
+    targeted = sum(parameter.numel() for parameter in targets.values())
+    chosen = _choose(found, targets, config.child_size(targeted))
+    if len(set(gathered(digest(chosen)))) > 1:
+        raise ValueError("Every process must have the same scores; these would choose different child networks.")
+
+    configs = cast(dict[str, ChildTuningConfig], model.peft_config)
+    configs[adapter_name] = replace(config, fisher_examples=examples)  # the user may have other models with this one
+    children = {name: fresh_delta(targets[name], chosen[name], config.init_weights) for name in targets}
+    for layer in layers:
+        layer.set_child(adapter_name, children, trainable=not config.inference_mode)
+    dense = sum(parameter.numel() for _, parameter in _dense_parameters(model))
+    return ChildNetwork(sum(map(len, chosen.values())), targeted, dense, skipped)
+
+
+def estimate_fisher(
+    model: nn.Module,
+    dataloader: Iterable[Any],
+    *,
+    adapter_name: str = "default",
+    num_examples: int | None = None,
+    forward_fn: Forward | None = None,
+    loss_fn: Forward | None = None,
+    split_batches: bool = True,
+    progress_bar: bool = True,
+    score_device: torch.device | str | None = None,
+    score_folder: str | Path | None = None,
+) -> dict[str, Tensor]:
+    """Estimate the Fisher information of the parameters that an adapter targets, at the base model's weights.
+
+    With `fisher="per_example"` the score of an entry is the mean over examples of the squared gradient of that
+    example's loss, at its true label, without dropout, so that neither the batch size nor the order matters. Where the
+    loss of an example is a mean over its tokens, as in causal language models, every sequence counts alike, whatever
+    its length; a `loss_fn` that sums weighs it by its tokens.
+
+    The examples of a batch are scored in one forward and one backward pass, if that gives the same: two of them are
+    scored alone first, to find out how the loss of a batch weighs its examples (a mean over examples or tokens, or a
+    sum). If they influence each other (batch normalisation in training mode, a loss over the whole batch), or most
+    targeted weights are in modules of other kinds than linear, convolution and embedding layers, every example takes
+    passes of its own, and a warning in the log says why. Memory grows with the batch size of the dataloader, as in
+    training without gradients of weights; batches of one example take least.
+
+    With `fisher="authors"` it is the mean over batches, as the dataloader makes them, of the squared gradient of the
+    batch loss, with dropout, and with each parameter's gradient clipped to norm 1.
+
+    The model, its modes, gradients and buffers and the states of the random number generators come back as they were.
+    Other adapters are switched off meanwhile; the dense head (`modules_to_save`) takes part, without being scored.
+
+    In several processes (torch.distributed) every rank scores its own shard, as `DistributedSampler` or accelerate
+    divide the data, and all return the mean over the examples of all shards, whatever their sizes. Samplers that
+    repeat examples to make the shards equal give those double weight. The model must not be wrapped in DDP yet. An
+    error on one rank is raised on every rank.
+
+    A model that is sharded (FSDP2) averages the gradients of all ranks. So its ranks send each other their examples,
+    and score all of them together, which takes as long as in one process.
+
+    Args:
+        model: A model with a Child-Tuning adapter.
+        dataloader: Batches with labels: mappings of tensors that the model takes as keyword arguments, the first
+            dimension of each being the example; or anything that `forward_fn` understands, built of mappings, tuples
+            and lists.
+        adapter_name: The adapter; it must be active.
+        num_examples: Use the first so many examples, in whole batches if those are not taken apart; by default all. In
+            several processes the number for all together: each takes its part, or all it has if that is less.
+        forward_fn: `forward_fn(model, batch)` in place of `model(**batch)`; returns the model's output, or the loss.
+            It gets single examples (as batches of one) as well as whole batches.
+        loss_fn: `loss_fn(output, batch)` in place of `output.loss`; returns a scalar.
+        split_batches: Take batches apart into single examples. False if each batch is one example as it is, such as a
+            graph, or packed sequences.
+        progress_bar: Show a progress bar, on the first rank.
+        score_device: Where to add up the scores, such as 'cpu' while the model is on a GPU; by default on the device
+            of each parameter. They take 4 bytes for each targeted weight.
+        score_folder: A folder to add up the scores in, in files that are mapped into memory (raw float32, one for each
+            parameter), where they do not fit into it. The files stay; delete them when they have served.
+
+    Returns:
+        Scores by name of the parameter in the base model, float32, in the shape of the parameter.
+        They can be kept with `safetensors.torch.save_file`. Those of sharded parameters are sharded alike (DTensors).
+
+    Raises:
+        ValueError: If there are no examples, or none on one rank; an example has no loss or one that is not finite;
+            tensors of a batch disagree about its size; or ranks differ in their settings.
+    """
+    config, _, targets = on_every_rank(partial(adapter_of, model, adapter_name))
+    _check_same_settings(model, config, targets, {"num_examples": num_examples})
+    options = Options(num_examples, forward_fn, loss_fn, split_batches, progress_bar, score_device, score_folder)
+    return FisherPass(model, dataloader, config.fisher == "authors", options).scores(targets)
+
+
+class Adapter(NamedTuple):
+    """An adapter as it is chosen: its settings, its layers, and its targeted parameters by name."""
+
+    config: ChildTuningConfig
+    layers: list[ChildTuningLayer]
+    targets: dict[str, nn.Parameter]
+
+
+def adapter_of(model: nn.Module, adapter_name: str) -> Adapter:
+    """The adapter of this name, or an error that says why there is none that could be scored."""
+    if isinstance(model, DistributedDataParallel):
+        raise ValueError(
+            "The child network must be chosen before the model is wrapped in DistributedDataParallel, which does not "
+            "see parameters that are made later."
+        )
+    configs = getattr(model, "peft_config", None)
+    config = configs.get(adapter_name) if isinstance(configs, dict) else None
+    if not isinstance(config, ChildTuningConfig):
+        raise ValueError(f"The model has no Child-Tuning adapter named '{adapter_name}'; see get_peft_model.")
+    layers = list(child_tuning_layers(model, adapter_name).values())
+    if any(adapter_name not in layer.active_adapters for layer in layers):
+        raise ValueError(f"Adapter '{adapter_name}' is not active; call model.set_adapter('{adapter_name}') first.")
+    merged = [name for layer in child_tuning_layers(model).values() for name in layer.merged_adapters]
+    if merged:
+        raise ValueError(f"Adapter '{merged[0]}' is merged into the base model; call model.unmerge_adapter() first.")
+    return Adapter(config, layers, _targets(layers, adapter_name))
+
+
+def _selectable(model: nn.Module, adapter_name: str) -> Adapter:
+    """The adapter, if its child network can be selected now."""
+    adapter = adapter_of(model, adapter_name)
+    if adapter.config.variant != "task_driven":
+        hint = ", and has to be loaded from a file" if adapter.config.variant == "extracted" else ""
+        raise ValueError(
+            f"Only a task_driven child network is selected; '{adapter_name}' is {adapter.config.variant}{hint}."
+        )
+    _check_untrained(adapter_name, adapter.layers)
+    adapter.config.child_size(sum(parameter.numel() for parameter in adapter.targets.values()))
+    return adapter
+
+
+def _check_same_settings(
+    model: nn.Module, config: ChildTuningConfig, targets: Mapping[str, nn.Parameter], others: Mapping[str, object]
+) -> None:
+    """Compare, over the ranks, what decides about the child network and could differ unnoticed."""
+    if world_size() == 1:
+        return
+    shapes = repr({name: tuple(parameter.shape) for name, parameter in targets.items()})
+    dense = {name: parameter for name, parameter in _dense_parameters(model) if not is_sharded(parameter)}
+    check_equal(
+        {
+            "density": config.density,
+            "fisher": config.fisher,
+            **others,
+            "number of targeted parameters": len(targets),
+            "digest of the targeted parameters' names and shapes": hashlib.sha256(shapes.encode()).hexdigest()[:12],
+            "digest of the densely trained weights (set the same seed before a new head is made)": digest(dense)[:12],
+        }
+    )
+
+
+def _dense_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """What is trained besides child networks."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and ".child_delta." not in name:
+            yield name, parameter
+
+
+def _ready_scores(dataloader: Iterable[Any] | None, scores: Scores | str | Path | None) -> Scores:
+    """The scores that were passed, if they were instead of data."""
+    if (dataloader is None) == (scores is None):
+        raise ValueError("select_child_network needs either a dataloader or scores, got both or neither.")
+    return load_file(scores) if isinstance(scores, (str, Path)) else scores or {}
+
+
+def _choose(scores: Scores, targets: Mapping[str, nn.Parameter], size: int) -> dict[str, Tensor]:
+    """Indices of the child network by name."""
+    ordered = {name: scores[name] for name in targets}
+    if any(is_sharded(score) for score in ordered.values()):
+        chosen = select_largest_of_shards(ordered, size)
+    else:
+        chosen = on_every_rank(partial(select_largest, ordered, size))
+    if not any(gathered(any(bool(own_part(score).any()) for score in ordered.values()))):
+        raise ValueError(f"No score is positive: the loss does not depend on any targeted weight. {OVER_BATCHES}")
+    return chosen
+
+
+def _targets(layers: list[ChildTuningLayer], adapter_name: str) -> dict[str, nn.Parameter]:
+    targets = {name: base for layer in layers for name, base in layer.base_parameters(adapter_name).items()}
+    for name, parameter in targets.items():
+        if parameter.is_meta:
+            raise RuntimeError(f"'{name}' is offloaded (on the meta device); load the base model without offloading.")
+    return targets
+
+
+def _check_untrained(adapter_name: str, layers: list[ChildTuningLayer]) -> None:
+    if any(layer.is_trained(adapter_name) for layer in layers):
+        raise RuntimeError(
+            f"The child network of adapter '{adapter_name}' has been trained already; choosing another one would lose "
+            "it. Save it, and add a new adapter."
+        )
+
+
+def _check_scores(scores: Scores, targets: Mapping[str, nn.Parameter]) -> None:
+    for kind, names in (
+        ("are missing", targets.keys() - scores.keys()),
+        ("are extra", scores.keys() - targets.keys()),
+    ):
+        if names:
+            some = ", ".join(f"'{name}'" for name in sorted(names)[:3])
+            raise ValueError(
+                f"scores must have exactly one tensor for each targeted parameter; {len(names)} {kind}: {some}."
+            )
+    for name, parameter in targets.items():
+        if scores[name].shape != parameter.shape:
+            raise ValueError(
+                f"Scores must have the shapes of their parameters; those of '{name}' have {tuple(scores[name].shape)},"
+                f" the parameter has {tuple(parameter.shape)}."
+            )

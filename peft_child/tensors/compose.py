@@ -1,0 +1,227 @@
+"""The composed weight: base plus delta forward, gather backward, nothing kept in between.
+
+A child network of a tensor is a compact 1-D delta and the flat indices of the entries that it moves. The tensor that a
+module computes with is composed from the frozen base and the delta when the module runs, and composed again when
+backward asks for it, so that no copy of the weight lives from forward to backward. Backward gathers the child's
+entries from the dense gradient and lets the rest go: this is the gradient mask of Child-Tuning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from threading import RLock
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from peft_child.tensors.mask_steps import MaskUse
+from peft_child.tensors.quantised import dense
+
+
+class Child(NamedTuple):
+    """One adapter's child network in one tensor.
+
+    Attributes:
+        delta: Change of the chosen entries, float, shape `(k,)`.
+        indices: Flat row-major positions of the chosen entries, int32 or int64, shape `(k,)`, strictly increasing;
+            None for all entries of the tensor.
+        mask: The mask of the delta's gradient, if it has one.
+    """
+
+    delta: Tensor
+    indices: Tensor | None
+    mask: MaskUse | None = None
+
+
+class Composition(NamedTuple):
+    """A tensor that is composed when it is needed: a base and the children that are added to it.
+
+    Attributes:
+        base: The frozen tensor, any shape and floating dtype, dense or quantised. It is never written.
+        children: The children to add; deltas add up where they overlap.
+    """
+
+    base: Tensor
+    children: tuple[Child, ...]
+
+    def tensor(self) -> Tensor:
+        """The composed tensor, shape and dtype of the base, differentiable in the base and in every delta."""
+        deltas, indices, masks = zip(*self.children, strict=True)
+        composed: Tensor = _Compose.apply(self.base, indices, masks, *deltas)  # type: ignore[no-untyped-call]
+        return composed
+
+    def detached(self) -> Composition:
+        """The same values without gradients."""
+        return Composition(
+            self.base.detach(), tuple(child._replace(delta=child.delta.detach()) for child in self.children)
+        )
+
+    def requires_grad(self) -> bool:
+        """Whether the composed tensor would take gradients now."""
+        tensors = (self.base, *(child.delta for child in self.children))
+        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+    def versions(self) -> tuple[int, ...]:
+        """Counts of the in-place changes that autograd knows of, to notice one between forward and backward."""
+        tensors = (self.base, *(child.delta for child in self.children))
+        return tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)
+
+
+class _Compose(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, base: Tensor, indices: tuple[Tensor | None, ...], masks: tuple[MaskUse | None, ...], *deltas: Tensor
+    ) -> Tensor:
+        ctx.masks = masks
+        ctx.indices = indices  # constants: `save_for_backward` would let offloading hooks copy them at every step
+        ctx.dtypes = [delta.dtype for delta in deltas]
+        return _composed(dense(base), deltas, indices)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        if gradient.is_sparse:  # nn.Embedding(sparse=True)
+            gradient = gradient.to_dense()
+        flat = gradient.reshape(-1)
+        gathered = [
+            _of_delta(flat, index, mask, dtype) if needed else None
+            for index, mask, dtype, needed in zip(
+                ctx.indices, ctx.masks, ctx.dtypes, ctx.needs_input_grad[3:], strict=True
+            )
+        ]
+        return gradient if ctx.needs_input_grad[0] else None, None, None, *gathered
+
+
+def _of_delta(gradient: Tensor, indices: Tensor | None, mask: MaskUse | None, dtype: torch.dtype) -> Tensor:
+    """What the gradient of a tensor, flat, is for a delta."""
+    gathered = (gradient if indices is None else gradient.index_select(0, indices)).to(dtype)
+    return gathered if mask is None else mask.apply(gathered)
+
+
+def _composed(base: Tensor, deltas: Sequence[Tensor], indices: Sequence[Tensor | None]) -> Tensor:
+    """A contiguous copy of `base` with the deltas added in at least float32 and rounded once to its dtype."""
+    precise = torch.promote_types(base.dtype, torch.float32)
+    for delta in deltas:
+        precise = torch.promote_types(precise, delta.dtype)
+    if base.dtype == precise or len(deltas) > 1:
+        total = base.to(precise, copy=True, memory_format=torch.contiguous_format)
+        for delta, index in zip(deltas, indices, strict=True):
+            if index is None:
+                total.view(-1).add_(delta)
+            else:
+                total.view(-1).index_add_(0, index, delta.to(precise))
+        return total.to(base.dtype)
+    if indices[0] is None:
+        return (base.reshape(-1).to(precise) + deltas[0]).to(base.dtype).view(base.shape)
+    # One child in low precision: only the k chosen entries need the wider type.
+    total = base.clone(memory_format=torch.contiguous_format)
+    chosen = total.view(-1).index_select(0, indices[0]).to(precise) + deltas[0]
+    total.view(-1).index_copy_(0, indices[0].long(), chosen.to(base.dtype))
+    return total
+
+
+_LOCKS: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()  # not on the modules: locks cannot be copied
+
+
+def lock_of(module: nn.Module) -> RLock:
+    """The lock under which the parameters of `module` are read or swapped, one for each module."""
+    return _LOCKS.setdefault(module, RLock())
+
+
+def call_composed(
+    module: nn.Module, compositions: Mapping[str, Composition], call: Callable[..., Any], args: Any, kwargs: Any
+) -> Any:
+    """Call a module, or a method of it, with composed tensors in place of the module's own parameters.
+
+    The caller holds `lock_of(module)`: other threads that look at the parameters meanwhile see the composed tensors.
+    Hooks of the module run as ever. No composed tensor is kept for backward.
+
+    Args:
+        module: The module; its parameters are back in place when the call ends, however it ends.
+        compositions: Compositions by the name of a parameter that `module` itself owns.
+        call: The module or one of its bound methods.
+        args: Positional arguments of the call.
+        kwargs: Keyword arguments of the call.
+
+    Returns:
+        What the call returns.
+    """
+    tensors = {name: composition.tensor() for name, composition in compositions.items()}
+    if torch.compiler.is_compiling() and call is module:  # the compiler decides what it computes again in backward
+        return torch.func.functional_call(module, tensors, args, kwargs)
+    pairs = [(composition, tensors[name]) for name, composition in compositions.items()]
+    with _swapped(module, tensors), composed_again_in_backward(pairs):
+        return call(*args, **kwargs)
+
+
+@contextmanager
+def _swapped(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Put `tensors` in the place of the parameters of `module`, and the parameters back at the end.
+
+    FSDP keeps its parameters in the instance dictionary as well, where attribute lookup finds them first.
+    """
+    own = {name: module._parameters[name] for name in tensors}
+    shadows = {name: module.__dict__.pop(name) for name in tensors if name in module.__dict__}
+    try:
+        module._parameters.update(tensors)  # type: ignore[arg-type]
+        yield
+    finally:
+        module._parameters.update(own)
+        module.__dict__.update(shadows)
+        if isinstance(module, nn.RNNBase):  # it remembers the tensors that it ran with
+            module._init_flat_weights()
+
+
+class _Recipe(NamedTuple):
+    """What autograd keeps instead of a composed tensor, or of a view of it."""
+
+    composition: Composition
+    versions: tuple[int, ...]
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+    def tensor(self) -> Tensor:
+        if self.composition.versions() != self.versions:
+            raise RuntimeError(
+                "A base weight or child_delta was changed in place between forward and backward; "
+                "run forward again after the change."
+            )
+        with torch.no_grad():
+            return self.composition.tensor().as_strided(self.size, self.stride, self.offset)
+
+
+@contextmanager
+def composed_again_in_backward(composed: Iterable[tuple[Composition, Tensor]]) -> Iterator[None]:
+    """Let autograd save a recipe instead of each composed tensor.
+
+    Tensors that are not ours go to the hooks around this call, such as those of activation checkpointing, which would
+    otherwise not see them.
+    """
+    if not torch.is_grad_enabled():
+        yield
+        return
+    recipes = {tensor.untyped_storage().data_ptr(): composition for composition, tensor in composed}
+    outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    keep, give_back = outer if outer else (lambda tensor: tensor, lambda kept: kept)
+
+    def pack(tensor: Tensor) -> Any:
+        composition = recipes.get(tensor.untyped_storage().data_ptr())
+        if composition is None:
+            return keep(tensor)
+        return _Recipe(
+            composition, composition.versions(), tensor.size(), tensor.stride(), int(tensor.storage_offset())
+        )
+
+    def unpack(kept: Any) -> Tensor:
+        tensor: Tensor = kept.tensor() if isinstance(kept, _Recipe) else give_back(kept)
+        return tensor
+
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            yield
+    finally:
+        recipes.clear()  # the hooks live until backward, and the storages may be given to other tensors before

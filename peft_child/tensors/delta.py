@@ -1,0 +1,198 @@
+"""A sparse change of one tensor, and what one can do with it: merge, extract, compare.
+
+Everything here works on plain tensors, one at a time, so that checkpoints of any size can be streamed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+Progress = Callable[[Sequence[str], str], Iterable[str]]  # wraps a loop over names, with a title
+
+_PIECE = 1 << 20  # entries computed together, to bound the extra memory
+
+
+def silent(names: Sequence[str], title: str) -> Iterable[str]:
+    """No progress bar."""
+    return names
+
+
+class ChildSize(NamedTuple):
+    """How large the child network of a tensor is.
+
+    Attributes:
+        numel: Entries of the tensor.
+        chosen: Entries in the child network.
+        index_bytes: Bytes of its index block.
+    """
+
+    numel: int
+    chosen: int
+    index_bytes: int
+
+
+class SparseDelta(NamedTuple):
+    """The change of some entries of a tensor.
+
+    Attributes:
+        shape: Shape of the tensor.
+        indices: Flat row-major positions, int64, shape `(k,)`, strictly increasing.
+        values: What is added there, floating point, shape `(k,)`; zeros belong to the child network as well.
+        fingerprint: Of the base values at the positions, 32 bits; 0 if unknown.
+    """
+
+    shape: tuple[int, ...]
+    indices: Tensor
+    values: Tensor
+    fingerprint: int = 0
+
+    @property
+    def numel(self) -> int:
+        """Entries of the tensor."""
+        return math.prod(self.shape)
+
+
+class Overlap(NamedTuple):
+    """How much two child networks in the same tensors share.
+
+    Attributes:
+        shared: Entries that both have chosen.
+        first: Entries of the first one.
+        second: Entries of the second one.
+        numel: Entries of the tensors together.
+    """
+
+    shared: int
+    first: int
+    second: int
+    numel: int
+
+    @property
+    def jaccard(self) -> float:
+        """Shared entries over those that either has; 1.0 for equal child networks."""
+        return self.shared / max(1, self.first + self.second - self.shared)
+
+    @property
+    def over_chance(self) -> float:
+        """Shared entries over what two random child networks of these sizes share on average."""
+        return self.shared * self.numel / max(1, self.first * self.second)
+
+    def __add__(self, other: object) -> Overlap:
+        """The overlap in several tensors together."""
+        if not isinstance(other, Overlap):
+            return NotImplemented
+        return Overlap(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+def fresh_delta(tensor: Tensor, indices: Tensor, init_weights: bool = True) -> SparseDelta:
+    """A delta to be trained, float32: of zeros, or of small random values if `init_weights` is False."""
+    values = torch.zeros(indices.numel()) if init_weights else torch.randn(indices.numel()) * 0.02
+    return SparseDelta(tuple(tensor.shape), indices, values)
+
+
+def merged_values(base: Tensor, delta: SparseDelta) -> Tensor:
+    """The values that merging writes: added in at least float32, and rounded once.
+
+    Args:
+        base: The base values at the positions of the delta, any floating dtype, shape `(k,)`.
+        delta: The change.
+
+    Returns:
+        A new tensor, of the shape and dtype of `base`.
+    """
+    precise = torch.promote_types(torch.promote_types(base.dtype, torch.float32), delta.values.dtype)
+    return (base.to(precise) + delta.values.to(precise)).to(base.dtype)
+
+
+def extract_delta(base: Tensor, tuned: Tensor, indices: Tensor | None = None) -> SparseDelta:
+    """The change between two tensors, at given positions or wherever they differ in a bit.
+
+    Wherever they differ, applying the delta to `base` gives `tuned` bit for bit; the values are float32, or float64
+    where float32 cannot express the change.
+
+    Args:
+        base: The tensor before.
+        tuned: The tensor after, of the same shape and dtype.
+        indices: Strictly increasing flat positions, int64; by default all that differ.
+
+    Returns:
+        The delta, on the device of `base`.
+
+    Raises:
+        ValueError: If shapes or dtypes differ, or a change cannot be expressed exactly where that is promised.
+    """
+    if base.shape != tuned.shape or base.dtype != tuned.dtype:
+        raise ValueError(
+            f"Tensors to compare must have the same shape and dtype, got {base.dtype} {tuple(base.shape)} and "
+            f"{tuned.dtype} {tuple(tuned.shape)}."
+        )
+    lossless = indices is None
+    before, after = base.reshape(-1), tuned.reshape(-1)
+    if indices is None:
+        indices = (_bits(before) != _bits(after)).nonzero().view(-1)
+    for dtype in (torch.float32, torch.float64):
+        values = torch.empty(indices.numel(), dtype=dtype, device=base.device)
+        for part, found in zip(indices.split(_PIECE), values.split(_PIECE), strict=True):
+            inexact = _write_difference(before[part], after[part], found)
+            if lossless and inexact.any():
+                at = int(part[inexact][0])
+                break
+        else:
+            return SparseDelta(tuple(base.shape), indices, values)
+    raise ValueError(
+        f"The change from {before[at].item()} to {after[at].item()} at position {at} cannot be expressed as a float64 "
+        "difference."
+    )
+
+
+def _write_difference(before: Tensor, after: Tensor, values: Tensor) -> Tensor:
+    """Write the change in the dtype of `values`; returns where adding it does not give the bits of `after`."""
+    values.copy_(after.double() - before.double())
+    precise = torch.promote_types(torch.promote_types(before.dtype, torch.float32), values.dtype)
+    again = (before.to(precise) + values.to(precise)).to(before.dtype)
+    return _bits(again) != _bits(after)
+
+
+def count_different(base: Tensor, tuned: Tensor) -> int:
+    """Number of entries that differ in a bit, of two tensors of the same floating point dtype and shape."""
+    return int((_bits(base.reshape(-1)) != _bits(tuned.reshape(-1))).sum())
+
+
+def change(base: Tensor, tuned: Tensor) -> Tensor:
+    """Absolute change of every entry, float32, as scores to choose the largest changes by."""
+    scores = torch.empty(base.shape, device=base.device)
+    precise = torch.promote_types(base.dtype, torch.float32)
+    flat = (tensor.reshape(-1).split(_PIECE) for tensor in (base, tuned, scores))
+    for before, after, score in zip(*flat, strict=True):
+        score.copy_((after.to(precise) - before.to(precise)).abs())
+        score[_bits(before) == _bits(after)] = 0  # of infinities and NaN as well
+    return scores
+
+
+def overlap(first: SparseDelta, second: SparseDelta) -> Overlap:
+    """Compare the child networks of two adapters in one tensor.
+
+    Raises:
+        ValueError: If the shapes differ.
+    """
+    check_shapes([first, second])
+    shared = int(torch.isin(first.indices, second.indices, assume_unique=True).sum())
+    return Overlap(shared, first.indices.numel(), second.indices.numel(), first.numel)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """Bit patterns as integers, so that -0.0 is not 0.0 and NaN is itself."""
+    return tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+
+
+def check_shapes(deltas: Sequence[SparseDelta]) -> None:
+    """Raise a `ValueError` if deltas of one tensor differ in shape."""
+    shapes = {delta.shape for delta in deltas}
+    if len(shapes) > 1:
+        raise ValueError(f"Deltas of one tensor must have the same shape, got {sorted(shapes)}.")

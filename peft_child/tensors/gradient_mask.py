@@ -1,0 +1,129 @@
+"""The gradient mask of task-free Child-Tuning: 0 or 1/p for every entry, drawn anew at every optimizer step.
+
+The mask of a tensor is a pure function of a seed, the number of optimizer steps done, and the tensor's name. So all
+micro-batches of a step and all processes have the same one, nothing has to be kept, and a resumed run goes on with the
+masks that the interrupted one would have had.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+PACKED_SIZE = 4
+
+
+class GradientMask(NamedTuple):
+    """A Bernoulli mask over gradients, scaled to keep their mean (Child-Tuning_F; Xu et al., 2021).
+
+    A gradient g of one entry becomes `g * M / p`, with M = 1 with probability p, else 0. Let the gradient of a batch
+    of B examples have the mean mu and the variance s^2 / B. The update of SGD with learning rate lr has the mean
+
+        -lr * mu
+
+    as without a mask, since E[M] / p = 1; and, since E[M^2] = p and hence E[(g M / p)^2] = (mu^2 + s^2 / B) / p, the
+    variance
+
+        lr^2 * (s^2 / (B * p) + (1 - p) / p * mu^2)
+
+    which is Theorem 1 of the paper: the mask adds noise, most of all where the gradient is large.
+
+    Attributes:
+        density: The probability p, in (0, 1].
+        seed: Non-negative, below 2**63.
+        every: Optimizer steps with the same mask.
+        step: Optimizer steps done.
+    """
+
+    density: float
+    seed: int = 0
+    every: int = 1
+    step: int = 0
+
+    def draw(self, name: str, numel: int, device: torch.device | str = "cpu") -> Tensor:
+        """Draw which entries keep their gradient at the present step.
+
+        Args:
+            name: Name of the tensor, so that tensors of equal shape have different masks.
+            numel: Its entries.
+            device: Where the mask is drawn; the random numbers of CPUs and of GPUs differ.
+
+        Returns:
+            bool, shape `(numel,)`.
+        """
+        text = f"{self.seed}:{self.step // self.every}:{name}"
+        seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+        device = torch.device(device)
+        if device.type == "cpu":
+            return _draw_on_cpu(numel, self.density, seed)
+        generator = torch.Generator(device).manual_seed(seed)
+        return torch.empty(numel, dtype=torch.bool, device=device).bernoulli_(self.density, generator=generator)
+
+    def apply(self, name: str, gradient: Tensor) -> Tensor:
+        """The masked and scaled gradient, a new tensor of the same shape and dtype.
+
+        A gradient that is not finite stays so, or becomes NaN where it is masked, for a `GradScaler` to notice.
+        """
+        kept = self.draw(name, gradient.numel(), gradient.device).view(gradient.shape)
+        return kept.to(gradient.dtype).mul_(gradient).div_(self.density)
+
+    def pack(self) -> Tensor:
+        """Everything about the mask as a tensor, int64, shape `(4,)`: steps done, steps per mask, seed, density."""
+        (density,) = struct.unpack("<q", struct.pack("<d", self.density))
+        return torch.tensor([self.step, self.every, self.seed, density], dtype=torch.int64)
+
+    @classmethod
+    def unpack(cls, packed: Tensor) -> GradientMask:
+        """Read what `pack` wrote.
+
+        Raises:
+            ValueError: If it is something else.
+        """
+        if packed.shape != (PACKED_SIZE,) or packed.dtype != torch.int64:
+            raise ValueError(
+                f"A gradient mask is int64 of shape ({PACKED_SIZE},), got {packed.dtype} {tuple(packed.shape)}."
+            )
+        step, every, seed, bits = packed.tolist()
+        (density,) = struct.unpack("<d", struct.pack("<q", bits))
+        try:
+            return cls(density, seed, every, step).checked()
+        except ValueError as error:
+            raise ValueError(f"A gradient mask cannot be read. {error}") from error
+
+    def checked(self) -> GradientMask:
+        """This mask.
+
+        Raises:
+            ValueError: If a setting, by the name that users know it by, or the step is out of range.
+        """
+        if not 0 < self.density <= 1:  # NaN as well
+            raise ValueError(f"density must be a number in (0, 1], got {self.density!r}.")
+        if not 0 <= self.seed < 1 << 63:
+            raise ValueError(f"seed must be an integer from 0 to 2**63 - 1, got {self.seed!r}.")
+        if self.every < 1:
+            raise ValueError(f"resample_every must be a positive integer, got {self.every!r}.")
+        if self.step < 0:
+            raise ValueError(f"The step of a gradient mask must not be negative, got {self.step}.")
+        return self
+
+    def describe(self) -> str:
+        """The settings, without the step."""
+        return f"density {self.density}, seed {self.seed}, a new mask every {self.every} steps"
+
+
+def _draw_on_cpu(numel: int, density: float, seed: int) -> Tensor:
+    """One random byte decides for most entries; the few that it leaves undecided get 64 bits more."""
+    source = np.random.SFC64(seed)
+    threshold = int(density * 256)
+    random = source.random_raw((numel + 7) // 8).astype("<u8", copy=False).view(np.uint8)[:numel]
+    kept = random < threshold
+    undecided = np.flatnonzero(random == threshold)
+    rest = np.uint64((density * 256 - threshold) * 2.0**64)
+    kept[undecided] = source.random_raw(undecided.size) < rest
+    return torch.from_numpy(kept)

@@ -1,0 +1,125 @@
+"""Counts the optimizer steps that gradient masks depend on, with hooks that torch calls around every optimizer's step.
+
+The owners of masks are known to the whole process, under numbers: torch's hooks are as well, and compiled programs can
+hold a number, but no object.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Container
+from functools import cache
+from typing import Any, NamedTuple, Protocol
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from peft_child.tensors.gradient_mask import GradientMask
+
+
+class MaskOwner(Protocol):
+    """Whoever knows the masks of some parameters, and counts the optimizer steps that were done on them."""
+
+    def named_mask(self, key: str) -> tuple[str, GradientMask]:
+        """The name of a tensor and its mask at the present step."""
+        ...
+
+    def count_step(self, stepped: Container[int] | None = None) -> None:
+        """Count one optimizer step on the parameters with these ids, by default on all."""
+        ...
+
+
+class MaskUse(NamedTuple):
+    """The mask of an owner, looked up when a gradient arrives.
+
+    Attributes:
+        owner: As `watch` numbered it.
+        key: The owner's key of the tensor.
+    """
+
+    owner: int
+    key: str
+
+    def apply(self, gradient: Tensor) -> Tensor:
+        """The masked and scaled gradient."""
+        if torch.compiler.is_compiling():  # the step must not become a constant of the compiled program
+            masked: Tensor = torch.ops.peft_child.mask_gradient(gradient, self.owner, self.key)
+            return masked
+        return _mask_gradient(gradient, self.owner, self.key)
+
+
+_OWNERS: WeakValueDictionary[int, MaskOwner] = WeakValueDictionary()
+_NUMBERS = itertools.count()
+
+
+class _Step:
+    """The optimizer step that is being done, with the steps inside of it: wrappers call the optimizers they wrap.
+
+    Attributes:
+        open: Optimizers whose steps have begun and not ended.
+        counted: Identities of the parameters that it was counted for.
+        has_news: Whether a gradient was masked since a step began; then that one has ended, maybe with an error.
+    """
+
+    def __init__(self) -> None:
+        self.open: list[int] = []
+        self.counted: set[int] = set()
+        self.has_news = False
+
+    def begin(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if self.has_news or not self.open:
+            self.open, self.counted, self.has_news = [], set(), False
+        self.open.append(id(optimizer))
+
+    def end(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if id(optimizer) in self.open:
+            del self.open[self.open.index(id(optimizer)) :]
+        found_inf = getattr(optimizer, "found_inf", None)  # a fused optimizer under GradScaler skips it by itself
+        if not _OWNERS or (found_inf is not None and bool(found_inf)):
+            return
+        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for owner in list(_OWNERS.values()):
+            owner.count_step(stepped - self.counted)
+        self.counted |= stepped
+
+
+_STEP = _Step()
+
+
+def watch(owner: MaskOwner) -> int:
+    """Let an owner count optimizer steps from now on, as long as it lives; returns its number."""
+    _start_watching()
+    number = next(_NUMBERS)
+    _OWNERS[number] = owner
+    return number
+
+
+def owner_of(number: int) -> MaskOwner:
+    """The owner that `watch` gave a number."""
+    return _OWNERS[number]
+
+
+def _mask_gradient(gradient: Tensor, owner: int, key: str) -> Tensor:
+    _STEP.has_news = True
+    name, mask = owner_of(owner).named_mask(key)
+    return mask.apply(name, gradient)
+
+
+# CUDA graphs would replay one mask for ever.
+_TAGS: dict[str, Any] = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
+_operator = torch.library.custom_op(
+    "peft_child::mask_gradient",
+    _mask_gradient,
+    mutates_args=(),
+    schema="(Tensor gradient, int owner, str key) -> Tensor",
+    **_TAGS,
+)
+_operator.register_fake(lambda gradient, owner, key: torch.empty_like(gradient))
+
+
+@cache
+def _start_watching() -> None:
+    register_optimizer_step_pre_hook(_STEP.begin)
+    register_optimizer_step_post_hook(_STEP.end)

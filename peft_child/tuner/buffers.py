@@ -1,0 +1,127 @@
+"""Index blocks and gradient masks as buffers, which travel with state dicts, and what was read from them.
+
+A buffer is read once, and again only if something else was written into it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar, cast
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from torch import Tensor, nn
+
+from peft_child.tensors.codec import decode
+from peft_child.tensors.gradient_mask import GradientMask
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Read(Generic[T]):
+    """What a buffer held at a number of changes, as autograd counts them."""
+
+    buffer: Tensor
+    version: int
+    value: T
+
+    @classmethod
+    def of(cls, buffer: Tensor, value: T) -> _Read[T]:
+        return cls(buffer, _changes(buffer), value)
+
+    def holds(self, buffer: Tensor) -> bool:
+        """Whether that is still what this buffer holds, unless it was written unnoticed, as broadcasts do."""
+        return self.buffer is buffer and self.version == _changes(buffer)
+
+
+def _changes(buffer: Tensor) -> int:
+    return 0 if buffer.is_inference() else buffer._version
+
+
+class _ReadBuffers(nn.ModuleDict, Generic[T]):
+    """Buffers by adapter and parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._known: dict[tuple[str, str], _Read[T]] = {}
+
+    def add_adapter(self, adapter_name: str) -> None:
+        """Make a place for the buffers of an adapter."""
+        self[adapter_name] = BufferDict(persistent=True)
+
+    def of(self, adapter_name: str) -> BufferDict:
+        """The buffers of an adapter by parameter."""
+        return cast(BufferDict, self[adapter_name])
+
+    def known(self, adapter_name: str, parameter: str) -> T:
+        """What was read last, without a question about the buffer."""
+        return self._known[adapter_name, parameter].value
+
+    def present(self, adapter_name: str, parameter: str) -> T:
+        """What the buffer holds now."""
+        known = self._known.get((adapter_name, parameter))
+        buffer = self.of(adapter_name)[parameter]
+        if type(buffer) is not Tensor:  # torch.export traces with tensors that have no values
+            if known is None:
+                raise RuntimeError("Run the model once before torch.export, or call merge_and_unload() before it.")
+        elif known is None or not known.holds(buffer):
+            with torch.inference_mode(False):  # else it could never be used in training
+                self.remember(adapter_name, parameter, self._read(buffer))
+        return self.known(adapter_name, parameter)
+
+    def remember(self, adapter_name: str, parameter: str, value: T) -> None:
+        """Keep what the buffer holds now."""
+        self._known[adapter_name, parameter] = _Read.of(self.of(adapter_name)[parameter], value)
+
+    def read_again(self, adapter_name: str | None = None) -> None:
+        """Read the buffers, or those of one adapter, when they are needed next."""
+        self._known = {key: known for key, known in self._known.items() if adapter_name not in (None, key[0])}
+
+    def _read(self, buffer: Tensor) -> T:
+        raise NotImplementedError
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        """As torch's; what is loaded is read anew, which compiled code notices by its absence."""
+        self._known = {key: known for key, known in self._known.items() if prefix + ".".join(key) not in state_dict}
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles read their own buffers."""
+        return {**self.__dict__, "_known": {}}
+
+
+class IndexBuffers(_ReadBuffers[Tensor]):
+    """Encoded flat indices, uint8; read as int32 or, where they do not fit, int64, on the device of the buffer.
+
+    Reading raises a `FormatError` if a block is damaged.
+    """
+
+    def remember(self, adapter_name: str, parameter: str, value: Tensor) -> None:
+        """Keep the indices that the buffer holds now."""
+        fit = not value.numel() or int(value[-1]) <= torch.iinfo(torch.int32).max
+        value = (value.int() if fit else value).to(self.of(adapter_name)[parameter].device)
+        super().remember(adapter_name, parameter, value)
+
+    def _read(self, buffer: Tensor) -> Tensor:
+        return torch.from_numpy(decode(buffer.cpu().numpy().data))
+
+
+class MaskBuffers(_ReadBuffers[GradientMask]):
+    """Packed gradient masks, int64, for the deltas that have one."""
+
+    def put(self, adapter_name: str, parameter: str, mask: GradientMask, device: torch.device) -> None:
+        """Mask the gradient of a delta from now on."""
+        self.of(adapter_name)[parameter] = mask.pack().to(device)
+
+    @torch.no_grad()
+    def count_step(self, adapter_name: str, parameter: str) -> None:
+        """Go on to the mask of the next optimizer step."""
+        mask = self.present(adapter_name, parameter)
+        self.of(adapter_name)[parameter][:1].add_(1)
+        self.remember(adapter_name, parameter, mask._replace(step=mask.step + 1))
+
+    def _read(self, buffer: Tensor) -> GradientMask:
+        return GradientMask.unpack(buffer)

@@ -1,0 +1,317 @@
+"""The settings of a Child-Tuning adapter."""
+
+from __future__ import annotations
+
+import enum
+import re
+import warnings
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from peft import PeftConfig
+
+from peft_child.card.model_card import complete_card
+from peft_child.files.adapter_folder import WITHOUT_SELECTION
+from peft_child.tensors.delta import ChildSize
+from peft_child.tensors.gradient_mask import GradientMask
+
+
+class ChildPeftType(str, enum.Enum):
+    """PEFT's name for this method: members of PEFT's own enum cannot be added from outside.
+
+    It names the package, so that PEFT's `KeyError` says what to import where this package is missing.
+    """
+
+    PEFT_CHILD = "PEFT_CHILD"
+
+
+VARIANTS = ("task_driven", "random", "task_free", "extracted")
+FISHER = ("per_example", "authors")
+DELTA_DTYPE_NAMES = ("float32", "bfloat16", "float16")
+CHECK_BASE = ("warn", "error", "off")
+
+
+@dataclass
+class ChildTuningConfig(PeftConfig):
+    """Configuration of Child-Tuning (Xu et al., "Raise a Child in Large Language Model", EMNLP 2021).
+
+    Child-Tuning updates only a child network, a subset of the entries of the targeted parameters. Every field is
+    described in its `help`; `ChildTuningConfig.describe()` prints them.
+
+    Raises:
+        ValueError: If a field has a value outside its range.
+    """
+
+    variant: str = field(
+        default="task_driven",
+        metadata={
+            "help": (
+                "How the child network is chosen. 'task_driven' (Child-Tuning_D): the entries with the largest Fisher "
+                "information, by `select_child_network`. 'random': a fixed random one, drawn from `seed` and the "
+                "names of the parameters; needs no data. 'task_free' (Child-Tuning_F): all entries, but each keeps "
+                "its gradient only with probability `density`, drawn anew for every optimizer step, scaled by "
+                "1/density; needs no data, and its delta is dense. "
+                "'extracted': taken from the difference of checkpoints, or combined from adapters; only for loading."
+            )
+        },
+    )
+    density: float = field(
+        default=0.1,
+        metadata={
+            "help": (
+                "Share of the entries of all targeted parameters together that belong to the child network, in "
+                "(0, 1]. Exactly round(density * n) of n entries are chosen; memory and files grow with it. Called "
+                "p_D or reserve_p elsewhere. For 'task_free' the probability to keep a gradient, p_F."
+            )
+        },
+    )
+    gradient_density: float = field(
+        default=1.0,
+        metadata={
+            "help": (
+                "Task-free Child-Tuning on top of a fixed child network: the probability, in (0, 1], with which each "
+                "of its entries keeps its gradient at an optimizer step, scaled by its inverse. 1.0 keeps all."
+            )
+        },
+    )
+    resample_every: int = field(
+        default=1,
+        metadata={"help": "Optimizer steps after which the random gradient mask is drawn anew, a positive integer."},
+    )
+    target_modules: list[str] | set[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "Modules whose parameters, biases included, form the whole network: a list of names or endings of "
+                "names, a regular expression for full names, or 'all-linear' for every linear layer but the head. A "
+                "module brings along the modules inside it. By default PEFT's choice for the architecture."
+            )
+        },
+    )
+    target_parameters: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "Single parameters to target besides `target_modules`, whatever their shape: a list of names or "
+                "endings of names, such as 'LayerNorm.weight', or a regular expression for full names."
+            )
+        },
+    )
+    exclude_modules: list[str] | set[str] | str | None = field(
+        default=None,
+        metadata={"help": "Modules to leave out of `target_modules`: a list of names or endings, or an expression."},
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None,
+        metadata={"help": "Indices of the only layers in which a list of `target_modules` applies."},
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Name of the module list that holds the layers, if it is not found without."},
+    )
+    modules_to_save: list[str] | None = field(
+        default=None,
+        metadata={"help": "Modules trained densely and saved whole, outside the density, such as a new head."},
+    )
+    seed: int = field(
+        default=0,
+        metadata={
+            "help": "Seed of the random child network and of the gradient masks, an integer from 0 to 2**63 - 1."
+        },
+    )
+    fisher: str = field(
+        default="per_example",
+        metadata={
+            "help": (
+                "How `select_child_network` estimates the Fisher information. 'per_example': mean over examples of "
+                "the squared gradient of the example's loss, without dropout or clipping. 'authors': as in the code "
+                "released with the paper, mean over batches of the squared gradient of the batch loss, with dropout "
+                "as in training and the gradient of each parameter clipped to norm 1."
+            )
+        },
+    )
+    fisher_examples: int | None = field(
+        default=None,
+        metadata={"help": "Number of examples the Fisher information was estimated on; recorded by the selection."},
+    )
+    init_weights: bool = field(
+        default=True,
+        metadata={"help": "True starts from the base model (deltas of zero), False from small random deltas (tests)."},
+    )
+    delta_dtype: str = field(
+        default="float32",
+        metadata={
+            "help": (
+                "Dtype of the deltas in the file: 'float32' is exact, 'bfloat16' and 'float16' take half of the space "
+                "and round every delta, to 8 and 11 significant bits. In memory deltas are float32."
+            )
+        },
+    )
+    check_base: str = field(
+        default="warn",
+        metadata={
+            "help": (
+                "What to do when an adapter is loaded onto other base weights than it was made on: 'warn', 'error' "
+                "or 'off'. A wish of who loads it, as in `PeftModel.from_pretrained(base, name, check_base='error')`; "
+                "not saved."
+            )
+        },
+    )
+    child_sizes: dict[str, ChildSize] | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "Entries, chosen entries and bytes of the index block of every parameter with a child network; "
+                "recorded by the selection, for loaders that need to know shapes before they read the file."
+            )
+        },
+    )
+
+    def __post_init__(self) -> None:
+        """Check every field; PEFT calls this on construction and on loading alike."""
+        super().__post_init__()  # type: ignore[no-untyped-call]
+        self._present_sizes: dict[str, ChildSize] | None = None
+        self.peft_type = ChildPeftType.PEFT_CHILD
+        self._check_numbers()
+        _check_choice("variant", self.variant, VARIANTS)
+        _check_choice("fisher", self.fisher, FISHER)
+        _check_choice("delta_dtype", self.delta_dtype, DELTA_DTYPE_NAMES)
+        _check_choice("check_base", self.check_base, CHECK_BASE)
+        if self.variant == "task_free" and self.gradient_density != 1:
+            raise ValueError(
+                f"gradient_density is for a fixed child network; for variant='task_free' set density instead, got "
+                f"gradient_density={self.gradient_density!r}."
+            )
+        for name in ("target_modules", "target_parameters", "exclude_modules", "modules_to_save", "layers_pattern"):
+            _check_names(name, getattr(self, name), allow_text=name != "modules_to_save")
+        self._check_layers()
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), list):
+                setattr(self, name, set(getattr(self, name)))
+        if self.child_sizes is not None:
+            _check_sizes(self.child_sizes)
+            self.child_sizes = {name: ChildSize(*size) for name, size in self.child_sizes.items()}
+
+    def child_size(self, numel: int) -> int:
+        """Number of entries in the child network of a network of `numel` entries.
+
+        Raises:
+            ValueError: If that rounds to none.
+        """
+        size = numel if self.variant == "task_free" else round(self.density * numel)
+        if not size:
+            raise ValueError(f"density={self.density} of {numel} targeted entries is an empty child network.")
+        return size
+
+    def gradient_mask(self) -> GradientMask | None:
+        """The mask of the deltas' gradients as training starts, or None if all are kept."""
+        density = self.density if self.variant == "task_free" else self.gradient_density
+        return GradientMask(float(density), self.seed, self.resample_every) if density < 1 else None
+
+    def for_names(self, names: list[str], density: float) -> ChildTuningConfig:
+        """Settings of an adapter whose child network was made of others', in the parameters of these names."""
+        return replace(self, **WITHOUT_SELECTION, target_parameters=names, density=density)
+
+    def record_sizes(self, sizes: dict[str, ChildSize]) -> None:
+        """Take down the sizes of a child network that is loaded, or saved next, as `child_sizes` of the file.
+
+        The field stays as it is: the user may make other models with this object, and their sizes are others.
+        """
+        self._present_sizes = sizes
+
+    def present_sizes(self) -> dict[str, ChildSize] | None:
+        """What was recorded last, or else came with the configuration."""
+        return self._present_sizes or self.child_sizes
+
+    @classmethod
+    def describe(cls) -> str:
+        """One paragraph for each field of this class, with its default."""
+        fields = [cls.__dataclass_fields__[name] for name in cls.__annotations__]
+        return "\n".join(f"{item.name} = {item.default!r}\n    {item.metadata['help']}" for item in fields)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As PEFT's, with sets in a fixed order, so that equal configurations are equal files."""
+        settings = super().to_dict() | {"child_sizes": self.present_sizes()}
+        del settings["check_base"]
+        return {name: sorted(value) if isinstance(value, set) else value for name, value in settings.items()}
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As PEFT's; completes the model card in the folder if the sizes of a child network are known.
+
+        Args:
+            save_directory: The folder for the configuration and the card.
+            kwargs: As PEFT's.
+        """
+        super().save_pretrained(save_directory, **kwargs)
+        settings = self.to_dict()
+        if settings["child_sizes"]:
+            auto_mapping = kwargs.get("auto_mapping_dict") or self.auto_mapping
+            try:
+                complete_card(save_directory, {**settings, "auto_mapping": auto_mapping})
+            except ValueError as error:  # a card that cannot be read is no reason to lose a checkpoint
+                warnings.warn(f"The adapter is saved, but its model card is not up to date. {error}", stacklevel=2)
+
+    def _check_numbers(self) -> None:
+        # A bool is an int for Python, but never meant as a number here.
+        for name in ("density", "gradient_density"):
+            share = getattr(self, name)
+            if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:  # NaN as well
+                raise ValueError(f"{name} must be a number in (0, 1], got {share!r}.")
+        if type(self.seed) is not int or not 0 <= self.seed < 1 << 63:
+            raise ValueError(f"seed must be an integer from 0 to 2**63 - 1, got {self.seed!r}.")
+        if type(self.resample_every) is not int or self.resample_every < 1:
+            raise ValueError(f"resample_every must be a positive integer, got {self.resample_every!r}.")
+        if not isinstance(self.init_weights, bool):
+            raise ValueError(f"init_weights must be True or False, got {self.init_weights!r}.")
+        examples = self.fisher_examples
+        if examples is not None and (isinstance(examples, bool) or not isinstance(examples, int) or examples < 1):
+            raise ValueError(f"fisher_examples must be a positive integer or None, got {examples!r}.")
+
+    def _check_layers(self) -> None:
+        layers = self.layers_to_transform
+        if isinstance(self.target_modules, str) and layers is not None:
+            raise ValueError("`layers_to_transform` cannot be used when `target_modules` is a str.")
+        if self.layers_pattern and layers is None:
+            raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
+        if layers is None:
+            return
+        indices = layers if isinstance(layers, (list, tuple)) else [layers]
+        if not indices or any(type(index) is not int or index < 0 for index in indices):
+            raise ValueError(f"layers_to_transform must be non-negative integers, at least one, got {layers!r}.")
+        if self.target_modules is None and self.target_parameters is not None:
+            raise ValueError(
+                f"layers_to_transform applies to a list of target_modules, which is None, got {layers!r}."
+            )
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+def _check_names(name: str, value: object, allow_text: bool) -> None:
+    if value is None:
+        return
+    if allow_text and isinstance(value, str):
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(
+                f"{name} must be a regular expression if it is a string, got {value!r}: {error}."
+            ) from None
+        return
+    if isinstance(value, str) or not isinstance(value, Collection) or not all(isinstance(item, str) for item in value):
+        kinds = "a list of names or a regular expression" if allow_text else "a list of names"
+        raise ValueError(f"{name} must be {kinds}, got {value!r}.")
+
+
+def _check_sizes(sizes: object) -> None:
+    if not isinstance(sizes, dict):
+        raise ValueError(f"child_sizes must map names of parameters to sizes, got {sizes!r}.")
+    for name, size in sizes.items():
+        whole = isinstance(size, (list, tuple)) and len(size) == 3 and all(type(number) is int for number in size)
+        if not whole or not 1 <= size[1] <= size[0] or size[2] < 1:
+            raise ValueError(
+                f"child_sizes of '{name}' must be [entries, chosen entries from 1 to entries, bytes], got {size!r}."
+            )

@@ -1,0 +1,314 @@
+"""One targeted module, run and merged with its adapters' child networks.
+
+One class serves every kind of module, since all it does is to run the module with composed tensors in place of the
+module's own parameters.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from inspect import ismethod
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.tuners_utils import _get_in_out_features, check_adapters_to_merge
+from torch import Tensor, nn
+
+from peft_child.tensors.compose import Child, Composition, call_composed, lock_of
+from peft_child.tensors.composed_on_use import ComposedOnUse, ComposedToRead
+from peft_child.tensors.distributed import is_sharded
+from peft_child.tensors.quantised import is_quantised
+from peft_child.tuner.state import LayerState
+
+
+class _Replaced(NamedTuple):
+    """Base values that a merge overwrote."""
+
+    parameter: str
+    indices: Tensor | None
+    values: Tensor
+
+
+# What accelerate, transformers, FSDP and DDP write on a module is about that very module, or not set yet.
+_MARKS = ("_hf_", "_is_hf_", "_old_forward", "_fsdp", "_is_fsdp", "_ddp")
+
+
+class ChildTuningLayer(LayerState):
+    """A base layer whose parameters are composed with the child networks of the active adapters.
+
+    Args:
+        base_layer: The module, of any kind; it keeps its parameters, hooks and attributes.
+    """
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer)
+        self.merged_adapters: list[str] = []
+        self._replaced: list[_Replaced] = []
+        self._base_only = False
+        self.in_features, self.out_features = _features(base_layer)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the base layer with composed parameters."""
+        return self._call(self.base_layer, args, kwargs)
+
+    def _call(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the base layer, or a method of it."""
+        if torch.compiler.is_compiling():
+            return self._call_locked(call, args, kwargs)
+        with lock_of(self.base_layer):  # another thread may have its own tensors in the base layer
+            return self._call_locked(call, args, kwargs)
+
+    def _call_locked(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        compositions = self._compositions()
+        if not compositions:
+            return call(*args, **kwargs)
+        if self.training and torch.is_grad_enabled() and getattr(self.base_layer, "gradient_checkpointing", False):
+            raise RuntimeError(
+                f"A {type(self.base_layer).__name__} checkpoints its own activations, and would compute them again "
+                "without its child network: target the modules inside it instead, or turn checkpointing off."
+            )
+        return call_composed(self.base_layer, compositions, call, args, kwargs)
+
+    def _compositions(self) -> dict[str, Composition]:
+        """Compositions of the parameters that the active adapters change at present."""
+        self._check_no_replica()
+        if self._is_bare():
+            return {}
+        self._check_chosen()
+        found = {name: self._composition(name) for name in self.targeted()}
+        found = {name: composition for name, composition in found.items() if composition.children}
+        for name, composition in found.items():
+            self._check_present(name, composition.base)
+        return found
+
+    def _composition(self, parameter: str) -> Composition:
+        return Composition(self._base(parameter), tuple(self.children_of(parameter, self.active_adapters)))
+
+    def _is_bare(self) -> bool:
+        """Whether the base parameters are used as they are."""
+        return self.disable_adapters or self._base_only or self.merged
+
+    def _check_no_replica(self) -> None:
+        if getattr(self, "_is_replica", False):
+            raise RuntimeError(
+                "Child-Tuning does not work in nn.DataParallel, whose replicas have no parameters: start one process "
+                "for each device (torchrun or accelerate launch), or show only one device."
+            )
+
+    def _check_present(self, parameter: str, base: Tensor) -> None:
+        if base.is_meta:
+            raise RuntimeError(
+                f"Parameter '{parameter}' of a {type(self.base_layer).__name__} is offloaded (on the meta device), "
+                "which Child-Tuning does not support: load the base model without offloading."
+            )
+        if is_sharded(base):
+            raise RuntimeError(
+                f"Parameter '{parameter}' of a {type(self.base_layer).__name__} is sharded (a DTensor), so that it "
+                "cannot be composed or merged: apply fully_shard to modules around the Child-Tuning layer, not to the "
+                "module in it, and merge a saved adapter in one process."
+            )
+
+    def _check_chosen(self) -> None:
+        if not self.training or not torch.is_grad_enabled():
+            return
+        for adapter in self.active_adapters:
+            self.check_is_chosen(adapter, "training")
+            if self.has_adapter(adapter) and self.child_states[adapter].unsharded:
+                raise RuntimeError(
+                    f"Adapter '{adapter}' came to a model that was sharded already, so its gradients would not be "
+                    "averaged over the processes: save it, and load it before sharding, to train it."
+                )
+
+    # What other modules see of this one
+
+    def __getattr__(self, name: str) -> Any:
+        """Attributes of the base layer, its parameters composed."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer" or name.startswith(_MARKS):
+                raise
+            return self._seen(name)
+
+    @property
+    def weight(self) -> Any:
+        """The weight as the base layer computes with it, with its gradient path, for parents that read it."""
+        return self._seen("weight")
+
+    @property
+    def bias(self) -> Any:
+        """The bias as the base layer computes with it, with its gradient path, for parents that read it."""
+        return self._seen("bias")
+
+    def _seen(self, name: str) -> Any:
+        if name not in self.targeted():
+            value = getattr(self.base_layer, name)
+            is_method = ismethod(value) and value.__self__ is self.base_layer
+            return partial(self._call_method, name) if is_method else value
+        if torch.compiler.is_compiling():
+            composition = self._compositions().get(name)
+            return getattr(self.base_layer, name) if composition is None else composition.tensor()
+        with lock_of(self.base_layer):
+            return self._composed(name)
+
+    def _call_method(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        return self._call(getattr(self.base_layer, name), args, kwargs)
+
+    def _composed(self, name: str) -> Tensor:
+        self._check_no_replica()
+        composition, refusal = self._composition(name), None
+        try:
+            self._check_chosen()
+            self._check_present(name, composition.base)
+        except RuntimeError as error:  # only for who computes with it
+            refusal = error
+        if self._is_bare() or (not composition.children and refusal is None):
+            return composition.base
+        if refusal is not None or torch.is_grad_enabled():
+            return ComposedOnUse(composition, refusal)
+        return ComposedToRead(composition)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As torch's; the attributes of the base layer are set there, but for a parameter with a child network."""
+        base_layer = self.__dict__.get("_modules", {}).get("base_layer")
+        if base_layer is None or name not in base_layer._parameters:
+            super().__setattr__(name, value)
+        elif name not in self.targeted():
+            setattr(base_layer, name, value)
+        elif base_layer._parameters[name] is not getattr(value, "composition", Composition(value, ())).base:
+            raise RuntimeError(
+                f"The child network of '{name}' belongs to the {type(base_layer).__name__} as it is, so that no other "
+                "tensor can be set or tied there: call unload() or merge_and_unload() before."
+            )
+
+    # Merging
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write the composed values into the base parameters, and keep what they overwrite.
+
+        Args:
+            safe_merge: Check that the composed values are finite before anything is written.
+            adapter_names: The adapters; by default the active ones.
+
+        Raises:
+            ValueError: If `safe_merge` finds a NaN or infinite value.
+        """
+        names = check_adapters_to_merge(self, adapter_names)
+        names = [name for name in names if name in self.child_delta]
+        if not names:
+            return
+        self.check_mergeable(names, safe_merge)
+        merged = [*self.merged_adapters, *names]
+        self._restore()  # so that several adapters are summed before the one rounding
+        self._write(merged)
+        self.merged_adapters = merged
+
+    def unmerge(self) -> None:
+        """Put back, bit for bit, what merging overwrote."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self._restore()
+        self.merged_adapters = []
+
+    @torch.no_grad()
+    def check_mergeable(self, adapter_names: list[str], safe_merge: bool = False) -> None:
+        """Raise what `merge` would raise, before it writes anything."""
+        for adapter in adapter_names:
+            self.check_is_chosen(adapter, "merging")
+        for parameter, base, children in self._held(adapter_names):
+            if is_quantised(base):
+                raise ValueError(
+                    f"'{parameter}' of a {type(self.base_layer).__name__} is quantised ({type(base).__name__}), and "
+                    "merging would round the child network away: merge it into the base model as it was before "
+                    "quantisation, and quantise that."
+                )
+            if safe_merge and not torch.isfinite(Composition(base.detach(), children).tensor()).all():
+                raise ValueError(
+                    f"NaNs detected in the merged weights. The adapter {', '.join(adapter_names)} seems to be broken: "
+                    f"'{parameter}' of a {type(self.base_layer).__name__} would have NaN or infinite values. Nothing "
+                    "was merged."
+                )
+
+    @contextmanager
+    def base_only(self) -> Iterator[None]:
+        """Run as the base layer for a while, whatever is made active meanwhile; gradients may reach its parameters."""
+        was_base_only, self._base_only = self._base_only, True
+        try:
+            yield
+        finally:
+            self._base_only = was_base_only
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """As PEFT's; a merged layer is unmerged when it is disabled."""
+        if not enabled and self.merged:
+            self.unmerge()
+        super().enable_adapters(enabled)
+
+    def _held(self, adapter_names: list[str]) -> Iterator[tuple[str, nn.Parameter, tuple[Child, ...]]]:
+        """Parameters with children held here; those tied to another layer are that layer's to write."""
+        for parameter in self.targeted():
+            children = () if parameter in self.child_ties else tuple(self.children_of(parameter, adapter_names))
+            if children:
+                base = self.base_parameter(parameter)
+                self._check_present(parameter, base)
+                yield parameter, base, children
+
+    @torch.no_grad()
+    def _write(self, adapter_names: list[str]) -> None:
+        for parameter, base, children in self._held(adapter_names):
+            indices = _union(children)
+            before = _values_at(base, indices)
+            if len(children) == 1:  # its entries alone, as if they were all that the tensor has
+                after = Composition(before, (children[0]._replace(indices=None),)).tensor()
+            else:
+                after = _values_at(Composition(base.detach(), children).tensor(), indices)
+            self._replaced.append(_Replaced(parameter, indices, before))
+            _set_values_at(base, indices, after)
+
+    @torch.no_grad()
+    def _restore(self) -> None:
+        for parameter, indices, values in self._replaced:
+            base = self.base_parameter(parameter)
+            places = None if indices is None else indices.to(base.device)
+            _set_values_at(base, places, values.to(base.device, base.dtype))
+        self._replaced = []
+
+
+def _features(module: nn.Module) -> tuple[int | None, int | None]:
+    """What PEFT knows of the widths of a module, for those who ask."""
+    with warnings.catch_warnings():  # it warns of every kind of module that it does not know
+        warnings.simplefilter("ignore", UserWarning)
+        try:
+            return _get_in_out_features(module)
+        except ValueError:  # attention with keys or values of another width than the queries
+            return None, None
+
+
+def _union(children: tuple[Child, ...]) -> Tensor | None:
+    """Positions of all children, some of them repeatedly, or None for all entries."""
+    indices = [child.indices.long() for child in children if child.indices is not None]
+    return torch.cat(indices) if len(indices) == len(children) else None
+
+
+def _values_at(base: Tensor, indices: Tensor | None) -> Tensor:
+    flat = base.detach().reshape(-1)
+    return flat.clone() if indices is None else flat[indices]
+
+
+def _set_values_at(base: Tensor, indices: Tensor | None, values: Tensor) -> None:
+    if indices is None:
+        base.detach().copy_(values.view(base.shape))
+    elif base.is_contiguous():
+        base.detach().view(-1).index_copy_(0, indices, values)
+    else:
+        base.detach().copy_(base.detach().reshape(-1).index_copy(0, indices, values).view(base.shape))
+
+
+def child_tuning_layers(model: nn.Module, adapter_name: str | None = None) -> dict[str, ChildTuningLayer]:
+    """The Child-Tuning layers of a model, or those of one adapter, by module name in the order of `named_modules`."""
+    layers = ((name, module) for name, module in model.named_modules() if isinstance(module, ChildTuningLayer))
+    return {name: layer for name, layer in layers if adapter_name is None or layer.has_adapter(adapter_name)}

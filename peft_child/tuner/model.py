@@ -1,0 +1,414 @@
+"""The PEFT tuner: injects layers, assigns random child networks, and meets PEFT's state-dict hooks.
+
+PEFT finds and replaces modules by name, one at a time. Here the configuration is resolved to parameters and their
+owners before that, with everything that can be wrong about it, so that PEFT's own loop only carries out the plan and a
+refused adapter leaves the model as it was.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import Tensor, nn
+
+from peft_child.tensors.combine import combine_named, density_of
+from peft_child.tensors.delta import SparseDelta, fresh_delta
+from peft_child.tensors.gradient_mask import GradientMask
+from peft_child.tensors.topk import apportion, draw_random
+from peft_child.tuner.config import ChildTuningConfig
+from peft_child.tuner.injection import (
+    check_adapter_name,
+    check_name_is_free,
+    check_sizes,
+    keep_buffers_from_ddp,
+    remove_adapter,
+    replace_module,
+)
+from peft_child.tuner.layer import ChildTuningLayer, child_tuning_layers
+from peft_child.tuner.state_dict import fit_state_dict, tensors_to_save
+from peft_child.tuner.targets import Owner, Target, all_linear, check_saved_whole, find_targets, names_parameter
+
+
+def next_gradient_mask(model: nn.Module) -> None:
+    """Count one optimizer step on all deltas of a model, so that random gradient masks are drawn anew.
+
+    Only for engines whose optimizer is no `torch.optim.Optimizer`; steps of those are counted by themselves.
+
+    Args:
+        model: A model with Child-Tuning adapters; call this once after each optimizer step.
+    """
+    for layer in child_tuning_layers(model).values():
+        layer.count_step()
+
+
+@dataclass
+class _Plan:
+    """What one injection is to do.
+
+    Attributes:
+        entries: Targets and owners by the name under which PEFT's loop comes across the owner.
+        layers: The Child-Tuning layers by the identity of their base layers.
+        counts: Sizes of the child networks to draw by name of the target, if they need no data.
+    """
+
+    entries: dict[str, list[tuple[Target, Owner]]]
+    layers: dict[int, ChildTuningLayer]
+    counts: dict[str, int] | None
+
+
+class ChildTuningModel(BaseTuner):
+    """Child-Tuning layers in a base model, as PEFT's `get_peft_model` and its loaders make it.
+
+    Args:
+        model: The base model, changed in place: targeted modules are wrapped, never copied.
+        peft_config: The configuration by adapter name.
+        adapter_name: The adapter to inject.
+    """
+
+    prefix = "child_"
+    tuner_layer_cls = ChildTuningLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig | dict[str, PeftConfig],
+        adapter_name: str,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        check_name_is_free(model, adapter_name)  # PEFT would first replace the configuration of the other adapter
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+
+    # Injection
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's; an adapter that is refused leaves nothing behind."""
+        check_name_is_free(model, adapter_name)
+        self._injected = adapter_name
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except Exception:
+            remove_adapter(model, adapter_name)
+            raise
+        keep_buffers_from_ddp(model)
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        if peft_config.target_modules is None and peft_config.target_parameters is None:
+            super()._prepare_adapter_config(peft_config, model_config)
+        return peft_config
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        """Plan the injection, and refuse it before anything has changed."""
+        if isinstance(peft_config.target_modules, str) and peft_config.target_modules.lower() == "all-linear":
+            peft_config.target_modules = all_linear(model, peft_config)
+        check_saved_whole(model, peft_config)
+        targets = find_targets(model, peft_config)
+        check_adapter_name(self._injected, targets)
+        check_sizes(peft_config, targets)
+
+        entries: dict[str, list[tuple[Target, Owner]]] = {}
+        for target in targets:
+            for owner in target.owners:
+                entries.setdefault(owner.entry, []).append((target, owner))
+        counts = None
+        if peft_config.variant in ("random", "task_free") and targets:
+            sizes = {target.name: target.parameter.numel() for target in targets}
+            counts = apportion(sizes, peft_config.child_size(sum(sizes.values())))
+        layers = {id(layer.base_layer): layer for layer in child_tuning_layers(model).values()}
+        self._plan = _Plan(entries, layers, counts)
+
+    def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
+        if key in self._plan.entries:
+            return True
+        matched = check_target_module_exists(peft_config, key)
+        return False if matched else matched  # PEFT tells excluded modules from others
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        """Wrap every module that is planned under the name `current_key`."""
+        if current_key not in self._plan.entries:
+            raise ValueError(f"The state dict names module '{current_key}', which the configuration does not target.")
+        by_module: dict[int, list[tuple[Target, Owner]]] = {}
+        for planned, owner in self._plan.entries[current_key]:
+            by_module.setdefault(id(owner.module), []).append((planned, owner))
+        for pairs in by_module.values():
+            layer = self._layer_around(pairs[0][1].module)
+            self._add_to_layer(layer, adapter_name, pairs, peft_config.gradient_mask())
+            self._fill(layer, adapter_name, peft_config)
+
+    def _layer_around(self, module: nn.Module) -> ChildTuningLayer:
+        layer = self._plan.layers.get(id(module))
+        if layer is None:
+            layer = self._plan.layers[id(module)] = ChildTuningLayer(module)
+            layer.train(module.training)
+            replace_module(self.model, module, layer)
+        return layer
+
+    def _add_to_layer(
+        self,
+        layer: ChildTuningLayer,
+        adapter_name: str,
+        pairs: list[tuple[Target, Owner]],
+        mask: GradientMask | None,
+    ) -> None:
+        targets, ties = {}, {}
+        for target, owner in pairs:
+            first = target.owners[0]
+            if owner == first:
+                targets[owner.parameter] = target.name
+            else:
+                ties[owner.parameter] = (self._layer_around(first.module), first.parameter)
+        layer.add_adapter(adapter_name, targets, ties, mask)
+
+    def _fill(self, layer: ChildTuningLayer, adapter_name: str, config: ChildTuningConfig) -> None:
+        """Give an adapter a child network that needs no data, or room for the one that will be loaded."""
+        indices = self._indices_without_data(layer, adapter_name, config)
+        if indices is not None:
+            children = {
+                name: fresh_delta(base, indices[name], config.init_weights)
+                for name, base in layer.base_parameters(adapter_name).items()
+                if name in indices
+            }
+            layer.set_child(adapter_name, children, trainable=False)
+        if config.child_sizes is not None:
+            layer.allocate(adapter_name, config.child_sizes, trainable=False)
+        if config.child_sizes is not None or config.inference_mode:
+            layer.await_file(adapter_name)
+
+    def _indices_without_data(
+        self, layer: ChildTuningLayer, adapter_name: str, config: ChildTuningConfig
+    ) -> dict[str, Tensor] | None:
+        """Flat indices by name of the target: drawn, or those of an adapter with this very configuration object.
+
+        With that TRL asks for a frozen copy of an adapter, as the reference model.
+        """
+        counts = self._plan.counts
+        if counts is not None:
+            bases = layer.base_parameters(adapter_name).items()
+            return {name: draw_random(name, base.numel(), counts[name], config.seed) for name, base in bases}
+        twins = [name for name, other in self.peft_config.items() if other is config and name != adapter_name]
+        if not twins or not layer.has_adapter(twins[0]) or not layer.is_chosen(twins[0]):
+            return None
+        return {name: delta.indices for name, delta in layer.sparse_deltas(twins[0]).items()}
+
+    def _inject_parameters(
+        self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        """Parameters were planned and wrapped with the modules; PEFT only wants to know their names."""
+        owners = (owner for pairs in self._plan.entries.values() for _, owner in pairs)
+        return [owner.name for owner in owners if names_parameter(peft_config.target_parameters, owner.name)]
+
+    def _check_tied_modules(self, model: nn.Module, peft_config: Any) -> None:
+        """Nothing to warn of: tied weights share one delta."""
+
+    def _check_merge_allowed(self) -> None:
+        """Nothing to warn of: merging writes a tied weight once, for all its owners."""
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Deltas are float32 from the start, because small changes vanish in less; the user may ask for less."""
+        if not autocast_adapter_dtype:
+            for layer in child_tuning_layers(self.model).values():
+                layer.cast_deltas(adapter_name)
+
+    # Life
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT enters this around forward and generate; other tuners choose adapters for each sample here."""
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "Child-Tuning does not support adapter_names=, different adapters for the samples of one batch; "
+                f"got {kwargs['adapter_names']!r}. Use set_adapter and one batch for each adapter."
+            )
+        yield
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Write the adapters' composed values into the base weights; `unmerge_adapter` restores every bit.
+
+        Args:
+            adapter_names: The adapters; by default those that each layer has active.
+            safe_merge: Check first that no value becomes NaN or infinite.
+
+        Raises:
+            ValueError: If an adapter is unknown, or the check finds a value. Nothing is merged then.
+        """
+        if not self._merge(adapter_names, safe_merge):
+            warnings.warn("All adapters are already merged, nothing to do.", stacklevel=2)
+
+    def _check_known(self, adapter_names: list[str]) -> None:
+        for name in adapter_names:
+            if name not in self.peft_config:
+                raise ValueError(f"There is no adapter '{name}'; there are {', '.join(self.peft_config)}.")
+
+    def _merge(self, adapter_names: list[str] | None, safe_merge: bool) -> bool:
+        """Merge what is not merged yet, by default of what each layer has active; all layers are checked first.
+
+        Returns:
+            Whether there was something to merge.
+        """
+        self._check_known(adapter_names or [])
+        layers = child_tuning_layers(self.model).values()
+        wanted = {layer: layer.active_adapters if adapter_names is None else adapter_names for layer in layers}
+        left = {
+            layer: [name for name in names if layer.has_adapter(name) and name not in layer.merged_adapters]
+            for layer, names in wanted.items()
+        }
+        for layer, names in left.items():
+            layer.check_mergeable(names, safe_merge)
+        for layer, names in left.items():
+            if names:
+                layer.merge(adapter_names=names)
+        return any(left.values())
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+        density: float | None = None,
+        majority_sign_method: str = "total",
+        seed: int = 0,
+    ) -> None:
+        """Add an adapter that combines others on the union of their child networks; see `combine_deltas`.
+
+        Args:
+            adapters: Names of the adapters to combine.
+            weights: One for each.
+            adapter_name: Name of the new adapter; it is not active.
+            combination_type: 'linear', 'ties', 'dare_linear', 'dare_ties' or 'magnitude_prune'.
+            density: Share of each adapter's child network that is kept, in (0, 1]; by default all of it.
+            majority_sign_method: For the kinds of TIES, 'total' or 'frequency'.
+            seed: For the random choices of DARE.
+
+        Raises:
+            ValueError: If an adapter is unknown or has modules saved whole, the new name is taken, or an argument is
+                out of range.
+            RuntimeError: If the child network of an adapter has not been chosen.
+        """
+        self._check_known(adapters)
+        for name in adapters:
+            if cast(ChildTuningConfig, self.peft_config[name]).modules_to_save:
+                raise ValueError(f"Modules saved whole cannot be combined, and adapter '{name}' has some.")
+            for layer in child_tuning_layers(self.model).values():
+                layer.check_is_chosen(name, "combining")
+        combine = combine_named(
+            [self._sparse_deltas(name) for name in adapters],
+            weights,
+            combination_type=combination_type,
+            density=1.0 if density is None else density,
+            majority_sign_method=majority_sign_method,
+            seed=seed,
+        )
+        combined = dict(combine)
+        config = cast(ChildTuningConfig, self.peft_config[adapters[0]])
+        check_name_is_free(self.model, adapter_name)
+        self.peft_config[adapter_name] = config.for_names(list(combined), density_of(combined))
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except Exception:
+            del self.peft_config[adapter_name]
+            raise
+        for layer in child_tuning_layers(self.model, adapter_name).values():
+            layer.set_child(adapter_name, combined, trainable=False)
+
+    def _sparse_deltas(self, adapter_name: str) -> dict[str, SparseDelta]:
+        found: dict[str, SparseDelta] = {}
+        for layer in child_tuning_layers(self.model, adapter_name).values():
+            found |= layer.sparse_deltas(adapter_name)
+        return found
+
+    def _unload_and_optionally_merge(  # type: ignore[override]  # PEFT annotates None, and returns the model
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        """As PEFT's, which leaves layers inside other layers where they are."""
+        layers = list(child_tuning_layers(self.model).values())
+        if merge:
+            self._merge(adapter_names, safe_merge)
+        else:
+            for layer in layers:
+                if layer.merged:
+                    layer.unmerge()
+        for layer in layers:
+            replace_module(self.model, layer, layer.base_layer)
+        super()._unload_and_optionally_merge(merge, progressbar)
+        keep_buffers_from_ddp(self.model)
+        model: nn.Module = self.model
+        return model
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """As PEFT's for modules saved whole, of any kind: PEFT would copy the weight that a single layer has."""
+        setattr(parent, child_name, new_module)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As PEFT's."""
+        super().delete_adapter(adapter_name)
+        keep_buffers_from_ddp(self.model)
+
+    # State dict
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """As torch's; checks the child networks of all layers before any changes, and makes room for them.
+
+        In a state dict of the whole model, a layer without a child network is one in which nothing was chosen.
+        """
+        layers = {f"{prefix}{name}.": layer for name, layer in child_tuning_layers(self).items()}
+        for adapter in self.peft_config:
+            holders = {path: layer for path, layer in layers.items() if layer.targets_of(adapter)}
+            found = {path: layer.sizes_in(state_dict, path, adapter) for path, layer in holders.items()}
+            is_there = any(sizes for sizes, _ in found.values())
+            for path, layer in holders.items() if is_there else ():
+                if found[path][0] or f"{path}base_layer.{next(iter(layer.targets_of(adapter)))}" in state_dict:
+                    layer.make_room(adapter, *found[path])
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """As PEFT's, with checksums, and without whole base embeddings, which PEFT would add if they are targeted.
+
+        The sizes of the child network are recorded in the configuration, which is saved next.
+        """
+        return tensors_to_save(model, cast(ChildTuningConfig, config), adapter_name, state_dict)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Check a file's tensors and make room for them; an adapter that was added for a bad file is removed again."""
+        try:
+            return fit_state_dict(model, config, adapter_name, state_dict)
+        except ValueError:
+            layers = child_tuning_layers(model).values()
+            if any(layer.awaits_file(adapter_name) for layer in layers) and isinstance(model, PeftModel):
+                if len(model.peft_config) > 1:
+                    model.delete_adapter(adapter_name)
+                else:
+                    model.unload()
+            raise

@@ -1,0 +1,431 @@
+"""The child networks of one targeted module: what is known of each adapter's, and the tensors that hold it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Container, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from peft_child.files.adapter_tensors import KINDS, MASK, check_numel, checked_child, fingerprint_of, precise_dtype
+from peft_child.tensors.codec import FormatError, encode
+from peft_child.tensors.compose import Child, lock_of
+from peft_child.tensors.delta import ChildSize, SparseDelta
+from peft_child.tensors.distributed import check_whole, is_sharded
+from peft_child.tensors.gradient_mask import GradientMask
+from peft_child.tensors.mask_steps import MaskUse, owner_of, watch
+from peft_child.tuner.buffers import IndexBuffers, MaskBuffers
+from peft_child.tuner.unheld import expect_optimizer
+
+
+@dataclass
+class AdapterState:
+    """What is known of an adapter in one layer, besides its tensors.
+
+    Attributes:
+        targets: The targeted parameters of the base layer, with their names in the whole model.
+        mask: The mask that the gradients of new deltas start with, or None.
+        chosen: Whether the child network has been chosen or loaded.
+        awaits_file: Whether the adapter was added for a file that has not been loaded.
+        unsharded: Whether the deltas are not sharded though the base layer is (FSDP2).
+    """
+
+    targets: dict[str, str]
+    mask: GradientMask | None
+    chosen: bool
+    awaits_file: bool = False
+    unsharded: bool = False
+
+
+class LayerState(nn.Module, BaseTunerLayer):
+    """The child networks of the adapters of one base layer, as ordinary tensors that every loader can read.
+
+    Args:
+        base_layer: The module, of any kind; it keeps its parameters, hooks and attributes.
+
+    Attributes:
+        child_delta: By adapter and parameter, the trained change of the chosen entries, float32, shape `(k,)`.
+        child_index: By adapter and parameter, the encoded flat indices of these entries, uint8.
+        child_mask: By adapter and parameter, the packed mask of the delta's gradient, int64, if it is masked.
+        child_states: What else is known, by adapter.
+        child_ties: Parameters of this layer whose tensor also belongs to an earlier layer, which holds its delta.
+    """
+
+    adapter_layer_names = ("child_delta",)
+    other_param_names = ("child_index", "child_mask", "child_states")
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.child_delta = nn.ModuleDict()
+        self.child_index = IndexBuffers()
+        self.child_mask = MaskBuffers()
+        self.child_states: dict[str, AdapterState] = {}
+        self.child_ties: dict[str, tuple[LayerState, str]] = {}
+        self._number = watch(self)
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        targets: Mapping[str, str],
+        ties: Mapping[str, tuple[LayerState, str]],
+        mask: GradientMask | None = None,
+    ) -> None:
+        """Make room for an adapter whose child network is chosen or loaded later.
+
+        Args:
+            adapter_name: The new adapter.
+            targets: Targeted parameters of the base layer and their names in the whole model.
+            ties: Parameters that are tied to those of an earlier layer, with that layer and the name there.
+            mask: Mask of the gradients of the deltas, as it starts; by default they are not masked.
+        """
+        self.child_delta[adapter_name] = nn.ParameterDict()
+        self.child_index.add_adapter(adapter_name)
+        self.child_mask.add_adapter(adapter_name)
+        self.child_states[adapter_name] = AdapterState(dict(targets), mask, chosen=not targets)
+        self.child_ties.update(ties)
+
+    # What is known
+
+    @property
+    def adapters(self) -> list[str]:
+        """The adapters that this layer has."""
+        return list(self.child_states)
+
+    def has_adapter(self, adapter_name: str) -> bool:
+        """Whether an adapter targets this layer, or a tensor tied to one of it."""
+        return adapter_name in self.child_states
+
+    def targets_of(self, adapter_name: str) -> dict[str, str]:
+        """The parameters of the base layer that an adapter targets, with their names in the whole model."""
+        return self.child_states[adapter_name].targets if adapter_name in self.child_states else {}
+
+    def targeted(self) -> list[str]:
+        """The parameters of the base layer that any adapter targets, those tied to another layer's included."""
+        targets = [key for state in self.child_states.values() for key in state.targets]
+        return list(dict.fromkeys([*targets, *self.child_ties]))
+
+    def is_chosen(self, adapter_name: str) -> bool:
+        """Whether there is no child network here that is still to be chosen or loaded."""
+        return adapter_name not in self.child_states or self.child_states[adapter_name].chosen
+
+    def check_is_chosen(self, adapter_name: str, what: str) -> None:
+        """Raise a `RuntimeError` if `what` would be done to an adapter without a child network."""
+        if not self.is_chosen(adapter_name):
+            raise RuntimeError(
+                f"The child network of adapter '{adapter_name}' has not been chosen: call "
+                f"select_child_network(model, dataloader, adapter_name='{adapter_name}') before {what}."
+            )
+
+    def base_parameter(self, name: str) -> nn.Parameter:
+        """The parameter of the base layer, never composed."""
+        with lock_of(self.base_layer):
+            return self._base(name)
+
+    def _base(self, name: str) -> nn.Parameter:
+        parameter = self.base_layer._parameters.get(name)
+        if parameter is None:
+            raise RuntimeError(
+                f"'{name}' has a child network, but is no parameter of the {type(self.base_layer).__name__} any more: "
+                "it was quantised, parametrised or replaced. Call merge_and_unload() before such changes."
+            )
+        return parameter
+
+    def base_parameters(self, adapter_name: str) -> dict[str, nn.Parameter]:
+        """The parameters that an adapter targets here by name in the whole model, never composed."""
+        return {name: self.base_parameter(key) for key, name in self.targets_of(adapter_name).items()}
+
+    def sizes(self, adapter_name: str) -> dict[str, ChildSize]:
+        """Sizes of the adapter's child networks here by name in the whole model."""
+        blocks = self.child_index.of(adapter_name)
+        return {
+            name: ChildSize(self.base_parameter(key).numel(), delta.numel(), blocks[key].numel())
+            for key, name, delta in self._named_deltas(adapter_name)
+        }
+
+    def sparse_deltas(self, adapter_name: str) -> dict[str, SparseDelta]:
+        """The adapter's child networks here by name in the whole model."""
+        return {
+            name: SparseDelta(tuple(self.base_parameter(key).shape), self.indices(adapter_name, key), delta)
+            for key, name, delta in self._named_deltas(adapter_name)
+        }
+
+    def named_deltas(self, adapter_name: str) -> dict[str, Tensor]:
+        """The values of the adapter's deltas here by name in the whole model, shape `(k,)`, without gradients."""
+        return {name: delta.detach() for _, name, delta in self._named_deltas(adapter_name)}
+
+    def is_trained(self, adapter_name: str) -> bool:
+        """Whether the child network of an adapter has moved from the base here."""
+        return any(bool(delta.any()) for delta in self._deltas(adapter_name).values())
+
+    def _deltas(self, adapter_name: str) -> nn.ParameterDict:
+        """The adapter's deltas by parameter; empty if it has none here."""
+        return cast(nn.ParameterDict, self.child_delta._modules.get(adapter_name, {}))
+
+    def _named_deltas(self, adapter_name: str) -> Iterator[tuple[str, str, nn.Parameter]]:
+        """Parameter, its name in the whole model, and delta."""
+        deltas = self._deltas(adapter_name)
+        return ((key, name, deltas[key]) for key, name in self.targets_of(adapter_name).items() if key in deltas)
+
+    def indices(self, adapter_name: str, parameter: str) -> Tensor:
+        """Flat indices of the child in a parameter, int64, shape `(k,)`, on the device of the delta."""
+        return self._indices(adapter_name, parameter).long()
+
+    def _indices(self, adapter_name: str, parameter: str) -> Tensor:
+        """The indices as they are kept."""
+        if torch.compiler.is_dynamo_compiling():  # it cannot decode, nor ask whether something was loaded since
+            _decode_now(self._number)
+            return self.child_index.known(adapter_name, parameter)
+        return self._present(adapter_name, parameter)
+
+    def _present(self, adapter_name: str, parameter: str) -> Tensor:
+        try:
+            return self.child_index.present(adapter_name, parameter)
+        except FormatError as error:
+            name = self.targets_of(adapter_name)[parameter]
+            raise FormatError(f"The child of '{name}' (adapter '{adapter_name}'). {error}") from error
+
+    def children_of(self, parameter: str, adapter_names: Collection[str]) -> Iterator[Child]:
+        """The children of some adapters in one parameter of the base layer, those of tied parameters included."""
+        holder, held = self.child_ties.get(parameter, (self, parameter))
+        for adapter in holder.child_delta:  # in one order, so that the sum does not depend on that of the names
+            if adapter in adapter_names and held in holder._deltas(adapter):
+                yield holder._child(adapter, held)
+
+    def _child(self, adapter_name: str, parameter: str) -> Child:
+        delta, base = self._deltas(adapter_name)[parameter], self._base(parameter)
+        is_whole = delta.numel() == base.numel()
+        return Child(
+            delta,
+            None if is_whole else self._indices(adapter_name, parameter),
+            MaskUse(self._number, f"{adapter_name}.{parameter}") if self.is_masked(adapter_name, parameter) else None,
+        )
+
+    # Choosing and loading
+
+    def set_child(self, adapter_name: str, children: Mapping[str, SparseDelta], trainable: bool) -> None:
+        """Give an adapter its child network in this layer.
+
+        Args:
+            adapter_name: An adapter of this layer.
+            children: By name in the whole model, also of other layers; targets without one, or with an empty one,
+                stay as they are in the base.
+            trainable: Whether the deltas take gradients.
+        """
+        before = self._clear(adapter_name)
+        for parameter, name in self.targets_of(adapter_name).items():
+            child = children.get(name)
+            if child is None or not child.indices.numel():
+                continue  # an empty delta would only trouble optimizers and sharding
+            base = self.base_parameter(parameter)
+            data = encode(child.indices.cpu().numpy(), tuple(base.shape), fingerprint_of(base, child.indices))
+            block = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(base.device)
+            delta = _kept(before.get(parameter), child.values.detach().to(base.device, copy=True))
+            self._put(adapter_name, parameter, delta, block, trainable)
+            self.child_index.remember(adapter_name, parameter, child.indices)
+
+    def allocate(
+        self,
+        adapter_name: str,
+        sizes: Mapping[str, ChildSize],
+        trainable: bool,
+        dtypes: Mapping[str, torch.dtype] | None = None,
+    ) -> None:
+        """Make deltas and blocks of the given sizes, to be filled by a loader.
+
+        Deltas that have their size already stay the objects they are, for optimizers that hold them.
+
+        Args:
+            adapter_name: An adapter of this layer.
+            sizes: By name in the whole model, also of other layers, for the parameters with a child network.
+            trainable: Whether new deltas take gradients.
+            dtypes: Dtypes of the deltas by name, float32 if not given.
+        """
+        own = {key: name for key, name in self.targets_of(adapter_name).items() if name in sizes}
+        wanted = {name: (dtypes or {}).get(name, torch.float32) for name in own.values()}
+        present = {name: delta.dtype for name, delta in self.named_deltas(adapter_name).items()}
+        if present == wanted and self.sizes(adapter_name) == {name: sizes[name] for name in wanted}:
+            self._mark_chosen(adapter_name)
+            return
+        before = self._clear(adapter_name)
+        for parameter, name in own.items():
+            device = self.base_parameter(parameter).device
+            block = torch.zeros(sizes[name].index_bytes, dtype=torch.uint8, device=device)
+            delta = torch.zeros(sizes[name].chosen, dtype=wanted[name], device=device)
+            self._put(adapter_name, parameter, _kept(before.get(parameter), delta), block, trainable)
+
+    def keep(self, adapter_name: str, chosen: Mapping[str, Tensor]) -> None:
+        """Keep a part of an adapter's child network here, no longer with masked gradients.
+
+        Args:
+            adapter_name: An adapter of this layer.
+            chosen: Which values of its deltas to keep, by name in the whole model, int64, strictly increasing.
+        """
+        trainable = any(delta.requires_grad for delta in self._deltas(adapter_name).values())
+        kept = {
+            name: delta._replace(indices=delta.indices[chosen[name]], values=delta.values[chosen[name]])
+            for name, delta in self.sparse_deltas(adapter_name).items()
+        }
+        self.child_states[adapter_name].mask = None
+        self.set_child(adapter_name, kept, trainable)
+
+    def await_file(self, adapter_name: str) -> None:
+        """Remember that the adapter was added for a file, until one is loaded."""
+        self.child_states[adapter_name].awaits_file = True
+
+    def awaits_file(self, adapter_name: str) -> bool:
+        """Whether the adapter was added for a file that has not been loaded."""
+        return adapter_name in self.child_states and self.child_states[adapter_name].awaits_file
+
+    def _mark_chosen(self, adapter_name: str) -> None:
+        self.child_index.read_again(adapter_name)
+        self.child_mask.read_again(adapter_name)
+        state = self.child_states[adapter_name]
+        state.chosen, state.awaits_file = True, False
+
+    def _clear(self, adapter_name: str) -> dict[str, nn.Parameter]:
+        """Take an adapter's child network out, to be replaced; returns its deltas by parameter."""
+        for name, delta in self.named_deltas(adapter_name).items():
+            check_whole(name, delta, "give its adapter another child network before that")
+        deltas = dict(self._deltas(adapter_name).items())
+        for held in (self._deltas(adapter_name), self.child_index.of(adapter_name), self.child_mask.of(adapter_name)):
+            held.clear()
+        self._mark_chosen(adapter_name)
+        return deltas
+
+    def _put(self, adapter_name: str, parameter: str, delta: nn.Parameter, block: Tensor, trainable: bool) -> None:
+        state = self.child_states[adapter_name]
+        self._deltas(adapter_name)[parameter] = delta.requires_grad_(trainable)
+        expect_optimizer(delta)
+        self.child_index.of(adapter_name)[parameter] = block
+        state.unsharded = is_sharded(self.base_parameter(parameter))
+        if state.mask is not None:
+            self.child_mask.put(adapter_name, parameter, state.mask, block.device)
+
+    def sizes_in(
+        self, state_dict: Mapping[str, Any], prefix: str, adapter_name: str
+    ) -> tuple[dict[str, ChildSize], dict[str, torch.dtype]]:
+        """Sizes and dtypes of the child networks that a model's state dict has for this layer, by name.
+
+        Args:
+            state_dict: Tensors by their names in the model.
+            prefix: Name of this layer there, with a dot at the end.
+            adapter_name: An adapter of this layer.
+
+        Raises:
+            FormatError: If a child network is damaged, or belongs to a tensor of another size.
+        """
+        sizes, dtypes = {}, {}
+        for parameter, name in self.targets_of(adapter_name).items():
+            keys = {kind: f"{prefix}{kind}.{adapter_name}.{parameter}" for kind in (*KINDS, MASK)}
+            tensors = {kind: state_dict[key] for kind, key in keys.items() if key in state_dict}
+            if tensors:
+                child = checked_child(name, tensors)
+                check_numel(name, child, self.base_parameter(parameter))
+                sizes[name], dtypes[name] = child.size(), precise_dtype(child.delta)
+        return sizes, dtypes
+
+    def make_room(self, adapter_name: str, sizes: Mapping[str, ChildSize], dtypes: Mapping[str, torch.dtype]) -> None:
+        """As `allocate`, where sizes differ; new deltas take gradients if the adapter is active.
+
+        What is sharded (FSDP2) stays as it is, for torch to say what does not fit.
+        """
+        if any(map(is_sharded, self._deltas(adapter_name).values())):
+            return
+        if not self.is_chosen(adapter_name) or self.sizes(adapter_name) != sizes:
+            is_active = adapter_name in self.active_adapters and not self.disable_adapters
+            self.allocate(adapter_name, sizes, is_active, dtypes)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        """As torch's; a child network that was chosen in another model gets room first."""
+        found = {adapter: self.sizes_in(state_dict, prefix, adapter) for adapter in self.child_states}
+        for adapter, (sizes, dtypes) in found.items():
+            if sizes:
+                self.make_room(adapter, sizes, dtypes)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    # Gradient masks
+
+    def named_mask(self, key: str) -> tuple[str, GradientMask]:
+        """Name in the whole model and present mask of a parameter, by `ADAPTER.PARAMETER`."""
+        adapter, parameter = key.split(".")
+        return self.targets_of(adapter)[parameter], self.gradient_mask(adapter, parameter)
+
+    def is_masked(self, adapter_name: str, parameter: str) -> bool:
+        """Whether the gradient of a delta is masked."""
+        return parameter in self.child_mask.of(adapter_name)
+
+    def gradient_mask(self, adapter_name: str, parameter: str) -> GradientMask:
+        """The present mask of the gradient of a delta."""
+        return self.child_mask.present(adapter_name, parameter)
+
+    def counted_steps(self) -> list[int]:
+        """Optimizer steps done, for every delta whose gradient is masked."""
+        return [self.gradient_mask(*key).step for key in self._masked()]
+
+    def count_step(self, stepped: Container[int] | None = None) -> None:
+        """Go on to the masks of the next optimizer step.
+
+        Args:
+            stepped: Identities of the parameters that the optimizer has; by default all deltas were updated.
+        """
+        for adapter, parameter in self._masked():
+            if stepped is None or id(self._deltas(adapter)[parameter]) in stepped:
+                self.child_mask.count_step(adapter, parameter)
+
+    def _masked(self) -> list[tuple[str, str]]:
+        """Adapters and parameters of the deltas whose gradients are masked."""
+        return [(adapter, parameter) for adapter in self.child_mask for parameter in self.child_mask.of(adapter)]
+
+    # Life
+
+    def read_again(self) -> None:
+        """Read indices and masks from their buffers again, after writes that autograd does not count."""
+        self.child_index.read_again()
+        self.child_mask.read_again()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As PEFT's."""
+        super().delete_adapter(adapter_name)
+        self.read_again()
+
+    def cast_deltas(self, adapter_name: str) -> None:
+        """Give the deltas of an adapter the dtypes of their base parameters."""
+        for parameter, delta in self._deltas(adapter_name).items():
+            delta.data = delta.data.to(self.base_parameter(parameter).dtype)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """As PEFT's, but deltas keep their precision whatever the dtype of the base."""
+        if adapter_name in self.child_delta and not any(delta.is_meta for delta in self.child_delta.parameters()):
+            device = device or next(self.base_layer.parameters()).device
+            for held in (self.child_delta, self.child_index, self.child_mask):
+                held[adapter_name].to(device)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As torch's."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._number = watch(self)
+
+
+def _kept(delta: nn.Parameter | None, values: Tensor) -> nn.Parameter:
+    """The parameter that optimizers may hold with other values if they fit into it, otherwise a new one."""
+    described = (values.shape, values.dtype, values.device)
+    if delta is None or (delta.shape, delta.dtype, delta.device) != described or delta.is_inference():
+        return nn.Parameter(values)
+    delta.grad = None
+    with torch.no_grad():
+        delta.copy_(values)
+    return delta
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _decode_now(number: int) -> bool:
+    """Decode all indices of a layer while the compiler traces it; it can pass a number, but not the layer."""
+    layer = cast(LayerState, owner_of(number))
+    for adapter in layer.child_index:
+        for parameter in layer.child_index.of(adapter):
+            layer._present(adapter, parameter)
+    return True

@@ -1,0 +1,231 @@
+"""Between the layers of a model and an adapter file: what is saved, and how a loaded file is fitted to the layers.
+
+When loading, everything is checked before anything changes: a file that is damaged, or belongs to another base model,
+leaves the model as it was.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from peft_child.files.adapter_tensors import (
+    DELTA,
+    INDEX,
+    MASK,
+    StoredChild,
+    check_numel,
+    fingerprint_of,
+    fingerprints_differ,
+    precise_dtype,
+    read_children,
+    stamped,
+)
+from peft_child.tensors.codec import FormatError, with_delta_checksum
+from peft_child.tensors.delta import ChildSize, SparseDelta
+from peft_child.tensors.distributed import alike, whole
+from peft_child.tensors.gradient_mask import GradientMask
+from peft_child.tuner.config import ChildTuningConfig
+from peft_child.tuner.layer import ChildTuningLayer, child_tuning_layers
+
+
+# What torch puts around modules for activation checkpointing and FSDP1; state dicts know nothing of it.
+_WRAPPERS = ("_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
+
+
+def tensors_to_save(
+    model: nn.Module, config: ChildTuningConfig, adapter_name: str, state_dict: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """The tensors of an adapter as its file has them, but for the adapter's name.
+
+    If the model is sharded over processes (FSDP2), every rank has to call this, and gets whole tensors.
+
+    Args:
+        model: A model whose layers have the adapter.
+        config: The adapter's configuration, which is saved next; the sizes of the child network are recorded in it.
+        adapter_name: The adapter.
+        state_dict: PEFT's copy of the model's state dict, without other adapters. PEFT takes more out of it later, so
+            it is changed: child networks and targeted base weights are removed, and `modules_to_save` are whole.
+
+    Raises:
+        RuntimeError: If no child network was chosen, or the state dict does not hold all of it.
+    """
+    layers = _layers(model)
+    sizes: dict[str, ChildSize] = {}
+    for layer in layers.values():
+        if layer.has_adapter(adapter_name):
+            layer.check_is_chosen(adapter_name, "saving")
+            sizes |= layer.sizes(adapter_name)
+    config.record_sizes(sizes)
+    prefixes = tuple(f"{name}.child_" for name in layers)
+    is_written = bool(state_dict)  # accelerate gives an empty one to the ranks that do not write
+    selected = {key: whole(state_dict.pop(key)) for key in list(state_dict) if key.startswith(prefixes)}
+    for name in sorted(layers, key=len, reverse=True):
+        inside = f"{name}.base_layer."
+        for parameter in layers[name].base_layer._parameters:
+            state_dict.pop(f"{inside}{parameter}", None)
+        if not layers[name].has_adapter(adapter_name):  # another adapter's, which other models will not have
+            selected = {
+                f"{name}.{key.removeprefix(inside)}" if key.startswith(inside) else key: value
+                for key, value in selected.items()
+            }
+    if is_written:
+        _check_saved(sizes, selected)
+    dense = [key for key in state_dict if f".modules_to_save.{adapter_name}." in key]
+    state_dict |= {key: whole(state_dict[key]) for key in dense}
+    return stamped(selected, getattr(torch, config.delta_dtype))
+
+
+def _check_saved(sizes: Mapping[str, ChildSize], selected: Mapping[str, Tensor]) -> None:
+    entries = sum(value.numel() for key, value in selected.items() if f".{DELTA}." in key)
+    blocks = sum(f".{INDEX}." in key for key in selected)
+    expected = sum(size.chosen for size in sizes.values())
+    if (entries, blocks) != (expected, len(sizes)):
+        raise RuntimeError(
+            f"The state dict holds {entries} entries and {blocks} indices of child networks, the layers here have "
+            f"{expected} and {len(sizes)}. Pass the state dict of the whole model; to save sharded models, use "
+            "FSDP2 (fully_shard), not FSDP1."
+        )
+
+
+def _layers(model: nn.Module) -> dict[str, ChildTuningLayer]:
+    """The layers of a model by their names in its state dict."""
+    found = {}
+    for name, layer in child_tuning_layers(model).items():
+        for wrapper in _WRAPPERS:
+            name = name.replace(wrapper, "")
+        found[name] = layer
+    return found
+
+
+def fit_state_dict(
+    model: nn.Module, config: ChildTuningConfig, adapter_name: str, state_dict: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Check a file's tensors against the model, make room for them, and name them as the model does.
+
+    Args:
+        model: A model whose layers have the adapter.
+        config: The adapter's configuration.
+        adapter_name: The adapter.
+        state_dict: The file's tensors, and those of other parts of the adapter, which pass through.
+
+    Returns:
+        The tensors by their names in the model's state dict.
+
+    Raises:
+        FormatError: If a tensor is damaged, or does not fit the base model. Nothing has changed then.
+        ValueError: If the base model has other weights, and `check_base` is 'error'; or if the configuration did not
+            come with the file, and says that the child network or its gradient mask must be another.
+    """
+    children, remapped = read_children(state_dict)
+    layers = {path: layer for path, layer in _layers(model).items() if layer.has_adapter(adapter_name)}
+    sizes: dict[str, ChildSize] = {}
+    dtypes: dict[str, torch.dtype] = {}
+    strange: list[str] = []
+    mask = config.gradient_mask()
+    for path, layer in layers.items():
+        own = {
+            parameter: (name, children.pop(name))
+            for parameter, name in layer.targets_of(adapter_name).items()
+            if name in children  # nothing was chosen in the others
+        }
+        strange += _made_elsewhere(layer, config, adapter_name, own)
+        present = layer.named_deltas(adapter_name)
+        for parameter, (name, child) in own.items():
+            _check_mask(config, name, mask, child.mask)
+            if mask is not None:
+                remapped[f"{path}.{MASK}.{adapter_name}.{parameter}"] = (child.mask or mask).pack()
+            delta = child.delta.to(precise_dtype(child.delta))
+            remapped[f"{path}.{DELTA}.{adapter_name}.{parameter}"] = alike(delta, present.get(name))
+            remapped[f"{path}.{INDEX}.{adapter_name}.{parameter}"] = _unsealed(child.block)
+            sizes[name], dtypes[name] = child.size(), delta.dtype
+    _check_complete(sizes, children)
+    if config.present_sizes() != sizes:
+        bases = [base for layer in layers.values() for base in layer.base_parameters(adapter_name).values()]
+        _check_density(config, sum(base.numel() for base in bases), sizes)
+    _check_base(config.check_base, strange, len(sizes))
+    for layer in layers.values():
+        is_active = adapter_name in layer.active_adapters and not layer.disable_adapters
+        layer.allocate(adapter_name, sizes, is_active and not config.inference_mode, dtypes)
+    config.record_sizes(sizes)
+    return remapped
+
+
+def _made_elsewhere(
+    layer: ChildTuningLayer, config: ChildTuningConfig, adapter_name: str, own: Mapping[str, tuple[str, StoredChild]]
+) -> list[str]:
+    """Names of a layer's child networks that were made on other base values; all are checked otherwise."""
+    strange = []
+    drawn: dict[str, SparseDelta] | None = None
+    for parameter, (name, child) in own.items():
+        base = layer.base_parameter(parameter)
+        check_numel(name, child, base)
+        indices = child.indices(name)
+        if not layer.merged and not _is_at_home(child, base, indices):
+            strange.append(name)
+        came_alone = child.size() != (config.present_sizes() or {}).get(name)  # without its configuration
+        if config.variant == "random" and came_alone:
+            drawn = layer.sparse_deltas(adapter_name) if drawn is None else drawn
+            _check_drawn(name, drawn.get(name), indices)
+    return strange
+
+
+def _check_complete(sizes: dict[str, ChildSize], left: dict[str, StoredChild]) -> None:
+    if left:
+        raise FormatError(f"'{next(iter(left))}' is no parameter that this adapter targets in this base model.")
+    if not sizes:
+        raise FormatError("The file holds no child network; it was saved before one was chosen.")
+
+
+def _check_density(config: ChildTuningConfig, targeted: int, sizes: dict[str, ChildSize]) -> None:
+    chosen = sum(size.chosen for size in sizes.values())
+    if config.variant != "extracted" and chosen != config.child_size(targeted):
+        raise ValueError(
+            f"The saved child network must have the density of the configuration, {config.density}; it has {chosen} "
+            f"of {targeted} entries."
+        )
+
+
+def _check_drawn(name: str, drawn: SparseDelta | None, indices: Tensor) -> None:
+    if drawn is not None and not drawn.indices.is_meta and not drawn.indices.cpu().equal(indices):
+        raise ValueError(
+            f"The random child network of '{name}' must be the one that was saved; it was drawn with another seed, or "
+            "by another version."
+        )
+
+
+def _check_mask(config: ChildTuningConfig, name: str, mask: GradientMask | None, stored: GradientMask | None) -> None:
+    if stored is None or config.variant == "extracted":
+        return
+    if mask is None or stored._replace(step=mask.step) != mask:
+        raise ValueError(
+            f"The gradient mask of '{name}' must be the one that the adapter was trained with, {stored.describe()}; "
+            f"this configuration says {mask.describe() if mask else 'none'}."
+        )
+
+
+def _is_at_home(child: StoredChild, base: Tensor, indices: Tensor) -> bool:
+    """Whether the base has the values that it had where the child network was chosen, as far as is known."""
+    return not fingerprints_differ(child.header.fingerprint, fingerprint_of(base, indices))
+
+
+def _check_base(check_base: str, strange: list[str], count: int) -> None:
+    if not strange or check_base == "off":
+        return
+    message = (
+        f"The base model has other weights than the one this adapter was made on, in {len(strange)} of {count} tensors"
+        f" with a child network, such as '{strange[0]}'. Load the same base model and revision, or pass "
+        "check_base='off'."
+    )
+    if check_base == "error":
+        raise ValueError(message)
+    warnings.warn(message, stacklevel=2)
+
+
+def _unsealed(block: Tensor) -> Tensor:
+    """The block without the checksum of its delta, which training will change."""
+    data = with_delta_checksum(block.cpu().numpy().data, 0)
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8).to(block.device)

@@ -1,0 +1,271 @@
+"""Which parameters of a base model an adapter's configuration names, and which modules own them.
+
+Names are those of the base model without any adapter, so that they mean the same for every adapter and in every file.
+A tensor that several modules own (tied weights) is one target with several owners.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator
+from typing import NamedTuple
+
+import torch
+from peft import TaskType
+from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, check_target_module_exists
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from transformers.pytorch_utils import Conv1D
+
+from peft_child.tensors.quantised import is_quantised
+from peft_child.tuner.config import ChildTuningConfig
+from peft_child.tuner.layer import ChildTuningLayer
+
+
+# What PEFT saves whole for a task, though it writes it into `modules_to_save` only after it has injected the adapter.
+_HEADS = {TaskType.TOKEN_CLS: ("classifier", "score"), TaskType.QUESTION_ANS: ("qa_outputs",)}
+
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)  # read without being called
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Owner(NamedTuple):
+    """A module that owns a parameter.
+
+    Attributes:
+        path: Name of the module in the base model.
+        module: The module itself, never an adapter layer.
+        parameter: Name of the parameter in the module.
+        entry: Name of the outermost module that already has an adapter layer around this one, or `path`.
+    """
+
+    path: str
+    module: nn.Module
+    parameter: str
+    entry: str
+
+    @property
+    def name(self) -> str:
+        """Name of the parameter in the base model, at this owner."""
+        return f"{self.path}.{self.parameter}" if self.path else self.parameter
+
+
+class Target(NamedTuple):
+    """A targeted parameter.
+
+    Attributes:
+        parameter: The tensor.
+        owners: Every module that owns it, in the order of the model; the first one holds the delta.
+    """
+
+    parameter: nn.Parameter
+    owners: list[Owner]
+
+    @property
+    def name(self) -> str:
+        """Its name in the base model, at its first owner."""
+        return self.owners[0].name
+
+
+def find_targets(model: nn.Module, config: ChildTuningConfig) -> list[Target]:
+    """Find the parameters that a configuration names.
+
+    A module that it names brings along the modules inside it; one that it excludes takes them away, and so does one
+    that is saved whole (`modules_to_save`, the head of the task type among them).
+
+    Args:
+        model: The base model, with or without adapter layers in it.
+        config: The configuration; 'all-linear' must have been resolved with `all_linear`.
+
+    Returns:
+        The targets, in the order of the model.
+
+    Raises:
+        ValueError: If a target is not floating point, or packed without a way to unpack it; if it belongs to the
+            top-level module, or is tied to a weight that is trained densely; or if an entry of `target_parameters`
+            matches nothing.
+    """
+    found: dict[int, Target] = {}
+    wanted: set[int] = set()
+    seen: set[tuple[int, str]] = set()
+    for place in _places(model, config):
+        if place.named:
+            _check_holds_weights(place)
+        for key, parameter in place.module.named_parameters(recurse=False, remove_duplicate=False):
+            owner = Owner(place.path, place.module, key, place.entry)
+            if place.named or (place.named is False and names_parameter(config.target_parameters, owner.name)):
+                _check_weight(parameter, owner)
+                _check_module(owner)
+                wanted.add(id(parameter))
+            if (id(place.module), key) not in seen:  # else the same module under another name
+                seen.add((id(place.module), key))
+                found.setdefault(id(parameter), Target(parameter, [])).owners.append(owner)
+    targets = [target for target in found.values() if id(target.parameter) in wanted]
+    _check_dense_copies(model, config, targets)
+    _check_entries(config.target_parameters, targets)
+    return targets
+
+
+def names_parameter(target_parameters: Collection[str] | str | None, name: str) -> bool:
+    """Whether names or endings of names, or a regular expression for full names, name a parameter."""
+    if not target_parameters:
+        return False
+    if isinstance(target_parameters, str):
+        return re.fullmatch(target_parameters, name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in target_parameters)
+
+
+def all_linear(model: nn.Module, config: ChildTuningConfig) -> set[str]:
+    """Names of all linear layers but the head: PEFT's 'all-linear', also under the layers of earlier adapters."""
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if get_head is not None else None
+    if head is None and config.task_type == TaskType.SEQ_CLS:
+        head = next((getattr(model, name) for name in SEQ_CLS_HEAD_NAMES if hasattr(model, name)), None)
+    head = head.base_layer if isinstance(head, ChildTuningLayer) else head
+    places = (place for place in _places(model, config) if isinstance(place.module, (nn.Linear, Conv1D)))
+    return {place.path for place in places if place.module is not head and place.named is not None}
+
+
+def saved_whole(config: ChildTuningConfig) -> tuple[str, ...]:
+    """Endings of the names of the modules that PEFT trains densely and saves whole."""
+    heads = _HEADS.get(TaskType(config.task_type), ()) if config.task_type else ()
+    return (*(config.modules_to_save or ()), *heads)
+
+
+def check_saved_whole(model: nn.Module, config: ChildTuningConfig) -> None:
+    """Raise, as PEFT would after it has changed the model, a `TypeError` if a module cannot be saved whole."""
+    for name, module in model.named_modules():
+        if name.endswith(saved_whole(config)) and isinstance(module, _CONTAINERS):
+            raise TypeError(
+                f"modules_to_save cannot be applied to modules of type {type(module)}, such as '{name}'; name the "
+                "modules in it."
+            )
+
+
+# The modules of the base model
+
+
+class _Place(NamedTuple):
+    """A module of the base model and where it stands.
+
+    Attributes:
+        path: Its name in the base model.
+        module: The module itself, never an adapter layer.
+        entry: Name of the outermost module that already has an adapter layer around this one, or `path`.
+        named: What the configuration says of it, or of the closest module around it of which it says anything: True
+            for targeted, None for excluded, False for nothing at all.
+    """
+
+    path: str
+    module: nn.Module
+    entry: str
+    named: bool | None
+
+
+def _places(model: nn.Module, config: ChildTuningConfig) -> Iterator[_Place]:
+    """Every module of the base model under every name that it has, parents first; not those trained densely."""
+
+    def walk(module: nn.Module, path: str, entry: str | None, around: bool | None) -> Iterator[_Place]:
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            return
+        if isinstance(module, ChildTuningLayer):
+            module, entry = module.base_layer, path if entry is None else entry
+        elif isinstance(module, BaseTunerLayer):
+            raise ValueError(
+                f"'{path}' is a {type(module).__module__}.{type(module).__qualname__} of another PEFT method; "
+                "Child-Tuning cannot be combined with others in one model."
+            )
+        named = _names_module(config, path) if path else False
+        named = around if named is False or around is None else named
+        yield _Place(path, module, path if entry is None else entry, named)
+        for name, child in module._modules.items():
+            if child is not None:
+                yield from walk(child, f"{path}.{name}" if path else name, entry, named)
+
+    return walk(model, "", None, False)
+
+
+def _names_module(config: ChildTuningConfig, path: str) -> bool | None:
+    if path.endswith(saved_whole(config)):
+        return None
+    matched = check_target_module_exists(config, path)
+    return None if isinstance(matched, _ExcludedModule) else bool(matched)
+
+
+# Checks
+
+
+def _check_weight(parameter: nn.Parameter, owner: Owner) -> None:
+    if not owner.path:
+        raise ValueError(
+            f"Parameter '{owner.name}' belongs to the top-level module, which PEFT cannot replace; target parameters "
+            "of modules inside it."
+        )
+    if hasattr(nn.ParameterDict(), owner.parameter):
+        raise ValueError(
+            f"'{owner.name}' has the name of a method or attribute of the containers of deltas (nn.ParameterDict); "
+            "Child-Tuning cannot target it."
+        )
+    tensor: object = parameter
+    is_packed = is_traceable_wrapper_subclass(tensor) and type(tensor).__name__ != "DTensor"
+    is_packed = is_packed and not is_quantised(parameter)
+    if parameter.dtype not in WEIGHT_DTYPES or is_packed:
+        _refuse(owner.name, parameter)
+
+
+def _check_module(owner: Owner) -> None:
+    if isinstance(owner.module, _CONTAINERS):
+        raise ValueError(
+            f"'{owner.name}' is in a {type(owner.module).__name__}, which is read without being called; "
+            "Child-Tuning cannot target it."
+        )
+
+
+def _check_holds_weights(place: _Place) -> None:
+    """Some quantised layers keep integers in buffers, where no parameter would be found to refuse."""
+    for name, buffer in place.module.named_buffers(recurse=False):
+        if name in ("qweight", "W_q", "codebooks"):
+            _refuse(f"{place.path}.{name}", buffer)
+
+
+def _refuse(name: str, parameter: torch.Tensor) -> None:
+    raise ValueError(
+        f"Child-Tuning needs a floating point weight of dtype {', '.join(str(dtype)[6:] for dtype in WEIGHT_DTYPES)}; "
+        f"'{name}' is a {type(parameter).__name__} of {parameter.dtype}. Quantised weights are only "
+        "supported as tensors that can be dequantised (torchao): load the base model without quantisation, or exclude "
+        "the module."
+    )
+
+
+def _check_dense_copies(model: nn.Module, config: ChildTuningConfig, targets: list[Target]) -> None:
+    """A tied weight cannot be frozen under its child network and trained densely elsewhere."""
+    dense = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, AuxiliaryTrainingWrapper)
+        for parameter in module.original_module.parameters()
+    }
+    expressions = [rf".*{re.escape(name)}($|\.)" for name in saved_whole(config)]
+    for target in targets:
+        is_dense = id(target.parameter) in dense
+        for owner in target.owners:
+            if is_dense or any(re.match(expression, owner.path) for expression in expressions):
+                raise ValueError(
+                    f"'{owner.name}' is tied between a targeted module and one that is trained densely "
+                    "(modules_to_save); a tensor can be only one of the two."
+                )
+
+
+def _check_entries(target_parameters: Collection[str] | str | None, targets: list[Target]) -> None:
+    names = [owner.name for target in targets for owner in target.owners]
+    entries: list[str | list[str]] = [[entry] for entry in target_parameters or ()]
+    if isinstance(target_parameters, str):
+        entries = [target_parameters]
+    for entry in entries:
+        if not any(names_parameter(entry, name) for name in names):
+            raise ValueError(
+                "target_parameters must each match a parameter of the base model; "
+                f"'{entry if isinstance(entry, str) else entry[0]}' matches none."
+            )
