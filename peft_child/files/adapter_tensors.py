@@ -22,7 +22,7 @@ from peft_child.tensors.codec import (
     with_delta_checksum,
 )
 from peft_child.tensors.delta import ChildSize
-from peft_child.tensors.distributed import whole
+from peft_child.tensors.distributed import check_has_values, whole
 from peft_child.tensors.gradient_mask import GradientMask
 from peft_child.tensors.quantised import is_quantised
 
@@ -126,6 +126,7 @@ def stamped(tensors: Mapping[str, Tensor], delta_dtype: torch.dtype | None = Non
         delta_dtype: Round float32 deltas to this dtype; by default nothing is rounded.
 
     Raises:
+        RuntimeError: If a delta is offloaded.
         ValueError: If a delta is not finite, or a block was never filled, which nothing could read again.
     """
     result = dict(tensors)
@@ -133,19 +134,17 @@ def stamped(tensors: Mapping[str, Tensor], delta_dtype: torch.dtype | None = Non
         path, kind, rest = key.rpartition(f".{INDEX}.")
         delta_key = f"{path}.{DELTA}.{rest}"
         delta = tensors.get(delta_key) if kind else None
-        if delta is None or delta.is_meta:
+        if delta is None:
             continue
+        name = f"{path.removeprefix(PREFIX)}.{rest.rpartition('.')[2]}"
+        check_has_values(f"The child network of '{name}'", delta)
         if not bool(block.any()):
-            raise ValueError(
-                f"The child network of '{path.removeprefix(PREFIX)}.{rest}' was neither chosen nor loaded."
-            )
+            raise ValueError(f"The child network of '{name}' was neither chosen nor loaded.")
         if delta_dtype is not None and delta.dtype == torch.float32:
             result[delta_key] = delta.to(delta_dtype)
         bad = result[delta_key].numel() - int(result[delta_key].isfinite().sum())
         if bad:
-            raise ValueError(
-                f"Deltas must be finite to be saved; {bad} values of '{path.removeprefix(PREFIX)}.{rest}' are not."
-            )
+            raise ValueError(f"Deltas must be finite to be saved; {bad} values of '{name}' are not.")
         data = with_delta_checksum(block.cpu().numpy().data, checksum_of(result[delta_key]))
         result[key] = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(block.device)
     return result

@@ -18,6 +18,7 @@ from peft_child.selection.fisher_pass import OVER_BATCHES, FisherPass, Forward, 
 from peft_child.tensors.delta import fresh_delta
 from peft_child.tensors.distributed import (
     check_equal,
+    check_has_values,
     digest,
     gathered,
     is_sharded,
@@ -292,8 +293,7 @@ def _choose(scores: Scores, targets: Mapping[str, nn.Parameter], size: int) -> d
 def _targets(layers: list[ChildTuningLayer], adapter_name: str) -> dict[str, nn.Parameter]:
     targets = {name: base for layer in layers for name, base in layer.base_parameters(adapter_name).items()}
     for name, parameter in targets.items():
-        if parameter.is_meta:
-            raise RuntimeError(f"'{name}' is offloaded (on the meta device); load the base model without offloading.")
+        check_has_values(f"'{name}'", parameter)
     return targets
 
 

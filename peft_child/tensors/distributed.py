@@ -196,6 +196,15 @@ def alike(tensor: Tensor, example: Tensor | None) -> Tensor:
     return distribute_tensor(whole, example.device_mesh, example.placements)  # type: ignore[attr-defined]
 
 
+def check_has_values(what: str, tensor: Tensor) -> None:
+    """Raise a `RuntimeError` if a tensor is on the meta device, as those of an offloaded model are."""
+    if tensor.is_meta:
+        raise RuntimeError(
+            f"{what} is offloaded (on the meta device), which Child-Tuning does not support: load the base model "
+            "without offloading."
+        )
+
+
 def check_whole(name: str, tensor: Tensor, way_out: str) -> None:
     """Raise a `ValueError` if a tensor is sharded, saying what to do."""
     if is_sharded(tensor):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from peft_child.files.adapter_tensors import KINDS, MASK
@@ -48,6 +50,25 @@ def check_sizes(config: ChildTuningConfig, targets: list[Target]) -> None:
                 f"The adapter does not fit the base model: its '{name}' has {size.numel} entries, the model has "
                 f"{here}."
             )
+
+
+def check_vocabulary(model: nn.Module, targets: list[Target]) -> None:
+    """Raise a `ValueError` if a targeted embedding has rows that are in no checkpoint, since the vocabulary grew."""
+    config: Any = getattr(model, "config", None)
+    size, name = getattr(config, "vocab_size", None), getattr(config, "name_or_path", "")
+    grown = [target.name for target in targets if target.parameter.dim() > 1 and len(target.parameter) == size]
+    if not grown or not name:
+        return
+    try:
+        before = type(config).from_pretrained(name, local_files_only=True).vocab_size
+    except Exception:  # whatever a name that is no checkpoint's leads to
+        return
+    if before != size:
+        raise ValueError(
+            f"'{grown[0]}' has {size} rows, but '{name}' has {before}: the adapter's file would not have the new ones."
+            f" Save the resized model and load it from there, or train '{grown[0].rpartition('.')[0]}' whole "
+            "(modules_to_save)."
+        )
 
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:

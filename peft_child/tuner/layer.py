@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from peft_child.tensors.compose import Child, Composition, call_composed, lock_of
 from peft_child.tensors.composed_on_use import ComposedOnUse, ComposedToRead
-from peft_child.tensors.distributed import is_sharded
+from peft_child.tensors.distributed import check_has_values, is_sharded
 from peft_child.tensors.quantised import is_quantised
 from peft_child.tuner.state import LayerState
 
@@ -99,11 +99,7 @@ class ChildTuningLayer(LayerState):
             )
 
     def _check_present(self, parameter: str, base: Tensor) -> None:
-        if base.is_meta:
-            raise RuntimeError(
-                f"Parameter '{parameter}' of a {type(self.base_layer).__name__} is offloaded (on the meta device), "
-                "which Child-Tuning does not support: load the base model without offloading."
-            )
+        check_has_values(f"Parameter '{parameter}' of a {type(self.base_layer).__name__}", base)
         if is_sharded(base):
             raise RuntimeError(
                 f"Parameter '{parameter}' of a {type(self.base_layer).__name__} is sharded (a DTensor), so that it "

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from peft_child.tensors.combine import combine_named, density_of
 from peft_child.tensors.delta import SparseDelta, fresh_delta
+from peft_child.tensors.distributed import check_has_values
 from peft_child.tensors.gradient_mask import GradientMask
 from peft_child.tensors.topk import apportion, draw_random
 from peft_child.tuner.config import ChildTuningConfig
@@ -27,6 +28,7 @@ from peft_child.tuner.injection import (
     check_adapter_name,
     check_name_is_free,
     check_sizes,
+    check_vocabulary,
     keep_buffers_from_ddp,
     remove_adapter,
     replace_module,
@@ -113,6 +115,7 @@ class ChildTuningModel(BaseTuner):
         targets = find_targets(model, peft_config)
         check_adapter_name(self._injected, targets)
         check_sizes(peft_config, targets)
+        check_vocabulary(model, targets)
 
         entries: dict[str, list[tuple[Target, Owner]]] = {}
         for target in targets:
@@ -331,7 +334,9 @@ class ChildTuningModel(BaseTuner):
     def _sparse_deltas(self, adapter_name: str) -> dict[str, SparseDelta]:
         found: dict[str, SparseDelta] = {}
         for layer in child_tuning_layers(self.model, adapter_name).values():
-            found |= layer.sparse_deltas(adapter_name)
+            for name, delta in layer.sparse_deltas(adapter_name).items():
+                check_has_values(f"The child network of '{name}'", delta.values)
+                found[name] = delta
         return found
 
     def _unload_and_optionally_merge(  # type: ignore[override]  # PEFT annotates None, and returns the model
