@@ -44,7 +44,7 @@ def test_the_ways_out_keep_every_bit(grown, tmp_path):
     assert torch.equal(logits(loaded, batch), logits(model, batch))
 
 
-@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # PEFT's, about modules saved whole
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")  # which PEFT does, and need not
 def test_embeddings_that_are_saved_whole_may_have_grown(tmp_path):
     tiny_llama().save_pretrained(tmp_path / "base")
     models = [LlamaForCausalLM.from_pretrained(tmp_path / "base") for _ in range(2)]
