@@ -23,12 +23,30 @@ ROOT = Path(__file__).parents[1]
 _SERVER = multiprocessing.get_context("forkserver")
 
 
-def on_two_ranks(function, folder, timeout=120):
-    """Results of `function(folder)` on rank 0 and rank 1, which both have to end well and in time."""
+def _prepare_server():
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     _SERVER.set_forkserver_preload(
-        ["torch", "transformers", "accelerate", "peft_child", "tests.ranks", "tests.helpers"]
+        ["torch", "transformers", "accelerate", "peft_child", "matplotlib.figure", "tests.ranks", "tests.helpers"]
     )
+
+
+def forked(function, *arguments):
+    """A started process of `function(*arguments, connection)`, and the other end of the connection."""
+    _prepare_server()
+    here, there = _SERVER.Pipe()
+    process = _SERVER.Process(target=_call, args=(function.__module__, function.__name__, (*arguments, there)))
+    process.start()
+    return process, here
+
+
+def _call(module, function, arguments):
+    sys.path.insert(0, str(ROOT))
+    getattr(importlib.import_module(module), function)(*arguments)
+
+
+def on_two_ranks(function, folder, timeout=120):
+    """Results of `function(folder)` on rank 0 and rank 1, which both have to end well and in time."""
+    _prepare_server()
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]

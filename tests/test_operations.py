@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ from peft_child.files.merge import NamesDifferError, export_patch, merge_checkpo
 
 from .helpers import assert_same, child_of, chosen_model, config_for, logits, move
 from .problems import batch_of, build, tiny_llama
+from .ranks import forked
 
 
 def tensors_of(folder):
@@ -347,26 +347,27 @@ def test_memory_does_not_grow_with_the_number_of_tensors(large_files):
     assert max(growth.values()) < 2 * 4 * ENTRIES, growth
 
 
-PREPARED = """
-import sys
-from peft_child.files.adapter_folder import read_adapter, write_adapter
-from peft_child.files.checkpoint import Checkpoint
-from peft_child.files.combination import combine_adapters
-from peft_child.files.extract import extract_adapter
-from peft_child.files.merge import export_patch, merge_checkpoint
-child, base, expected, output = sys.argv[1:]
-"""
-REPEATED = """
-print("ready", flush=True)
-while True:
-    run(output)
-"""
 RUNS = {
-    "merge": "merge_checkpoint(read_adapter(child), Checkpoint(base), path, force=True)",
-    "extract": "write_adapter(path, extract_adapter(Checkpoint(base), Checkpoint(child + '-merged')), force=True)",
-    "combine": "write_adapter(path, combine_adapters([read_adapter(child)] * 2, [0.5, 1.0]), force=True)",
-    "patch": "export_patch(read_adapter(child), Checkpoint(base), path, force=True)",
+    "merge": lambda child, base, path: merge_checkpoint(read_adapter(child), Checkpoint(base), path, force=True),
+    "extract": lambda child, base, path: write_adapter(
+        path, extract_adapter(Checkpoint(base), Checkpoint(f"{child}-merged")), force=True
+    ),
+    "combine": lambda child, base, path: write_adapter(
+        path, combine_adapters([read_adapter(child)] * 2, [0.5, 1.0]), force=True
+    ),
+    "patch": lambda child, base, path: export_patch(read_adapter(child), Checkpoint(base), path, force=True),
 }
+
+
+def run_for_ever(kind, folder, connection):
+    def run(name):
+        RUNS[kind](folder / "child", folder / "base", folder / name)
+
+    run("expected")
+    run("output")
+    connection.send("ready")
+    while True:
+        run("output")
 
 
 def content(path):
@@ -380,15 +381,14 @@ def test_killed_at_any_moment_the_output_is_whole_or_none(tmp_path, kind):
     base = saved_base(tmp_path / "base", shard_size="4KB")
     saved_adapter(base, tmp_path / "child")
     merge_checkpoint(read_adapter(tmp_path / "child"), Checkpoint(base), tmp_path / "child-merged")
-    code = f"{PREPARED}\ndef run(path): {RUNS[kind]}\nrun(expected); run(output)\n{REPEATED}"
     expected, output = tmp_path / "expected", tmp_path / "output"
-    arguments = [sys.executable, "-c", code, tmp_path / "child", base, expected, output]
     found = 0
     for moment in (0.0, random.uniform(0, 0.03), random.uniform(0, 0.1)):
-        with subprocess.Popen(arguments, stdout=subprocess.PIPE) as process:
-            assert process.stdout.readline() == b"ready\n"
-            time.sleep(moment)
-            os.kill(process.pid, signal.SIGKILL)
+        process, connection = forked(run_for_ever, kind, tmp_path)
+        assert connection.recv() == "ready"
+        time.sleep(moment)
+        process.kill()
+        process.join()
         if output.exists():
             found += 1
             assert content(output) == content(expected)
