@@ -2,17 +2,17 @@ import pytest
 import torch
 from torch import nn
 
-from peft_child.selection.squares import mean_squares, squaring, zeros_beside
+from peft_child.selection.squares import average, squaring
 
 
 def diagonal_fisher(parameters, losses, max_norm=None):
     """The mean of the squared gradients of losses."""
 
-    def add_squares(sums):
-        with squaring(parameters, sums, max_norm) as square:
-            return sum(square(loss) is None for loss in losses)
-
-    return mean_squares(parameters, add_squares, False, zeros_beside)
+    sums = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in parameters.items()}
+    with squaring(parameters, sums, max_norm) as square:
+        count = sum(square(loss) is None for loss in losses)
+    average(sums, count, shared=False)
+    return sums
 
 
 def model_and_losses(examples=5):

@@ -1,7 +1,7 @@
-"""Per-example gradients of a whole batch from one forward and one backward pass.
+"""Captures what per-example gradients are made of, in one forward and one backward pass of a whole batch.
 
-While a batch runs, each module that owns a targeted parameter is tapped: its input is kept, and the gradient of its
-output taken as it comes back. The parameters themselves need no gradients, so none is computed for the batch.
+Hooks on the modules that own targeted parameters keep the module's input, and the gradient of its output as it comes
+back. The parameters themselves need no gradients, so none is computed for the batch.
 """
 
 from __future__ import annotations
@@ -20,6 +20,10 @@ from peft_child.selection.squares import arrived_in_parts
 
 
 Sink = Callable[[str, Sequence[Part]], None]
+
+
+class CannotCaptureError(Exception):
+    """A module returns something that cannot be divided among the examples; the message says what."""
 
 
 class Owners:
@@ -50,24 +54,23 @@ class Owners:
         return weights, ", ".join(sorted(kinds))
 
     @contextmanager
-    def tapped(self, examples: int) -> Iterator[Taps]:
-        """Tap the modules for a forward and a backward pass of a batch of so many examples."""
-        taps = Taps(self, examples)
+    def capture(self, examples: int) -> Iterator[Capture]:
+        """Hook the modules for a forward and a backward pass of a batch of so many examples."""
+        capture = Capture(self, examples)
         with ExitStack() as stack:
             for parameter in self.targets.values():
                 parameter.requires_grad_(False)
                 stack.callback(parameter.requires_grad_, True)
             for module in self.keys:
-                handle = module.register_forward_hook(taps.tap, with_kwargs=True, prepend=True)
+                handle = module.register_forward_hook(capture.keep, with_kwargs=True, prepend=True)
                 stack.callback(handle.remove)
-            yield taps
+            yield capture
 
 
-class Taps:
-    """What is known of one batch.
+class Capture:
+    """What is captured of one batch.
 
     Attributes:
-        refusal: Why this batch cannot be done at once, if so.
         layouts: How the inputs of the modules are divided among the examples.
     """
 
@@ -78,21 +81,19 @@ class Taps:
         self._uses: dict[str, list[Use]] = {}
         self._done: set[str] = set()
         self._sink: Sink | None = None
-        self.refusal: str | None = None
         self.layouts: set[tuple[Any, ...]] = set()
 
-    def tap(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    def keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Hook: keep the input of a module, and let its output tell when its gradient comes back."""
-        if not torch.is_grad_enabled() or self.refusal is not None:
+        if not torch.is_grad_enabled():
             return None
         length = len(output) if isinstance(output, Tensor) and output.dim() else 0
         if not length or (length > 1 and length % self._examples):
             shape = tuple(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"
-            self.refusal = (
+            raise CannotCaptureError(
                 f"a {type(module).__name__} should return one tensor, with a part for each of {self._examples} "
                 f"examples in its first dimension, and returns {shape}"
             )
-            return None
         shared = length == 1 < self._examples
         if shared:
             output = output.repeat(self._examples, *[1] * (output.dim() - 1))

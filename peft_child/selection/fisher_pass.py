@@ -1,17 +1,16 @@
-"""The Fisher pass: a model's loss on every example of the task's data, and the model put back as it was."""
+"""The Fisher pass: goes through the task's data, and puts the model back as it was."""
 
 from __future__ import annotations
 
-import math
 import random
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,23 +19,33 @@ from tqdm.auto import tqdm
 
 from peft_child.selection.batch_scorer import BatchScorer
 from peft_child.selection.batches import batch_size, check_batch, labelled, some_examples, to_device
-from peft_child.selection.squares import mean_squares, squaring, zeros_beside
-from peft_child.tensors.distributed import check_can_add, gathered, in_step, is_sharded, rank, world_size
+from peft_child.selection.loss import Forward, Loss
+from peft_child.selection.squares import average, squaring
+from peft_child.tensors.distributed import (
+    check_can_add,
+    gathered,
+    in_step,
+    is_sharded,
+    on_every_rank,
+    rank,
+    world_size,
+)
 from peft_child.tensors.quantised import is_quantised
 from peft_child.tuner.layer import child_tuning_layers
 
 
-OVER_BATCHES = (
-    "A loss over the whole batch, of pairs or with in-batch negatives, has no gradient for one example: pass "
-    "split_batches=False."
-)
+@dataclass
+class FisherPass:
+    """One pass over the data; the settings are those of `estimate_fisher`.
 
-Forward = Callable[[Any, Any], Any]
+    Attributes:
+        by_batch: Score batches as they come, with dropout and clipping, as the authors' code does.
+        examples: Number of examples that were scored; in the end those of all ranks together.
+        skipped: Number of examples without a label, likewise; the mean of their loss is one of nothing.
+    """
 
-
-class Options(NamedTuple):
-    """How to go through the data; see `estimate_fisher`."""
-
+    model: nn.Module
+    by_batch: bool
     num_examples: int | None = None
     forward_fn: Forward | None = None
     loss_fn: Forward | None = None
@@ -44,31 +53,34 @@ class Options(NamedTuple):
     progress_bar: bool = True
     score_device: torch.device | str | None = None
     score_folder: str | Path | None = None
-
-
-@dataclass
-class FisherPass:
-    """One pass over the data.
-
-    Attributes:
-        by_batch: Score batches as they come, with dropout and clipping, as the authors' code does.
-        examples: Number of examples that were scored; in the end those of all processes together.
-        skipped: Number of examples without a label, likewise; they say nothing, and their loss is the mean of nothing.
-    """
-
-    model: nn.Module
-    dataloader: Iterable[Any]
-    by_batch: bool
-    options: Options
     examples: int = 0
     skipped: int = 0
 
-    def scores(self, targets: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    def scores(self, dataloader: Iterable[Any], targets: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
         """Fisher information of the targets, float32, in their shapes."""
-        if self.options.num_examples is not None and self.options.num_examples < world_size():
+        shared = any(is_sharded(parameter) for parameter in targets.values())  # then all ranks score all examples
+        self._check(targets, shared)
+        with _scoring(self.model, targets.values(), training=self.by_batch):
+            if shared:  # dropout must be the same on every rank, as the example is
+                torch.manual_seed(gathered(torch.initial_seed())[0])
+            sums = {name: self._zeros(name, parameter) for name, parameter in targets.items()}
+            losses = on_every_rank(partial(self._add_squares, dataloader, targets, sums, shared))
+            average(sums, losses, shared)
+        if not shared:
+            self.examples, self.skipped = map(sum, zip(*gathered((self.examples, self.skipped)), strict=True))
+        if self.skipped and not rank():
+            warnings.warn(
+                f"{self.skipped} examples have no label but -100; the Fisher information is that of the "
+                f"{self.examples} others.",
+                stacklevel=3,
+            )
+        return sums
+
+    def _check(self, targets: Mapping[str, nn.Parameter], shared: bool) -> None:
+        if self.num_examples is not None and self.num_examples < world_size():
             raise ValueError(
                 f"num_examples must be None or at least the number of processes, {world_size()}; "
-                f"got {self.options.num_examples}."
+                f"got {self.num_examples}."
             )
         for name, parameter in targets.items():
             if is_quantised(parameter):
@@ -82,151 +94,72 @@ class FisherPass:
                 "base model in bfloat16 or float32 for the choice, and keep the scores (estimate_fisher).",
                 stacklevel=4,
             )
-        device = next(iter(targets.values())).device
-        shared = any(is_sharded(parameter) for parameter in targets.values())
-        if shared and not (self.options.score_device is self.options.score_folder is None):
+        if not shared:
+            device = next(iter(targets.values())).device
+            check_can_add(torch.device("cpu" if self.score_folder else self.score_device or device))
+        elif not (self.score_device is self.score_folder is None):
             raise ValueError(
                 "Scores of a sharded model stay with its shards; leave out score_device and score_folder."
             )
-        if not shared:
-            check_can_add(torch.device("cpu" if self.options.score_folder else self.options.score_device or device))
-        with _scoring(self.model, targets.values(), training=self.by_batch):
-            if shared:  # dropout must be the same on every rank, as the example is
-                torch.manual_seed(gathered(torch.initial_seed())[0])
-            found = mean_squares(targets, partial(self._add, targets, device, shared), shared, self._make_room)
-        if not shared:
-            self.examples, self.skipped = map(sum, zip(*gathered((self.examples, self.skipped)), strict=True))
-        if self.skipped and not rank():
-            warnings.warn(
-                f"{self.skipped} examples have no label but -100; the Fisher information is that of the "
-                f"{self.examples} others.",
-                stacklevel=4,
-            )
-        return found
 
-    def _make_room(self, name: str, parameter: Tensor) -> Tensor:
-        if self.options.score_folder is not None:
-            return _mapped_zeros(Path(self.options.score_folder), name, parameter.shape)
-        if self.options.score_device is not None:
-            return torch.zeros(parameter.shape, device=self.options.score_device)
-        return zeros_beside(name, parameter)
+    def _zeros(self, name: str, parameter: Tensor) -> Tensor:
+        """Where to add up the scores of a parameter; by default beside it, and sharded as it is."""
+        if self.score_folder is not None:
+            return _mapped_zeros(Path(self.score_folder), name, parameter.shape)
+        if self.score_device is not None:
+            return torch.zeros(parameter.shape, device=self.score_device)
+        return torch.zeros_like(parameter, dtype=torch.float32, memory_format=torch.contiguous_format)
 
-    def _add(
-        self, targets: Mapping[str, nn.Parameter], device: torch.device, shared: bool, sums: dict[str, Tensor]
+    def _add_squares(
+        self, dataloader: Iterable[Any], targets: Mapping[str, nn.Parameter], sums: dict[str, Tensor], shared: bool
     ) -> int:
-        """Add the squared gradients of this rank's data, and count the losses."""
-        scored = [0] * world_size()  # examples of each rank
-
-        def left(rank: int) -> int:
-            return (
-                sys.maxsize
-                if self.options.num_examples is None
-                else _share(self.options.num_examples, rank) - scored[rank]
-            )
-
-        mine = None if self.options.num_examples is None else left(rank())
-        total = _total(self.dataloader, mine) if self.options.split_batches else None
-        silent = not self.options.progress_bar or rank() > 0
-        losses = 0
-        with tqdm(desc="Fisher information", unit=" examples", total=total, disable=silent) as bar:
-            add = self._adder(targets, sums, bar.update)
-            for source, batch in in_step(self._batches(), lambda rank: left(rank) <= 0, shared):
-                batch = self._labelled(batch) if left(source) > 0 else None
-                if batch is not None:
-                    before = self.examples
-                    losses += add(to_device(batch, device), left(source))
-                    scored[source] += self.examples - before
-        return losses
-
-    def _adder(
-        self, targets: Mapping[str, nn.Parameter], sums: dict[str, Tensor], show: Callable[[int], Any]
-    ) -> Callable[[Any, int], int]:
-        """What scores a batch, or at most so many of its examples, and counts the losses."""
-
-        def count(examples: int) -> None:
-            self.examples += examples
-            show(examples)
-
-        if self.by_batch or not self.options.split_batches:
-            return partial(self._add_batch, targets, sums, count)
+        """Add the squared gradients of this rank's data, in step with the others; returns the number of losses."""
+        loss = Loss(self.model, self.forward_fn, self.loss_fn)
         at_once = not any(is_sharded(parameter) for parameter in self.model.parameters())
-        scorer = BatchScorer(self.model, targets, sums, self._loss_of, self._loss, count, at_once)
-
-        def add(batch: Any, limit: int) -> int:
-            size = batch_size(batch)
-            number = min(size, limit)
-            scorer.add(some_examples(batch, range(number), size), number, self.examples)
-            return number
-
-        return add
-
-    def _add_batch(
-        self,
-        targets: Mapping[str, nn.Parameter],
-        sums: dict[str, Tensor],
-        count: Callable[[int], None],
-        batch: Any,
-        limit: int,
-    ) -> int:
-        """Score a batch as it comes."""
-        with squaring(targets, sums, 1.0 if self.by_batch else None) as square:
-            square(self._loss(batch, self.examples))
-        count(batch_size(batch) if self.options.split_batches else 1)
-        return 1
+        scorer = BatchScorer(loss, targets, sums, at_once)
+        device = next(iter(targets.values())).device
+        left = [_share(self.num_examples, each) for each in range(world_size())]  # of each rank's data
+        losses = 0
+        total = _total(dataloader, self.num_examples and left[rank()]) if self.split_batches else None
+        silent = not self.progress_bar or rank() > 0
+        with tqdm(desc="Fisher information", unit=" examples", total=total, disable=silent) as bar:
+            for source, batch in in_step(self._batches(dataloader), lambda rank: left[rank] <= 0, shared):
+                kept = self._labelled(batch) if left[source] > 0 else None
+                if kept is None:
+                    continue
+                kept = to_device(kept, device)
+                size = batch_size(kept) if self.split_batches else 1
+                if self.split_batches and not self.by_batch:
+                    kept, size = some_examples(kept, range(min(size, left[source])), size), min(size, left[source])
+                    scorer.add(kept, size, self.examples)
+                    losses += size
+                else:
+                    with squaring(targets, sums, 1.0 if self.by_batch else None) as square:
+                        square(loss.checked(kept, self.examples))
+                    losses += 1
+                left[source] -= size
+                self.examples += size
+                bar.update(size)
+        return losses
 
     def _labelled(self, batch: Any) -> Any:
         """The examples of a batch that have labels, as far as it can be taken apart, or None if there are none."""
-        kept, splits = labelled(batch), self.options.split_batches
-        if kept is None or (kept and (self.by_batch or not splits)):
+        kept = labelled(batch)
+        if kept is None or (kept and (self.by_batch or not self.split_batches)):
             return batch
-        size = len(batch["labels"]) if splits else 1
+        size = len(batch["labels"]) if self.split_batches else 1
         self.skipped += size - len(kept)
         return some_examples(batch, kept, size) if kept else None
 
-    def _batches(self) -> Iterator[Any]:
+    def _batches(self, dataloader: Iterable[Any]) -> Iterator[Any]:
         is_empty = True
-        for batch in self.dataloader:
+        for batch in dataloader:
             is_empty = False
-            if self.options.forward_fn is None:
+            if self.forward_fn is None:
                 check_batch(batch)
             yield batch
         if is_empty:
             raise ValueError("The Fisher information needs at least one example, got none.")
-
-    def _loss_of(self, example: Any) -> Any:
-        """What there is in the place of the loss of an example or a batch."""
-        if self.options.forward_fn is not None:
-            output = self.options.forward_fn(self.model, example)
-        else:
-            output = self.model(**example)
-        return self.options.loss_fn(output, example) if self.options.loss_fn is not None else _loss_in(output)
-
-    def _loss(self, example: Any, number: int) -> Tensor:
-        """The loss of an example, whose number is for errors."""
-        loss = self._loss_of(example)
-        if loss is None:
-            keys = f" (they have {', '.join(map(str, example))})" if isinstance(example, Mapping) else ""
-            raise ValueError(
-                f"The model returned no loss for example {number}: batches need labels{keys}, or a loss_fn."
-            )
-        value = loss.item()
-        if not math.isfinite(value):
-            raise ValueError(f"The loss of every example must be finite; that of example {number} is {value}.")
-        if not loss.requires_grad:
-            raise ValueError(f"The loss of example {number} does not depend on any targeted weight. {OVER_BATCHES}")
-        found: Tensor = loss
-        return found
-
-
-def _loss_in(output: Any) -> Tensor | None:
-    """The loss in what a model returns, wherever the Trainer would find it as well."""
-    if isinstance(output, Tensor):
-        return output if not output.dim() else None
-    if isinstance(output, Mapping):
-        return output.get("loss")
-    if isinstance(output, tuple) and not hasattr(output, "loss") and output:
-        return output[0] if isinstance(output[0], Tensor) and not output[0].dim() else None
-    return getattr(output, "loss", None)
 
 
 def _mapped_zeros(folder: Path, name: str, shape: torch.Size) -> Tensor:
@@ -238,8 +171,10 @@ def _mapped_zeros(folder: Path, name: str, shape: torch.Size) -> Tensor:
     return torch.from_file(str(file), shared=True, size=shape.numel(), dtype=torch.float32).view(shape)
 
 
-def _share(num_examples: int, rank: int) -> int:
+def _share(num_examples: int | None, rank: int) -> int:
     """The part of the examples that a rank scores; those that are left over go to the first ranks."""
+    if num_examples is None:
+        return sys.maxsize
     each, left = divmod(num_examples, world_size())
     return each + (rank < left)
 

@@ -1,7 +1,7 @@
-"""How the loss of a batch weighs its examples, found out by comparison with the losses of single examples.
+"""Infers the loss reduction of a model by elimination: whether it averages over examples or tokens, or sums.
 
-Losses are means over the examples or over the tokens of a batch, or sums. With weight c the gradient of an example
-comes back c times as large as from its own loss, so that the weight must be known to correct it.
+In the loss of a batch each example has a weight. With weight c its gradient comes back c times as large as from its
+own loss, so the weight must be known to correct it.
 """
 
 from __future__ import annotations
@@ -40,51 +40,46 @@ class Comparison(NamedTuple):
     dtype: torch.dtype
 
 
-class Weighing:
-    """What is known of the weights: at first that they are one of four kinds.
-
-    Attributes:
-        failure: Why there are none that would do, once that is known.
-    """
+class Reduction:
+    """The reductions that are still possible; comparisons rule them out."""
 
     def __init__(self) -> None:
         self._possible = {"mean", "sum", "labels", "shifted labels"}
         self._undecided = 0
-        self.failure: str | None = None
 
     def weights(self, batch: Any, size: int) -> list[float] | None:
-        """The weights in a batch of `size`, all positive; None if they are not known."""
+        """The weights of the examples in a batch of `size`, all positive; None if they are not known."""
         found = self._candidates(batch, size)
         first = next(iter(found.values()), None)
         is_sure = first is not None and min(first) > 0 and all(weights == first for weights in found.values())
         return first if is_sure else None
 
-    def telling(self, batch: Any, size: int, number: int) -> list[int]:
-        """A number of examples of a batch, at least 2, whose weights differ as much as any do, or the first ones."""
+    def most_telling(self, batch: Any, size: int, number: int) -> list[int]:
+        """The examples of a batch, at least 2, that tell the reductions apart best."""
         counts = _counts(batch, size).get("labels", [0] * size)
         if len(set(counts)) == 1:
             return list(range(min(number, size)))
         order = sorted(range(size), key=counts.__getitem__)
         return sorted({order[index * (size - 1) // (number - 1)] for index in range(number)})
 
-    def learn(self, batch: Any, comparison: Comparison) -> None:
-        """Rule out what does not agree with a comparison."""
+    def learn(self, batch: Any, comparison: Comparison) -> str | None:
+        """Rule out what does not agree with a comparison; returns why no reduction would do, if so."""
         size = len(comparison.alone)
         fits = {name: _error(weights, comparison) for name, weights in self._candidates(batch, size).items()}
         errors = {name: error for name, error in fits.items() if error is not None}
         if not errors:
-            self.failure = (
+            return (
                 "the loss of a batch and its gradients are not the mean or sum of those of its examples: examples "
                 "influence each other, or a targeted weight is used without calling its module"
             )
-            return
         best = min(errors.values())
         self._possible = {name for name, error in errors.items() if error <= _CLEARLY * best}
         if self.weights(batch, size) is None:
             self._possible = set(errors)
             self._undecided += 1
             if self._undecided == _PATIENCE:
-                self.failure = "how the loss of a batch weighs its examples cannot be told"
+                return "how the loss of a batch weighs its examples cannot be told"
+        return None
 
     def _candidates(self, batch: Any, size: int) -> dict[str, list[float]]:
         return {name: weights for name, weights in _weights(batch, size).items() if name in self._possible}

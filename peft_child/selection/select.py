@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from peft_child.selection.fisher_pass import OVER_BATCHES, FisherPass, Forward, Options
+from peft_child.selection.fisher_pass import FisherPass
+from peft_child.selection.loss import OVER_BATCHES, Forward
 from peft_child.tensors.delta import fresh_delta
 from peft_child.tensors.distributed import (
     check_equal,
@@ -104,15 +105,24 @@ def select_child_network(
             positive, or the adapter is not a task-driven one; or if ranks differ in their settings or scores.
         RuntimeError: If the adapter's child network has been trained already.
     """
-    options = Options(num_examples, forward_fn, loss_fn, split_batches, progress_bar, score_device, score_folder)
     ready = on_every_rank(partial(_ready_scores, dataloader, scores))
     config, layers, targets = on_every_rank(partial(_selectable, model, adapter_name))
     source = "ready scores" if dataloader is None else "data"
     _check_same_settings(model, config, targets, {"source": source, "num_examples": num_examples})
     found, examples, skipped = ready, None, 0
     if dataloader is not None:
-        fisher_pass = FisherPass(model, dataloader, config.fisher == "authors", options)
-        found = fisher_pass.scores(targets)
+        fisher_pass = FisherPass(
+            model,
+            config.fisher == "authors",
+            num_examples,
+            forward_fn,
+            loss_fn,
+            split_batches,
+            progress_bar,
+            score_device,
+            score_folder,
+        )
+        found = fisher_pass.scores(dataloader, targets)
         examples, skipped = fisher_pass.examples, fisher_pass.skipped
     on_every_rank(partial(_check_scores, found, targets))
     targeted = sum(parameter.numel() for parameter in targets.values())
@@ -199,8 +209,18 @@ def estimate_fisher(
     """
     config, _, targets = on_every_rank(partial(adapter_of, model, adapter_name))
     _check_same_settings(model, config, targets, {"num_examples": num_examples})
-    options = Options(num_examples, forward_fn, loss_fn, split_batches, progress_bar, score_device, score_folder)
-    return FisherPass(model, dataloader, config.fisher == "authors", options).scores(targets)
+    fisher_pass = FisherPass(
+        model,
+        config.fisher == "authors",
+        num_examples,
+        forward_fn,
+        loss_fn,
+        split_batches,
+        progress_bar,
+        score_device,
+        score_folder,
+    )
+    return fisher_pass.scores(dataloader, targets)
 
 
 class Adapter(NamedTuple):

@@ -1,0 +1,71 @@
+"""The loss of a batch, wherever a model or the user's functions put it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+
+OVER_BATCHES = (
+    "A loss over the whole batch, of pairs or with in-batch negatives, has no gradient for one example: pass "
+    "split_batches=False."
+)
+
+Forward = Callable[[Any, Any], Any]
+
+
+class Loss(NamedTuple):
+    """How to get the loss of a batch.
+
+    Attributes:
+        model: The model.
+        forward_fn: `forward_fn(model, batch)` in place of `model(**batch)`, if given.
+        loss_fn: `loss_fn(output, batch)` in place of the loss in the output, if given.
+    """
+
+    model: nn.Module
+    forward_fn: Forward | None
+    loss_fn: Forward | None
+
+    def unchecked(self, batch: Any) -> Any:
+        """The loss of a batch, or whatever is there instead; None if nothing is."""
+        output = self.model(**batch) if self.forward_fn is None else self.forward_fn(self.model, batch)
+        return _loss_in(output) if self.loss_fn is None else self.loss_fn(output, batch)
+
+    def checked(self, batch: Any, number: int) -> Tensor:
+        """The loss of a batch, a finite scalar with a graph.
+
+        Args:
+            batch: The batch.
+            number: Number of its first example, for errors.
+
+        Raises:
+            ValueError: If there is no such loss.
+        """
+        loss = self.unchecked(batch)
+        if loss is None:
+            keys = f" (they have {', '.join(map(str, batch))})" if isinstance(batch, Mapping) else ""
+            raise ValueError(
+                f"The model returned no loss for example {number}: batches need labels{keys}, or a loss_fn."
+            )
+        value = loss.item()
+        if not math.isfinite(value):
+            raise ValueError(f"The loss of every example must be finite; that of example {number} is {value}.")
+        if not loss.requires_grad:
+            raise ValueError(f"The loss of example {number} does not depend on any targeted weight. {OVER_BATCHES}")
+        found: Tensor = loss
+        return found
+
+
+def _loss_in(output: Any) -> Tensor | None:
+    """The loss in what a model returns, where the Trainer would look for it as well."""
+    if isinstance(output, Tensor):
+        return output if not output.dim() else None
+    if isinstance(output, Mapping):
+        return output.get("loss")
+    if isinstance(output, tuple) and not hasattr(output, "loss") and output:
+        return output[0] if isinstance(output[0], Tensor) and not output[0].dim() else None
+    return getattr(output, "loss", None)
