@@ -146,7 +146,7 @@ def test_an_index_that_was_loaded_is_decoded_once(tmp_path, monkeypatch):
     for adapter in ("second", "default", "second"):
         model.set_adapter(adapter)
         assert torch.equal(logits(model, batch_of("linear")), before)
-    assert len(decoded) == len(child_of(model))
+    assert len(decoded) == len(child_of(model)) - 1  # body.2.bias is chosen whole, and needs no indices
 
 
 def test_what_is_loaded_otherwise_is_decoded_for_itself(tmp_path):
