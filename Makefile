@@ -6,12 +6,15 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export OMP_WAIT_POLICY := PASSIVE  # threads that wait leave the core to others
 export PYTHONPYCACHEPREFIX := $(CURDIR)/$(VENV)/pycache
 
-.PHONY: demo test lint check wheel benchmark clean
+.PHONY: demo test quick lint check wheel benchmark clean
 
 demo: $(VENV)/.installed  ## Pretrain, adapt three ways, save, load, merge and draw
 	$(BIN)/python examples/quickstart.py
 
 test: lint check wheel  ## Everything that has to pass
+
+quick: lint  ## What a change breaks first, in a minute and a half
+	$(BIN)/pytest -n 2 -m "not slow and not by_hand" tests/tensors tests/files tests/card tests/tuner tests/test_architecture.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
@@ -19,15 +22,15 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 
 check: $(VENV)/.installed
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist worksteal
 
-wheel: $(VENV)/.installed  ## Build the wheel, and run the fast tests on it in an environment of its own
+wheel: $(VENV)/.installed  ## Build the wheel, and try it in an environment of its own
 	set -e; folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
 	$(BIN)/python -m build --wheel --outdir "$$folder" . ; \
 	$(PYTHON) -m venv "$$folder/venv"; \
 	"$$folder/venv/bin/python" -m pip install --quiet "$$(ls $$folder/*.whl)[test]"; \
 	cp -r tests examples benchmarks docs pyproject.toml README.md "$$folder"; \
-	cd "$$folder"; PYTHONPYCACHEPREFIX="$$folder/pycache" venv/bin/pytest -m "not slow"
+	cd "$$folder"; PYTHONPYCACHEPREFIX="$$folder/pycache" venv/bin/pytest -m smoke
 
 benchmark: $(VENV)/.installed  ## All methods side by side, into docs: 20 minutes on two cores; FLAGS=--long takes longer
 	$(BIN)/python -m benchmarks.run --output docs $(FLAGS)

@@ -1,0 +1,370 @@
+"""Models and calls off the beaten path."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForQuestionAnswering,
+    BertForTokenClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from peft_child import ChildTuningConfig, FormatError, select_child_network
+from peft_child.tuner.layer import child_tuning_layers
+
+from ..helpers import assert_same, child_of, chosen_model, config_for, logits, move, snapshot
+from ..problems import Output, Regression, batch_of, bert_batch, build, tiny_bert
+from ..tensors.test_compose import saved_bytes
+
+
+SMALL = {
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+}
+
+
+@pytest.mark.parametrize(
+    ("task", "model", "head", "targets"),
+    [
+        ("TOKEN_CLS", BertForTokenClassification, "classifier", ["query"]),
+        ("QUESTION_ANS", BertForQuestionAnswering, "qa_outputs", ["query"]),
+        ("SEQ_CLS", None, "classifier", ["query"]),
+        ("SEQ_CLS", None, "classifier", "all-linear"),
+    ],
+)
+def test_task_types_train_their_heads(task, model, head, targets, tmp_path):
+    base = model(BertConfig(**SMALL)) if model else tiny_bert()
+    fresh = copy.deepcopy(base)
+    config = ChildTuningConfig(variant="random", init_weights=False, target_modules=targets, task_type=task)
+    model = get_peft_model(base, config)
+    assert [key for key, value in model.named_parameters() if value.requires_grad and head in key]
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(fresh, tmp_path)
+    ids = {"input_ids": torch.randint(0, 50, (2, 5))}
+    with torch.no_grad():
+        assert torch.equal(model.eval()(**ids)[0], loaded.eval()(**ids)[0])
+
+
+class Encoder(nn.Module):
+    """torch's own encoder reads most parameters of its attention without calling it, for its fast path."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2)
+
+    def forward(self, x):
+        return self.encoder(x)
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")
+@pytest.mark.parametrize("targets", ["self_attn", "encoder", "linear1"])
+def test_the_transformer_of_torch(targets):
+    base = Regression(Encoder()).eval()
+    config = ChildTuningConfig(variant="random", density=0.3, init_weights=False, target_modules=[targets])
+    model = get_peft_model(base, config)
+    batch = {"x": torch.randn(3, 5, 8), "labels": torch.randn(3, 5, 8)}
+    result = logits(model, batch)
+    model(**batch).loss.backward()
+    assert all(value.grad is not None for key, value in model.named_parameters() if "child_delta" in key)
+    assert torch.equal(logits(model.merge_and_unload(), batch), result)
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(6, 6, batch_first=True)
+
+    def forward(self, x):
+        return self.lstm(x)[0]
+
+
+def test_recurrent_layers_keep_no_composed_weight():
+    model = get_peft_model(
+        Regression(Recurrent()), ChildTuningConfig(variant="random", init_weights=False, target_modules=["lstm"])
+    )
+    batch = {"x": torch.randn(2, 3, 6), "labels": torch.randn(2, 3, 6)}
+    result = logits(model, batch)
+    lstm = model.base_model.model.body.lstm.base_layer
+    assert all(flat is own for flat, own in zip(lstm._flat_weights, lstm.parameters(), strict=True))
+    model(**batch).loss.backward()
+    assert all(value.grad is not None for key, value in model.named_parameters() if "child_delta" in key)
+    assert torch.equal(logits(model.merge_and_unload(), batch), result)
+
+
+def test_no_copy_is_kept_of_a_weight_that_a_parent_reads():
+    class Reader(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pre, self.read = nn.Linear(64, 64), nn.Linear(64, 64, bias=False)
+
+        def forward(self, x):
+            return nn.functional.linear(self.pre(x), self.read.weight)
+
+    model = get_peft_model(
+        Regression(Reader()), ChildTuningConfig(variant="random", init_weights=False, target_modules=["pre", "read"])
+    )
+    x = torch.randn(2, 64)
+    own = [*model.parameters(), *model.buffers()]
+    kept, output = saved_bytes(lambda: model(x, torch.zeros(2, 64)), own)
+    assert kept < 64 * 64 * 4
+    output.loss.backward()
+    assert all(value.grad is not None for key, value in model.named_parameters() if "child_delta" in key)
+
+
+class Method(nn.Module):
+    """A module that is used by a method other than forward."""
+
+    class Table(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(6, 6))
+
+        def encode(self, x):
+            return x @ self.table
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Method.Table()
+
+    def forward(self, x):
+        return self.inner.encode(x)
+
+
+def test_other_methods_see_the_composed_weights_too():
+    config = ChildTuningConfig(variant="random", init_weights=False, target_modules=["inner"])
+    model = get_peft_model(Regression(Method()), config)
+    batch = {"x": torch.randn(2, 6), "labels": torch.randn(2, 6)}
+    result = logits(model, batch)
+    model(**batch).loss.backward()
+    assert next(value for key, value in model.named_parameters() if "child_delta" in key).grad is not None
+    with model.disable_adapter():
+        assert not torch.equal(logits(model, batch), result)
+    assert torch.equal(logits(model.merge_and_unload(), batch), result)
+
+
+def test_modules_under_two_names():
+    class Aliased(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(6, 6)
+            self.second = self.first
+
+        def forward(self, x):
+            return self.second(torch.tanh(self.first(x)))
+
+    for name in ("first", "second"):
+        base = Regression(Aliased())
+        config = ChildTuningConfig(variant="random", init_weights=False, target_modules=[name])
+        model = get_peft_model(base, config)
+        body = model.base_model.model.body
+        assert body.first is body.second
+        batch = {"x": torch.randn(2, 6), "labels": torch.randn(2, 6)}
+        result = logits(model, batch)
+        merged = model.merge_and_unload()
+        assert type(merged.body.first) is nn.Linear
+        assert merged.body.first is merged.body.second
+        assert torch.equal(logits(merged, batch), result)
+
+
+def tiny_vit():
+    sizes = {key: value for key, value in SMALL.items() if key != "vocab_size"}
+    return ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, **sizes))
+
+
+def test_an_adapter_saved_beside_one_that_wraps_more_loads_everywhere(tmp_path):
+    tiny_vit().save_pretrained(tmp_path / "base")
+    base = ViTForImageClassification.from_pretrained(tmp_path / "base")
+    model = get_peft_model(
+        base, ChildTuningConfig(variant="random", target_parameters=["cls_token"]), adapter_name="a"
+    )
+    inner = ChildTuningConfig(variant="random", init_weights=False, target_modules=["projection"])
+    model.add_adapter("b", inner)
+    model.set_adapter("b")
+    pixels = {"pixel_values": torch.randn(2, 3, 8, 8)}
+    expected = logits(model, pixels)
+    model.save_pretrained(tmp_path, selected_adapters=["b"])
+    for load in (PeftModel.from_pretrained, lambda base, folder: base.load_adapter(folder) and base):
+        fresh = ViTForImageClassification.from_pretrained(tmp_path / "base")
+        loaded = load(fresh, tmp_path / "b")
+        assert torch.equal(logits(loaded, pixels), expected)
+
+
+def test_a_module_that_checkpoints_inside_itself_is_refused():
+    class Checkpointing(nn.Module):
+        gradient_checkpointing = True
+
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(6))
+
+        def forward(self, x):
+            return x * self.scale
+
+    config = ChildTuningConfig(variant="random", density=0.5, target_parameters=["scale"])
+    model = get_peft_model(Regression(Checkpointing()), config).train()
+    with pytest.raises(RuntimeError, match="A Checkpointing checkpoints its own activations"):
+        model(torch.randn(2, 6), torch.randn(2, 6))
+    logits(model, {"x": torch.randn(2, 6), "labels": torch.randn(2, 6)})
+
+
+def test_data_parallel_replicas_are_refused():
+    model = chosen_model("linear")
+    layer = next(iter(child_tuning_layers(model).values()))
+    replica = layer._replicate_for_data_parallel()
+    with pytest.raises(RuntimeError, match=r"does not work in nn\.DataParallel"):
+        replica(torch.randn(2, 6))
+
+
+@pytest.mark.filterwarnings("ignore:Adapter name '' should not be contained")
+@pytest.mark.parametrize("name", ["a.b", "", "keys", "forward"])
+def test_adapter_names_that_no_module_can_have(name):
+    base = build("linear")
+    with pytest.raises(ValueError, match="adapter_name must be a name that a module can have"):
+        get_peft_model(base, config_for("linear"), adapter_name=name)
+    assert not child_tuning_layers(base)
+
+
+def test_a_refused_second_adapter_leaves_its_name_free():
+    base = tiny_bert()
+    model = get_peft_model(base, ChildTuningConfig(variant="random", target_modules=["classifier", "query"]))
+    before = snapshot(model)
+    with pytest.raises(TypeError):
+        model.add_adapter(
+            "x", ChildTuningConfig(variant="random", target_modules=["query"], modules_to_save=["classifier"])
+        )
+    assert_same(snapshot(model), before)
+    model.add_adapter("x", ChildTuningConfig(variant="random", target_modules=["query"]))
+    assert child_of(model, "x")
+
+
+def test_a_merge_that_cannot_finish_does_not_start():
+    model = chosen_model("linear")
+    move(model)
+    last = list(child_tuning_layers(model).values())[-1]
+    last.base_layer.weight = nn.Parameter(last.base_layer.weight.to("meta"), requires_grad=False)
+    with pytest.raises(RuntimeError, match="is offloaded"):
+        model.merge_adapter()
+    assert not any(layer.merged for layer in child_tuning_layers(model).values())
+    with pytest.raises(ValueError, match="There is no adapter 'typo'; there are default"):
+        model.merge_and_unload(adapter_names=["typo"])
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+def test_other_peft_methods_in_the_same_model_are_refused():
+    base = build("llama")
+    base.add_adapter(LoraConfig(target_modules=["q_proj"]), "low_rank")
+    with pytest.raises(ValueError, match=r"'model.layers.0.self_attn.q_proj' is a peft.* of another PEFT method"):
+        base.add_adapter(config_for("llama"), "child_network")
+
+
+def test_parameter_lists_are_refused():
+    class Listed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scales = nn.ParameterList([torch.ones(2)])
+            self.linear = nn.Linear(2, 2)
+
+    with pytest.raises(ValueError, match=r"'body.scales.0' is in a ParameterList"):
+        get_peft_model(Regression(Listed()), ChildTuningConfig(target_parameters=".*"))
+
+
+def test_excluding_a_module_takes_away_what_is_inside():
+    def children(**targets):
+        config = ChildTuningConfig(variant="random", density=1.0, exclude_modules=["layer.0"], **targets)
+        return set(child_of(get_peft_model(tiny_bert(), config)))
+
+    for targets in ({"target_parameters": ".*"}, {"target_modules": ["encoder"]}, {"target_modules": "all-linear"}):
+        names = children(**targets)
+        assert [name for name in names if "layer.1" in name]
+        assert not [name for name in names if "layer.0" in name]
+
+
+def test_a_file_without_a_child_network_is_refused(tmp_path):
+    chosen_model("llama").save_pretrained(tmp_path)
+    from safetensors.torch import save_file
+
+    save_file({}, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+    base = build("llama")
+    with pytest.raises(FormatError, match="The file holds no child network"):
+        PeftModel.from_pretrained(base, tmp_path)
+    assert not child_tuning_layers(base)
+
+
+def test_autocast_and_inference_mode():
+    model = chosen_model("bert")
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        model(**bert_batch())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(**bert_batch()).loss
+    loss.backward()
+    assert all(value.grad is not None for key, value in model.named_parameters() if "child_delta" in key)
+
+
+def test_one_configuration_object_for_two_adapters_of_one_model():
+    config = config_for("linear", variant="random")
+    model = get_peft_model(build("linear"), config)
+    model.add_adapter("second", config)
+    assert_same(child_of(model), child_of(model, "second"))
+    assert isinstance(model(**batch_of("linear")), Output)
+
+
+def test_the_selection_is_recorded_for_one_model_alone(tmp_path):
+    config = config_for("linear")
+    models = [get_peft_model(build("linear"), config) for _ in range(2)]
+    select_child_network(models[0], [batch_of("linear")], num_examples=2, progress_bar=False)
+    select_child_network(models[1], [batch_of("linear", 3)], progress_bar=False)
+    assert [model.peft_config["default"].fisher_examples for model in models] == [2, 4]
+    for index, model in enumerate(models):
+        model.save_pretrained(tmp_path / str(index))
+        loaded = PeftModel.from_pretrained(build("linear"), tmp_path / str(index))
+        assert_same(child_of(loaded), child_of(model))
+
+
+def test_a_merge_is_undone_after_a_change_of_dtype():
+    model = chosen_model("linear", variant="random", init_weights=False)
+    expected = {name: tensor.half() for name, tensor in snapshot(model).items() if "base_layer" in name}
+    model.merge_adapter()
+    model.half()
+    model.unmerge_adapter()
+    assert_same({name: tensor for name, tensor in snapshot(model).items() if "base_layer" in name}, expected)
+
+
+def test_attention_with_keys_of_another_width():
+    class Attending(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, kdim=6, vdim=4, batch_first=True)
+
+        def forward(self, x, key, value):
+            return self.attention(x, key, value)[0]
+
+    model = Attending().eval()
+    config = ChildTuningConfig(variant="random", density=0.5, init_weights=False, target_modules=["attention"])
+    inputs = torch.randn(2, 3, 8), torch.randn(2, 5, 6), torch.randn(2, 5, 4)
+    with torch.no_grad():
+        before = model(*inputs)
+        adapted = get_peft_model(model, config).eval()
+        composed = adapted(*inputs)
+        assert not torch.equal(composed, before)
+        assert torch.equal(adapted.merge_and_unload()(*inputs), composed)
+
+
+def test_a_parameter_that_no_container_can_hold_is_refused():
+    class Memory(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.keys = nn.Parameter(torch.ones(3, 3))
+
+    base = nn.ModuleDict({"memory": Memory()})
+    with pytest.raises(ValueError, match=r"'memory\.keys' has the name of a method"):
+        get_peft_model(base, ChildTuningConfig(target_parameters=["memory.keys"]))
+    assert isinstance(base["memory"], Memory)

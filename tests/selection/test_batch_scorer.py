@@ -1,0 +1,425 @@
+"""Batches at once against one example at a time, for every kind of model and loss."""
+
+import re
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import get_peft_model
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from peft_child import ChildTuningConfig, estimate_fisher
+from peft_child.selection.batches import some_examples
+
+from ..helpers import config_for
+from ..problems import PROBLEMS, Twice, batch_of, build
+
+
+@contextmanager
+def forward_passes(model):
+    """Counts the calls of a model."""
+    calls = []
+    handle = model.register_forward_pre_hook(lambda module, args: calls.append(None))
+    yield calls
+    handle.remove()
+
+
+def size_of(batch):
+    return len(next(iter(batch.values())))
+
+
+def singles(batches):
+    return [some_examples(batch, [index], size_of(batch)) for batch in batches for index in range(size_of(batch))]
+
+
+def reasons(caplog):
+    """Why batches were taken apart."""
+    return [record.getMessage() for record in caplog.records if record.name == "peft_child.selection.batch_scorer"]
+
+
+def assert_close(found, expected, tolerance=1e-5, floor=1e-9):
+    """Differences are at most 1e-5 of the largest score of the tensor; or nothing beside that of the whole model.
+
+    Some gradients are zero, such as those of the biases of keys in attention, and come as rounding errors.
+    """
+    assert found.keys() == expected.keys()
+    largest = max(score.max() for score in expected.values())
+    assert largest > 0
+    for name, score in expected.items():
+        difference = (found[name] - score).abs().max()
+        assert difference <= tolerance * score.max() + floor * largest, name
+
+
+def check(model, batches, passes, tolerance=1e-5, **options):
+    """Scores equal those of single examples, after so many forward passes."""
+    expected = estimate_fisher(model, singles(batches), progress_bar=False, **options)
+    with forward_passes(model) as calls:
+        found = estimate_fisher(model, batches, progress_bar=False, **options)
+    assert_close(found, expected, tolerance)
+    assert len(calls) == passes
+    return found
+
+
+def passes_at_once(batches, compared=1):
+    """Forward passes if nothing speaks against batches at once: two examples of some batches are compared before."""
+    return 3 * compared + len(batches)
+
+
+ONE_BY_ONE = {
+    "attention": r"most targeted weights are in modules \(MultiheadAttention\) whose gradients have no formula",
+    "attention_output": "the targeted weights are used without calling their modules",
+    "experts": r"most targeted weights are in modules \(Experts\) whose gradients have no formula",
+    "mixtral": r"most targeted weights are in modules \(MixtralExperts\) whose gradients have no formula",
+}
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_every_kind_of_model(name, caplog):
+    model = get_peft_model(build(name), config_for(name, task_type=None))
+    batches = [batch_of(name, seed) for seed in range(3)]
+    if name not in ONE_BY_ONE:
+        check(model, batches, passes_at_once(batches))
+        assert not reasons(caplog)
+        return
+    tried = 0 if "most targeted" in ONE_BY_ONE[name] else 1
+    check(model, batches, 12 + tried)
+    (reason,) = reasons(caplog)
+    assert re.search(ONE_BY_ONE[name], reason)
+
+
+def adapted(base, **targets):
+    return get_peft_model(base, ChildTuningConfig(density=0.5, **targets))
+
+
+class Head(nn.Module):
+    """Any body, with the loss that it is given."""
+
+    def __init__(self, body, loss):
+        super().__init__()
+        self.body, self.loss = body, loss
+
+    def forward(self, x, labels=None):
+        return SimpleNamespace(loss=self.loss(self.body(x), labels))
+
+
+class Scale(nn.Module):
+    """A module of no known kind, with a weight and a matrix that is not most of the model."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(width))
+        self.mix = nn.Parameter(torch.randn(2, width))
+
+    def forward(self, x):
+        return x * self.weight * self.mix.sum(0)
+
+
+class InPlace(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return torch.relu_(self.second(torch.relu_(self.first(x)))) + 1
+
+
+class Flattened(nn.Module):
+    """Tokens of all examples in the first dimension, as in routers and in models for multiple choice."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.inner(x.reshape(-1, 6)).view_as(x)
+
+
+class Positions(nn.Module):
+    """One row of positions serves every example."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.shift, self.out = nn.Embedding(9, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        positions = self.shift(self.table(torch.arange(x.shape[1]).unsqueeze(0)))
+        return self.out(torch.tanh(x + positions))
+
+
+class Tied(nn.Module):
+    """An embedding with a padding row whose table is the output layer as well."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.table, self.out = nn.Embedding(9, 6, **options), nn.Linear(6, 9, bias=False)
+        self.out.weight = self.table.weight
+
+    def forward(self, x):
+        return self.out(torch.tanh(self.table(x)))
+
+
+def words(*shape, low=0):
+    return {"x": torch.randint(low, 9, shape), "labels": torch.randn(*shape, 9)}
+
+
+def floats(*shape, width=3):
+    return {"x": torch.randn(shape), "labels": torch.randn(*shape[:-1], width)}
+
+
+def pictures(*shape):
+    return {"x": torch.randn(shape), "labels": torch.randn(shape[0], 4)}
+
+
+def convolution(kind, width, **options):
+    return nn.Sequential(kind(2, 4, 3, **options), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(4 * width, 4))
+
+
+KINDS = {
+    "linear": (lambda: nn.Sequential(nn.Linear(6, 300), nn.Tanh(), nn.Linear(300, 3)), lambda: floats(6, 6)),
+    "linear, many tokens": (lambda: nn.Sequential(nn.Linear(6, 3)), lambda: floats(6, 2, 5, 6)),
+    "conv1d": (lambda: nn.Sequential(Conv1D(8, 6), nn.Tanh(), Conv1D(3, 8)), lambda: floats(6, 7, 6)),
+    "twice": (Twice, lambda: floats(6, 6, width=6)),
+    "twice, many tokens": (Twice, lambda: floats(6, 5, 6, width=6)),
+    "in place": (InPlace, lambda: floats(6, 6, width=4)),
+    "flattened": (Flattened, lambda: floats(6, 5, 6, width=6)),
+    "positions": (Positions, lambda: floats(6, 5, 6)),
+    "layer norm": (lambda: nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 3)), lambda: floats(6, 5, 6)),
+    "layer norm of two dimensions": (lambda: nn.LayerNorm((5, 6)), lambda: floats(6, 5, 6, width=6)),
+    "rms norm": (lambda: nn.Sequential(nn.RMSNorm(6), nn.Linear(6, 3)), lambda: floats(6, 5, 6)),
+    "group norm": (lambda: nn.Sequential(nn.Linear(6, 8), nn.GroupNorm(2, 8), nn.Linear(8, 3)), lambda: floats(6, 6)),
+    "unknown": (lambda: nn.Sequential(nn.Linear(6, 8), Scale(8), nn.Linear(8, 3)), lambda: floats(6, 5, 6)),
+    "frozen batch norm": (
+        lambda: nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)), lambda: floats(6, 6)
+    ),
+    "convolution": (lambda: convolution(nn.Conv2d, 16, padding=1), lambda: pictures(6, 2, 4, 4)),
+    "one-dimensional": (lambda: convolution(nn.Conv1d, 2, groups=2), lambda: pictures(6, 2, 4)),
+    "three-dimensional": (lambda: convolution(nn.Conv3d, 1, dilation=2), lambda: pictures(6, 2, 5, 5, 5)),
+    "circular": (
+        lambda: convolution(nn.Conv2d, 16, padding=1, padding_mode="circular"), lambda: pictures(6, 2, 4, 4)
+    ),
+    "same": (lambda: convolution(nn.Conv2d, 16, padding="same"), lambda: pictures(6, 2, 4, 4)),
+    "embedding": (lambda: nn.Sequential(nn.Embedding(9, 6, padding_idx=2), nn.Linear(6, 9)), lambda: words(6, 5)),
+    "tied": (lambda: Tied(padding_idx=2), lambda: words(6, 5)),
+    "embedding by frequency": (
+        lambda: nn.Sequential(nn.Embedding(9, 6, scale_grad_by_freq=True), nn.Linear(6, 9)), lambda: words(6, 5)
+    ),
+    "sparse embedding": (
+        lambda: nn.Sequential(nn.Embedding(9, 6, sparse=True), nn.Linear(6, 9)), lambda: words(6, 5)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_module(kind, caplog):
+    body, data = KINDS[kind]
+    model = adapted(Head(body(), F.mse_loss), target_modules=["body"])
+    batches = [data() for _ in range(3)]
+    check(model, batches, passes_at_once(batches))
+    assert not reasons(caplog)
+
+
+LOSSES = {
+    "mean": lambda output, labels: F.mse_loss(output, labels),
+    "sum": lambda output, labels: F.mse_loss(output, labels, reduction="sum"),
+    "a sum of means": lambda output, labels: (output - labels).square().mean(-1).sum(),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_means_and_sums(loss, caplog):
+    model = adapted(Head(nn.Linear(6, 3), LOSSES[loss]), target_modules=["body"])
+    batches = [floats(6, 6) for _ in range(3)]
+    check(model, batches, passes_at_once(batches))
+    assert not reasons(caplog)
+
+
+def padded(lengths, labels="lm", size=3, vocabulary=50):
+    """Batches of sequences of these lengths, padded; a part of each is a prompt without labels."""
+    for start in range(0, len(lengths), size):
+        own = lengths[start : start + size]
+        ids = torch.randint(2, vocabulary, (len(own), max(own)))
+        mask = torch.arange(max(own)) < torch.tensor(own).unsqueeze(1)
+        batch = {"input_ids": ids * mask, "attention_mask": mask.long()}
+        if labels == "class":
+            yield {**batch, "labels": torch.randint(0, 2, (len(own),))}
+        else:
+            prompt = torch.arange(max(own)) < torch.tensor(own).unsqueeze(1) // 3
+            yield {**batch, "labels": ids.masked_fill(~mask | prompt, -100)}
+
+
+LENGTHS = [9, 4, 7, 5, 9, 12, 3, 6, 6, 8, 8, 8]
+
+
+@pytest.mark.parametrize("name", ["bert", "bert_parameters"])
+def test_padding(name, caplog):
+    model = get_peft_model(build(name), config_for(name))
+    batches = list(padded(LENGTHS, "class"))
+    check(model, batches, passes_at_once(batches))
+    assert not reasons(caplog)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt2_tied", "llama_embedding", "llama_tied_head"])
+def test_means_over_the_tokens_of_causal_language_models(name, caplog):
+    model = get_peft_model(build(name), config_for(name))
+    batches = list(padded(LENGTHS))
+    check(model, batches, passes_at_once(batches))
+    assert not reasons(caplog)
+
+
+def test_means_over_tokens_that_predict_themselves(caplog):
+    model = get_peft_model(build("t5"), config_for("t5"))
+    batches = list(padded(LENGTHS))
+    check(model, batches, passes_at_once(batches))
+    assert not reasons(caplog)
+
+
+def test_weights_that_the_first_batches_cannot_tell_apart_are_compared_again(caplog):
+    model = get_peft_model(build("llama"), config_for("llama"))
+    alike = [{key: value[:, :4] for key, value in batch.items()} for batch in padded([6] * 6)]
+    batches = [*alike, *padded(LENGTHS)]
+    check(model, batches, passes_at_once(batches, compared=2))
+    assert not reasons(caplog)
+
+
+def test_a_sum_over_tokens(caplog):
+    def loss(output, batch):
+        labels = batch["labels"][:, 1:]
+        return F.cross_entropy(output.logits[:, :-1].transpose(1, 2), labels, reduction="sum")
+
+    model = get_peft_model(build("llama"), config_for("llama"))
+    batches = list(padded(LENGTHS))
+    check(model, batches, passes_at_once(batches), loss_fn=loss)
+    assert not reasons(caplog)
+
+
+def test_tuples_and_lists(caplog):
+    model = adapted(nn.Sequential(nn.Linear(6, 3)), target_modules=["0"])
+    batches = [(torch.randn(5, 6), [1.0, 2.0, 3.0, 4.0, 5.0]) for _ in range(3)]
+    ones = [(x[i : i + 1], factor[i : i + 1]) for x, factor in batches for i in range(5)]
+
+    def forward(model, batch):
+        calls.append(None)
+        return (model(batch[0]).square().sum(1) * torch.tensor(batch[1])).mean()
+
+    calls = []
+    expected = estimate_fisher(model, ones, forward_fn=forward, progress_bar=False)
+    calls.clear()
+    assert_close(estimate_fisher(model, batches, forward_fn=forward, progress_bar=False), expected)
+    assert len(calls) == passes_at_once(batches)
+    assert not reasons(caplog)
+
+
+def test_batch_normalisation_in_training_mode(caplog):
+    class Always(nn.BatchNorm1d):
+        def train(self, mode=True):
+            return super().train(True)
+
+    body = nn.Sequential(nn.Conv1d(2, 4, 3), Always(4, momentum=0.0))
+    model = adapted(Head(body, lambda x, labels: x.pow(3).mean()), target_modules=["body.0"])
+    check(model, [{"x": torch.randn(4, 2, 9)} for _ in range(2)], 9)
+    (reason,) = reasons(caplog)
+    assert "examples influence each other" in reason
+
+
+def test_a_loss_over_the_whole_batch(caplog):
+    def balanced(x, labels):
+        share = torch.softmax(x, -1).mean((0, 1))
+        return F.mse_loss(x, labels) + 0.5 * share.square().sum()
+
+    model = adapted(Head(nn.Linear(6, 3), balanced), target_modules=["body"])
+    batches = [floats(5, 4, 6) for _ in range(3)]
+    check(model, batches, 15 + 1)
+    (reason,) = reasons(caplog)
+    assert "examples influence each other" in reason
+
+
+def test_noise_that_is_always_on(caplog):
+    model = adapted(Head(nn.Linear(6, 3), lambda x, labels: F.mse_loss(F.dropout(x), labels)), target_modules=["body"])
+    with forward_passes(model) as calls:
+        estimate_fisher(model, [floats(5, 6), floats(5, 6)], progress_bar=False)
+    assert len(calls) == 11
+    assert len(reasons(caplog)) == 1
+
+
+def test_a_model_for_single_examples(caplog):
+    class Single(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(6, 3)
+
+        def forward(self, x):
+            if len(x) > 1:
+                raise RuntimeError("one at a time, please")
+            return SimpleNamespace(loss=self.linear(x).square().mean())
+
+    batches = [{"x": torch.randn(5, 6)} for _ in range(2)]
+    check(adapted(Single(), target_modules=["linear"]), batches, 11)
+    assert "RuntimeError: one at a time, please" in reasons(caplog)[0]
+
+
+def test_modules_that_appear_later_are_compared_as_well(caplog):
+    class Late(nn.Module):
+        """A layer that is used with some data only."""
+
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x, labels, extra):
+            x = self.first(x)
+            x = self.second(x) if extra[0] else x
+            return SimpleNamespace(loss=F.mse_loss(x, labels))
+
+    model = adapted(Late(), target_modules=["first", "second"])
+    batches = [{**floats(5, 6, width=6), "extra": torch.full((5,), late)} for late in (0, 0, 1, 1)]
+    check(model, batches, passes_at_once(batches, compared=2) + 1)  # and the one that noticed
+    assert not reasons(caplog)
+
+
+@pytest.mark.parametrize("number", [1, 2, 4, 7, 8])
+def test_num_examples_cuts_batches(number):
+    model = get_peft_model(build("bert"), config_for("bert"))
+    batches = list(padded([6] * 9, "class"))
+    expected = estimate_fisher(model, singles(batches)[:number], progress_bar=False)
+    assert_close(estimate_fisher(model, batches, num_examples=number, progress_bar=False), expected)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.1), (torch.float64, 1e-5)])
+def test_other_precisions(dtype, tolerance, caplog):
+    model = get_peft_model(build("llama", dtype=dtype), config_for("llama"))
+    batches = list(padded(LENGTHS))
+    expected = estimate_fisher(model, singles(batches), progress_bar=False)
+    with forward_passes(model) as calls:
+        found = estimate_fisher(model, batches, progress_bar=False)
+    assert len(calls) <= passes_at_once(batches, compared=2)
+    assert not reasons(caplog)
+    assert_close(found, expected, tolerance, floor=tolerance**2)
+    assert all(score.dtype == torch.float32 for score in found.values())
+
+
+@pytest.mark.parametrize("wrong", [3, 7])
+def test_the_example_that_is_not_finite_is_named(wrong):
+    batches = [floats(5, 6) for _ in range(2)]
+    batches[wrong // 5]["x"][wrong % 5, 0] = float("inf")
+    model = adapted(Head(nn.Linear(6, 3), F.mse_loss), target_modules=["body"])
+    with pytest.raises(ValueError, match=f"that of example {wrong} is (nan|inf)"):
+        estimate_fisher(model, batches, progress_bar=False)
+
+
+def test_the_example_without_labels_is_left_out():
+    batches = list(padded(LENGTHS))
+    batches[2]["labels"][1] = -100
+    model = get_peft_model(build("llama"), config_for("llama"))
+    with pytest.warns(UserWarning, match=r"1 examples have no label but -100; .* of the 11 others"):
+        estimate_fisher(model, batches, progress_bar=False)
+
+
+def test_parameters_need_gradients_again_afterwards_and_no_hook_stays():
+    model = get_peft_model(build("bert"), config_for("bert"))
+    before = [parameter.requires_grad for parameter in model.parameters()]
+    estimate_fisher(model, list(padded(LENGTHS, "class")), progress_bar=False)
+    assert [parameter.requires_grad for parameter in model.parameters()] == before
+    assert not any(module._forward_hooks for module in model.modules())

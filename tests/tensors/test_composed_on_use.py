@@ -1,0 +1,140 @@
+"""The weight of a wrapped layer as others see it: its shape, its values, and nothing written that is lost."""
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+
+from peft_child import ChildTuningConfig
+from peft_child.tensors.composed_on_use import ComposedOnUse
+from peft_child.tuner.layer import child_tuning_layers
+
+from ..helpers import batch_of, build, chosen_model, logits, move, snapshot
+
+
+ONLY_WEIGHTS = {"target_modules": None, "target_parameters": ["body.0.weight", "body.2.weight"]}
+
+
+def adapted(kind="linear", chosen=True, **changes):
+    if chosen:
+        model = chosen_model(kind, **changes)
+        move(model)
+        return model
+    return get_peft_model(build(kind), ChildTuningConfig(density=0.3, target_modules="all-linear"))
+
+
+def layer_of(model):
+    return next(iter(child_tuning_layers(model).values()))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("chosen", [True, False])
+def test_what_a_weight_is_made_of_can_be_read_at_any_time(chosen, train, grad):
+    layer = layer_of(adapted(chosen=chosen).train(train))
+    base = layer.base_layer.weight
+    with torch.set_grad_enabled(grad):
+        assert hasattr(layer, "weight")
+        weight = layer.weight
+        assert (weight.shape, weight.dtype, weight.device) == (base.shape, base.dtype, base.device)
+        assert (weight.stride(), weight.ndim, weight.nbytes) == (base.stride(), base.ndim, base.nbytes)
+        assert len(weight) == len(base)
+        assert isinstance(weight, nn.Parameter)
+
+
+def test_computing_with_the_weight_of_an_adapter_without_child_network_is_an_error_in_training():
+    layer = layer_of(adapted(chosen=False).train())
+    with pytest.raises(RuntimeError, match="has not been chosen"):
+        layer.weight.sum()
+    with torch.no_grad():
+        assert torch.equal(layer.weight, layer.base_layer.weight)
+
+
+def test_the_weight_of_a_base_without_values_can_be_looked_at():
+    model = adapted()
+    layer = layer_of(model)
+    layer.base_layer.weight = nn.Parameter(layer.base_layer.weight.to("meta"), requires_grad=False)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            assert layer.weight.is_meta
+            with pytest.raises(RuntimeError, match="offloaded"):
+                layer.weight.sum()
+
+
+WRITES = {
+    "fill_": lambda layer: layer.weight.fill_(0),
+    "data": lambda layer: layer.weight.data.fill_(0),
+    "detach": lambda layer: layer.weight.detach().zero_(),
+    "detach twice": lambda layer: layer.weight.data.detach().zero_(),
+    "item": lambda layer: layer.weight.__setitem__(0, 1.0),
+    "item of data": lambda layer: layer.weight.data.__setitem__(0, 1.0),
+    "set data": lambda layer: setattr(layer.weight, "data", torch.zeros(1)),
+    "in-place operator": lambda layer: layer.weight.__iadd__(1),
+    "out": lambda layer: torch.add(torch.zeros(1), 1, out=layer.weight.data),
+    "initialise": lambda layer: nn.init.kaiming_uniform_(layer.weight),
+    "registered elsewhere": lambda layer: setattr(nn.Linear(6, 6), "weight", layer.weight),
+    "assigned": lambda layer: setattr(layer, "weight", nn.Parameter(torch.zeros_like(layer.base_layer.weight))),
+}
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("way", WRITES)
+def test_no_value_is_written_and_lost(way, grad):
+    model = adapted()
+    before = snapshot(model)
+    with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match=r"composed|nference|unload\(\)"):
+        WRITES[way](layer_of(model))
+    assert all(torch.equal(value, before[key]) for key, value in snapshot(model).items())
+
+
+@pytest.mark.parametrize("way", ["freeze", "hook"])
+def test_a_composed_weight_keeps_nothing(way):
+    weight = layer_of(adapted()).weight
+    with pytest.raises(RuntimeError, match="composed whenever it is read"):
+        weight.requires_grad_(False) if way == "freeze" else weight.register_hook(print)
+
+
+@pytest.mark.parametrize("state", ["merged", "disabled", "not targeted"])
+def test_what_is_the_base_parameter_itself_is_written(state):
+    model = adapted(**ONLY_WEIGHTS)
+    layer = layer_of(model)
+    if state == "merged":
+        model.merge_adapter()
+    if state == "disabled":
+        model.base_model.disable_adapter_layers()
+    name = "bias" if state == "not targeted" else "weight"
+    getattr(layer, name).data.fill_(2)
+    assert layer.base_layer._parameters[name].eq(2).all()
+
+
+def test_attributes_that_have_no_child_network_are_set_on_the_base_layer():
+    layer = layer_of(adapted(**ONLY_WEIGHTS))
+    value = nn.Parameter(torch.ones_like(layer.base_layer.bias))
+    layer.bias = value
+    assert layer.base_layer.bias is value
+    layer.weight = layer.base_layer.weight
+    layer.mark = 3
+    assert layer.mark == 3
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("kind", ["llama_tied_head", "gpt2_tied", "t5"])
+def test_weights_can_be_tied_again(kind, grad):
+    model = adapted(kind)
+    batch = batch_of(kind)
+    expected = logits(model, batch)
+    with torch.set_grad_enabled(grad):
+        model.base_model.model.tie_weights()
+        model.tie_weights()
+    assert torch.equal(logits(model, batch), expected)
+
+
+def test_a_weight_read_with_gradients_composes_and_one_read_without_is_plain_to_torch():
+    layer = layer_of(adapted())
+    assert isinstance(layer.weight, ComposedOnUse)
+    with torch.no_grad():
+        weight = layer.weight
+        assert not torch.overrides.has_torch_function((weight,))
+        assert torch.equal(weight, layer.weight)
+        assert type(weight + 0) is torch.Tensor
+        assert weight.data.numpy() is not None

@@ -1,0 +1,91 @@
+"""Heads of any kind: trained whole, left out of 'all-linear', and put back by merging and unloading."""
+
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import (
+    BertConfig,
+    BertForQuestionAnswering,
+    BertForTokenClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
+
+from peft_child import ChildTuningConfig
+from peft_child.tuner.layer import child_tuning_layers
+
+from ..helpers import assert_same, move, snapshot
+
+
+SIZES = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "max_position_embeddings": 20,
+}
+HEADS = {
+    "SEQ_CLS": (RobertaForSequenceClassification, RobertaConfig, "classifier"),
+    "TOKEN_CLS": (BertForTokenClassification, BertConfig, "classifier"),
+    "QUESTION_ANS": (BertForQuestionAnswering, BertConfig, "qa_outputs"),
+}
+
+
+def built(task):
+    model_class, config_class, _ = HEADS[task]
+    torch.manual_seed(0)
+    return model_class(config_class(**SIZES)).eval()
+
+
+def adapted(task, base, **changes):
+    settings = {"density": 0.3, "target_modules": "all-linear", "task_type": task, "variant": "random", **changes}
+    return get_peft_model(base, ChildTuningConfig(**settings))
+
+
+def outputs(model):
+    with torch.no_grad():
+        found = model(input_ids=torch.arange(2, 18).view(2, 8))
+    return torch.cat([value.flatten() for value in found.values()])
+
+
+@pytest.mark.parametrize("task", HEADS)
+def test_a_head_is_merged_and_unloaded_whatever_it_is(task):
+    base = built(task)
+    before = snapshot(base)
+    model = adapted(task, base).eval()
+    move(model)
+    expected = outputs(model)
+    assert torch.equal(outputs(model.merge_and_unload()), expected)
+    again = built(task)
+    assert_same(snapshot(adapted(task, again).unload()), before)
+
+
+@pytest.mark.parametrize("target_modules", ["all-linear", ["dense", "query", "classifier", "qa_outputs"]])
+@pytest.mark.parametrize("task", HEADS)
+def test_nothing_inside_a_module_saved_whole_is_targeted(task, target_modules):
+    model = adapted(task, built(task), target_modules=target_modules)
+    head = HEADS[task][2]
+    named = [name for layer in child_tuning_layers(model).values() for name in layer.targets_of("default").values()]
+    assert named
+    assert not [name for name in named if head in name]
+    assert any(f"{head}.modules_to_save" in name for name, p in model.named_parameters() if p.requires_grad)
+
+
+def test_a_module_saved_whole_may_hold_others_that_would_be_targeted(tmp_path):
+    model = adapted("TOKEN_CLS", built("TOKEN_CLS"), modules_to_save=["layer.1"])
+    names = [name for layer in child_tuning_layers(model).values() for name in layer.targets_of("default").values()]
+    assert names
+    assert not [name for name in names if "layer.1." in name]
+    move(model)
+    model.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("task", HEADS)
+def test_an_adapter_that_is_refused_leaves_the_base_as_it_was(task):
+    base = built(task)
+    before, kinds = snapshot(base), [type(module) for module in base.modules()]
+    with pytest.raises(TypeError, match=r"modules_to_save cannot be applied to .*ModuleList"):
+        adapted(task, base, modules_to_save=["encoder.layer"], target_modules=["word_embeddings"])
+    assert_same(snapshot(base), before)
+    assert [type(module) for module in base.modules()] == kinds
