@@ -252,6 +252,7 @@ def test_strange_names_stay_inside_the_section(tmp_path):
 # With PEFT
 
 
+@pytest.mark.smoke
 def test_saving_again_changes_no_file(tmp_path):
     model = chosen_model("bert")
     move(model)

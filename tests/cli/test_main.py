@@ -105,6 +105,7 @@ def files(tmp_path_factory):
 # Every verb against the library
 
 
+@pytest.mark.smoke
 def test_inspect_as_json_is_complete(files):
     adapter = read_adapter(files / "chosen")
     found = json.loads(output_of("inspect", files / "chosen", "--json"))
@@ -247,6 +248,7 @@ def test_extract(files, tmp_path, density):
         assert_same(bits(tensors_of(tmp_path / "merged")), bits(load_file(files / "tuned.safetensors")))
 
 
+@pytest.mark.smoke
 def test_merge_and_patch(files, tmp_path):
     adapter, base = read_adapter(files / "chosen"), Checkpoint(files / "base")
     merge_checkpoint(adapter, base, tmp_path / "expected")
@@ -654,6 +656,7 @@ def test_the_revision_that_the_adapter_records_is_the_default(files, tmp_path, m
 # Help and progress
 
 
+@pytest.mark.smoke
 def test_the_installed_command():
     command = Path(sys.executable).with_name("peft-child")
     done = subprocess.run([command, "--help"], capture_output=True, text=True, check=True)

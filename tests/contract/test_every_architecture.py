@@ -10,9 +10,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as WITH_DEFAULTS
 from peft.utils.other import AuxiliaryTrainingWrapper
-from peft_child.tuner.layer import child_tuning_layers
 
 from peft_child import ChildTuningConfig
+from peft_child.tuner.layer import child_tuning_layers
 
 from ..architectures import TASKS, architectures, run, runnable
 from ..helpers import assert_same, move, snapshot

@@ -96,6 +96,7 @@ def assert_reads_as(read, deltas):
         assert np.array_equal(values, deltas[name].values.numpy())
 
 
+@pytest.mark.smoke
 def test_the_golden_file_is_read_as_ever():
     expected = golden_adapter()
     found = read_adapter(GOLDEN)
@@ -112,6 +113,7 @@ def test_the_golden_file_is_read_as_ever():
     assert {(header.encoding, header.order) for header in headers} == {(1, 0), (1, 1), (2, 0), (2, 1)}
 
 
+@pytest.mark.smoke
 def test_what_is_written_is_what_the_golden_file_says(tmp_path):
     """Bytes depend on the version of zlib, headers and content do not."""
     write_adapter(tmp_path / "again", golden_adapter())

@@ -11,6 +11,7 @@ from peft_child import ChildPeftType, ChildTuningConfig, ChildTuningModel
 from peft_child.integrations.registration import register
 
 
+@pytest.mark.smoke
 def test_peft_knows_the_method_by_its_name():
     assert mapping.PEFT_TYPE_TO_CONFIG_MAPPING["PEFT_CHILD"] is ChildTuningConfig
     assert mapping.PEFT_TYPE_TO_TUNER_MAPPING["PEFT_CHILD"] is ChildTuningModel
@@ -43,6 +44,7 @@ def test_a_clash_of_names_or_prefixes_is_refused(monkeypatch):
         register()
 
 
+@pytest.mark.smoke
 def test_without_the_package_the_error_names_it(tmp_path):
     ChildTuningConfig().save_pretrained(tmp_path)
     code = "import sys; from peft import PeftConfig; PeftConfig.from_pretrained(sys.argv[1])"

@@ -152,6 +152,7 @@ def test_evaluation_in_between_changes_no_bit(tmp_path, variant):
     assert trainer.evaluate()["eval_loss"] == losses_of(trainer)[-2]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_checkpoint_is_an_adapter(tmp_path, variant):
     tiny_bert().save_pretrained(tmp_path / "base")
