@@ -39,13 +39,13 @@ class FisherPass:
     """One pass over the data; the settings are those of `estimate_fisher`.
 
     Attributes:
-        by_batch: Score batches as they come, with dropout and clipping, as the authors' code does.
+        fisher: 'per_example', or 'authors' to score batches as they come, with dropout and clipping.
         examples: Number of examples that were scored; in the end those of all ranks together.
         skipped: Number of examples without a label, likewise; the mean of their loss is one of nothing.
     """
 
     model: nn.Module
-    by_batch: bool
+    fisher: str
     num_examples: int | None = None
     forward_fn: Forward | None = None
     loss_fn: Forward | None = None
@@ -56,11 +56,15 @@ class FisherPass:
     examples: int = 0
     skipped: int = 0
 
+    @property
+    def _by_batch(self) -> bool:
+        return self.fisher == "authors"
+
     def scores(self, dataloader: Iterable[Any], targets: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
         """Fisher information of the targets, float32, in their shapes."""
         shared = any(is_sharded(parameter) for parameter in targets.values())  # then all ranks score all examples
         self._check(targets, shared)
-        with _scoring(self.model, targets.values(), training=self.by_batch):
+        with _scoring(self.model, targets.values(), training=self._by_batch):
             if shared:  # dropout must be the same on every rank, as the example is
                 torch.manual_seed(gathered(torch.initial_seed())[0])
             sums = {name: self._zeros(name, parameter) for name, parameter in targets.items()}
@@ -129,12 +133,12 @@ class FisherPass:
                     continue
                 kept = to_device(kept, device)
                 size = batch_size(kept) if self.split_batches else 1
-                if self.split_batches and not self.by_batch:
+                if self.split_batches and not self._by_batch:
                     kept, size = some_examples(kept, range(min(size, left[source])), size), min(size, left[source])
                     scorer.add(kept, size, self.examples)
                     losses += size
                 else:
-                    with squaring(targets, sums, 1.0 if self.by_batch else None) as square:
+                    with squaring(targets, sums, 1.0 if self._by_batch else None) as square:
                         square(loss.checked(kept, self.examples))
                     losses += 1
                 left[source] -= size
@@ -145,7 +149,7 @@ class FisherPass:
     def _labelled(self, batch: Any) -> Any:
         """The examples of a batch that have labels, as far as it can be taken apart, or None if there are none."""
         kept = labelled(batch)
-        if kept is None or (kept and (self.by_batch or not self.split_batches)):
+        if kept is None or (kept and (self._by_batch or not self.split_batches)):
             return batch
         size = len(batch["labels"]) if self.split_batches else 1
         self.skipped += size - len(kept)

@@ -27,6 +27,7 @@ from peft_child.tensors.distributed import (
     own_part,
     world_size,
 )
+from peft_child.tensors.lazy import Lazy
 from peft_child.tensors.sharded_topk import select_largest_of_shards
 from peft_child.tensors.topk import select_largest
 from peft_child.tuner.config import ChildTuningConfig
@@ -113,7 +114,7 @@ def select_child_network(
     if dataloader is not None:
         fisher_pass = FisherPass(
             model,
-            config.fisher == "authors",
+            config.fisher,
             num_examples,
             forward_fn,
             loss_fn,
@@ -132,7 +133,7 @@ def select_child_network(
 
     configs = cast(dict[str, ChildTuningConfig], model.peft_config)
     configs[adapter_name] = replace(config, fisher_examples=examples)  # the user may have other models with this one
-    children = {name: fresh_delta(targets[name], chosen[name], config.init_weights) for name in targets}
+    children = Lazy(targets, lambda name: fresh_delta(targets[name], chosen[name], config.init_weights))
     for layer in layers:
         layer.set_child(adapter_name, children, trainable=not config.inference_mode)
     dense = sum(parameter.numel() for _, parameter in _dense_parameters(model))
@@ -211,7 +212,7 @@ def estimate_fisher(
     _check_same_settings(model, config, targets, {"num_examples": num_examples})
     fisher_pass = FisherPass(
         model,
-        config.fisher == "authors",
+        config.fisher,
         num_examples,
         forward_fn,
         loss_fn,
