@@ -5,7 +5,6 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from peft_child import ChildTuningConfig
 from peft_child.card.model_card import BEGIN, CARD_NAME, END, HEAT_MAP_NAME, TAGS, complete_card
-from peft_child.card.plot import Place, Share, _drawn, draw_child_network, shares_by_kind, shares_by_place
 from peft_child.tensors.delta import ChildSize
 
 from ..helpers import chosen_model, config_for, move
@@ -18,6 +17,8 @@ SIZES = {
     "model.layers.1.mlp.up_proj.weight": ChildSize(4000, 1200, 50),
     "model.embed_tokens.weight": ChildSize(500, 500, 50),
 }
+
+
 SETTINGS = {
     "peft_type": "PEFT_CHILD",
     "variant": "task_driven",
@@ -32,6 +33,8 @@ SETTINGS = {
     "modules_to_save": ["lm_head"],
     "child_sizes": SIZES,
 }
+
+
 WORDS = "\n# Mine\n\nText | with `code`, <!-- comments --> and   spaces.  \n"
 
 
@@ -159,6 +162,8 @@ def test_a_complete_front_matter_stays_as_it_is_written(tmp_path):
 
 
 TAG_LINES = ["tags:", "- mine", "- child-tuning", "- peft-child"]
+
+
 NEW_LINES = ["base_model: someone/model", "library_name: peft"]
 
 
@@ -290,81 +295,3 @@ def test_settings_alone_have_no_card(tmp_path):
 
 
 # Places and the heat map
-
-
-@pytest.mark.parametrize(
-    ("name", "place"),
-    [
-        ("model.layers.11.self_attn.q_proj.weight", Place(11, "self_attn.q_proj")),
-        ("transformer.h.0.attn.c_attn.bias", Place(0, "attn.c_attn")),
-        ("model.layers.2.mlp.experts.gate_up_proj", Place(2, "mlp.experts.gate_up_proj")),
-        ("model.layers.2.mlp.experts.7.w1.weight", Place(2, "mlp.experts.*.w1")),
-        ("encoder.block.3.layer.0.SelfAttention.q.weight", Place(3, "layer.*.SelfAttention.q")),
-        ("0.linear.weight", Place(0, "linear")),
-        ("body.0.weight", Place(None, "body.0")),
-        ("conv1.x2.weight", Place(None, "conv1.x2")),
-        ("weight", Place(None, "weight")),
-    ],
-)
-def test_the_name_of_a_parameter_tells_its_place(name, place):
-    assert list(shares_by_place({name: ChildSize(10, 1, 5)})) == [place]
-
-
-def test_shares_add_up():
-    assert shares_by_place(SIZES)[0, "self_attn.q_proj"] == Share(2, 110, 31)
-    assert shares_by_kind(SIZES)["self_attn.q_proj"] == Share(3, 210, 51)
-
-
-def test_different_lists_of_layers_are_kept_apart():
-    sizes = {f"{side}.block.0.q.weight": ChildSize(10, 1, 5) for side in ("encoder", "decoder")}
-    assert list(shares_by_kind(sizes)) == ["decoder.block.*.q", "encoder.block.*.q"]
-
-
-def test_equal_child_networks_make_equal_pictures(tmp_path):
-    matplotlib = pytest.importorskip("matplotlib")
-    draw_child_network(SIZES, tmp_path / "a.png")
-    _drawn.cache_clear()
-    with matplotlib.rc_context({"font.size": 20, "axes.facecolor": "red", "savefig.dpi": 10}):
-        draw_child_network(dict(reversed(SIZES.items())), str(tmp_path / "b.png"))
-        assert matplotlib.rcParams["font.size"] == 20
-    draw_child_network({**SIZES, "model.layers.0.mlp.up_proj.weight": ChildSize(10, 1, 5)}, tmp_path / "c.png")
-    first, second, third = ((tmp_path / f"{name}.png").read_bytes() for name in "abc")
-    assert first.startswith(b"\x89PNG")
-    assert first == second != third
-
-
-def test_a_picture_is_drawn_once(tmp_path, monkeypatch):
-    matplotlib = pytest.importorskip("matplotlib.figure")
-    _drawn.cache_clear()
-    draw_child_network(SIZES, tmp_path / "a.png")
-    monkeypatch.delattr(matplotlib.Figure, "savefig")
-    draw_child_network(SIZES, tmp_path / "b.png")
-    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
-
-
-@pytest.mark.parametrize(
-    "sizes",
-    [
-        {"weight": ChildSize(10, 1, 5)},
-        {"body.0.weight": ChildSize(10, 10, 5), "body.2.bias": ChildSize(10, 1, 5)},
-        {"$x$.\\frac{.weight": ChildSize(10, 1, 5), "層.1.x" + "y" * 500: ChildSize(10, 1, 5)},
-        {f"m.{layer}.experts_{expert}.w": ChildSize(10, 1, 5) for layer in range(120) for expert in range(3)},
-        {f"m.{layer}.experts_{expert}.w": ChildSize(10, 1, 5) for layer in range(2) for expert in range(130)},
-    ],
-    ids=["root", "no layers", "odd names", "deep", "wide"],
-)
-def test_every_child_network_can_be_drawn(tmp_path, sizes):
-    pytest.importorskip("matplotlib")
-    draw_child_network(sizes, tmp_path / "x.png")
-    assert 1000 < (tmp_path / "x.png").stat().st_size < 1_000_000
-
-
-def test_no_child_network_cannot_be_drawn(tmp_path):
-    with pytest.raises(ValueError, match="sizes must hold at least one parameter with a child network, got none"):
-        draw_child_network({}, tmp_path / "x.png")
-
-
-@pytest.mark.usefixtures("no_matplotlib")
-def test_drawing_needs_matplotlib(tmp_path):
-    with pytest.raises(ImportError, match="matplotlib"):
-        draw_child_network(SIZES, tmp_path / "x.png")
