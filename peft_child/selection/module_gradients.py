@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers.pytorch_utils import Conv1D
 
@@ -43,10 +43,7 @@ class Use:
 
     def part(self, key: str) -> Part:
         """What this call adds to the gradient of one of the module's parameters, for each example."""
-        formula = _formula(self.module, key)
-        if formula is not None:
-            return formula(self, key)
-        return Each(lambda example: _run_again(self, key, example))
+        return (_formula(self.module, key) or _of_second_runs)(self, key)
 
     def layout(self) -> tuple[Any, ...]:
         """What of this call decides how its input is divided among the examples."""
@@ -81,8 +78,6 @@ def _formula(module: nn.Module, key: str) -> Callable[[Use, str], Part] | None:
     if isinstance(module, nn.Embedding) and (
         module.sparse or module.scale_grad_by_freq or module.max_norm is not None
     ):
-        return None
-    if isinstance(module, _CONVOLUTIONS) and (module.padding_mode != "zeros" or isinstance(module.padding, str)):
         return None
     return _FORMULAS.get(type(module).forward)
 
@@ -121,21 +116,8 @@ def _of_layer_norm(use: Use, key: str) -> Part:
     return Whole(_by_token(gradient, use.examples, len(module.normalized_shape)).sum(1))
 
 
-def _of_convolution(use: Use, key: str) -> Part:
-    module: Any = use.module
-    gradient, input_ = use.returned(), use.input()
-    each = len(gradient) // use.examples
-    if key == "bias":
-        return Whole(gradient.movedim(1, -1).reshape(use.examples, -1, module.out_channels).sum(1))
-    settings = module.stride, module.padding, module.dilation, module.groups
-
-    def compute(example: int) -> Tensor:
-        own = slice(example * each, (example + 1) * each)
-        derive: Any = _WEIGHT_GRADIENTS[gradient.dim()]
-        found: Tensor = derive(input_[own].to(gradient.dtype), module.weight.shape, gradient[own], *settings)
-        return found
-
-    return Each(compute)
+def _of_second_runs(use: Use, key: str) -> Part:
+    return Each(partial(_run_again, use, key))
 
 
 def _run_again(use: Use, key: str, example: int) -> Tensor:
@@ -156,12 +138,10 @@ def _run_again(use: Use, key: str, example: int) -> Tensor:
     return found.to_dense() if found.is_sparse else found
 
 
-_CONVOLUTIONS = nn.Conv1d, nn.Conv2d, nn.Conv3d
-_WEIGHT_GRADIENTS = {3: conv1d_weight, 4: conv2d_weight, 5: conv3d_weight}
 _FORMULAS: dict[Any, Callable[[Use, str], Part]] = {
     nn.Linear.forward: _of_linear,
     Conv1D.forward: _of_conv1d,
     nn.Embedding.forward: _of_embedding,
     nn.LayerNorm.forward: _of_layer_norm,
-    **{kind.forward: _of_convolution for kind in _CONVOLUTIONS},
+    **{kind.forward: _of_second_runs for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)},  # cheap beside all the rest
 }
