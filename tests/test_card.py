@@ -5,8 +5,8 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from peft_child import ChildTuningConfig
 from peft_child.card.model_card import BEGIN, CARD_NAME, END, HEAT_MAP_NAME, TAGS, complete_card
-from peft_child.card.plot import Place, Share, _drawn, draw_child_network, shares_by_kind, shares_by_place
-from peft_child.tensors.delta import ChildSize
+from peft_child.card.plot import Place, _drawn, draw_child_network, grouped, places_of
+from peft_child.tensors.delta import ChildSize, total_size
 
 from .helpers import chosen_model, config_for, move
 
@@ -158,36 +158,23 @@ def test_a_complete_front_matter_stays_as_it_is_written(tmp_path):
     assert completed(tmp_path, front + WORDS).startswith(front + WORDS)
 
 
-TAG_LINES = ["tags:", "- mine", "- child-tuning", "- peft-child"]
-NEW_LINES = ["base_model: someone/model", "library_name: peft"]
-
-
 @pytest.mark.parametrize("line_break", ["\n", "\r\n"])
 @pytest.mark.parametrize(
-    ("written", "expected"),
+    "front",
     [
-        (["datasets: [ 'a',  b ]"], ["datasets: [ 'a',  b ]", *NEW_LINES, TAG_LINES[0], *TAG_LINES[2:]]),
-        (["tags:   [mine]  # few", "license:   mit"], [*TAG_LINES, "license:   mit", *NEW_LINES]),
-        (["license:   mit", "tags:", "  - mine", "# end"], ["license:   mit", *TAG_LINES, "# end", *NEW_LINES]),
-        (["library_name:  x", "tags:", "- mine"], ["library_name: peft", *TAG_LINES, NEW_LINES[0]]),
+        ["license:   mit", "tags: [mine]  # few"],
+        ["{license: mit, tags: [mine]}"],
+        ["tags: [mine,", "# why", "]", "license: mit"],
+        ["'tags': [mine]", "license: mit", "library_name:  x"],
     ],
 )
-def test_only_what_is_new_is_written_in_a_front_matter(tmp_path, written, expected, line_break):
-    before, after = (line_break.join(["---", "# by hand", *lines, "---", WORDS]) for lines in (written, expected))
-    assert completed(tmp_path, before).startswith(after)
-
-
-@pytest.mark.parametrize(
-    "front",
-    ["{license: mit, tags: [mine]}", "tags: [mine,\n# why\n]\nlicense: mit", "'tags': [mine]\nlicense: mit"],
-)
-def test_an_unusual_front_matter_says_the_same_afterwards(tmp_path, front):
-    card = completed(tmp_path, f"---\n{front}\n---\n{WORDS}")
-    front, _, body = card.removeprefix("---\n").partition("\n---\n")
+def test_a_front_matter_that_lacks_something_is_completed(tmp_path, front, line_break):
+    body = WORDS.replace("\n", line_break)
+    card = completed(tmp_path, line_break.join(["---", *front, "---", body]))
     data = ModelCard(card).data
     assert (data.license, data.tags, data.base_model) == ("mit", ["mine", *TAGS], "someone/model")
-    assert front.count("tags") == 1
-    assert body.startswith(WORDS)
+    assert data.library_name == "peft"
+    assert card.partition(f"{line_break}---{line_break}")[2].startswith(body)
 
 
 @pytest.mark.parametrize(
@@ -306,17 +293,19 @@ def test_settings_alone_have_no_card(tmp_path):
     ],
 )
 def test_the_name_of_a_parameter_tells_its_place(name, place):
-    assert list(shares_by_place({name: ChildSize(10, 1, 5)})) == [place]
+    assert places_of([name]) == {name: place}
 
 
-def test_shares_add_up():
-    assert shares_by_place(SIZES)[0, "self_attn.q_proj"] == Share(2, 110, 31)
-    assert shares_by_kind(SIZES)["self_attn.q_proj"] == Share(3, 210, 51)
+def test_sizes_add_up_by_kind():
+    kinds = grouped(SIZES, lambda place: place.kind)
+    assert list(kinds) == ["self_attn.q_proj", "mlp.up_proj", "model.embed_tokens"]
+    assert total_size(kinds["self_attn.q_proj"]) == ChildSize(210, 51, 150)
+    assert total_size([]) == ChildSize(0, 0, 0)
 
 
 def test_different_lists_of_layers_are_kept_apart():
-    sizes = {f"{side}.block.0.q.weight": ChildSize(10, 1, 5) for side in ("encoder", "decoder")}
-    assert list(shares_by_kind(sizes)) == ["decoder.block.*.q", "encoder.block.*.q"]
+    places = places_of(f"{side}.block.0.q.weight" for side in ("encoder", "decoder"))
+    assert [place.kind for place in places.values()] == ["decoder.block.*.q", "encoder.block.*.q"]
 
 
 def test_equal_child_networks_make_equal_pictures(tmp_path):

@@ -1,11 +1,12 @@
-"""The command `peft-child`: look at adapters, make and merge, compare, combine and check them.
+"""The command `peft-child`: inspect, compare, make, merge, combine and check adapters.
 
-Every verb reads, calls one function of the library, and prints. What goes wrong is one line and exit code 2.
+Every command reads its inputs, calls one function of the library, and prints. Errors are one line, with exit code 2.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
@@ -18,6 +19,7 @@ from peft_child.cli.locate import locate_adapter, locate_checkpoint
 from peft_child.cli.output import (
     OneLineErrors,
     counts,
+    overlap_as_dict,
     plain,
     print_json,
     print_overlaps,
@@ -26,7 +28,6 @@ from peft_child.cli.output import (
     progress,
     say,
 )
-from peft_child.cli.output import overlap_as_dict as as_dict
 from peft_child.cli.summary import summarize
 from peft_child.files.adapter_folder import CONFIG_NAME, SparseAdapter, open_adapter, read_adapter, write_adapter
 from peft_child.files.checkpoint import CHECKPOINT_NAME, INDEX_NAME, Checkpoint, replacing
@@ -117,7 +118,7 @@ def inspect(
     plot: Annotated[
         Path | None, typer.Option(metavar="OUT.png", help="Draw the child network as a heat map, layers by modules.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the plot if it exists.")] = False,
+    force: Force = False,
 ) -> None:
     """Show what an adapter holds: its child network by tensor, layer and module, its settings and its base model."""
     _check_file(plot, force)
@@ -130,7 +131,7 @@ def inspect(
             draw_child_network(stored.sizes, temporary)
     if as_json:
         settings = {key: value for key, value in stored.settings.items() if key != "child_sizes"}
-        print_json({"adapter": adapter, "settings": settings, **summary.as_dict()})
+        print_json({"adapter": adapter, "settings": settings, **asdict(summary)})
     else:
         print_settings(adapter, stored.settings)
         print_summary(summary)
@@ -145,7 +146,7 @@ def compare(
     plot: Annotated[
         Path | None, typer.Option(metavar="OUT.png", help="Draw the Jaccard indices as a heat map.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the plot if it exists.")] = False,
+    force: Force = False,
 ) -> None:
     """Compare the child networks of two or more adapters of one base model, every two of them.
 
@@ -167,8 +168,8 @@ def compare(
         pairs = [
             {
                 "adapters": [adapters[index] for index in pair],
-                **as_dict(totals[pair]),
-                "tensors": {name: as_dict(part) for name, part in by_name.items()},
+                **overlap_as_dict(totals[pair]),
+                "tensors": {name: overlap_as_dict(part) for name, part in by_name.items()},
             }
             for pair, by_name in found.items()
         ]
@@ -325,7 +326,7 @@ def verify(
     typer.echo(f"ok: {counts(stored)}" + (f", made on {plain(base)}" if base else ""))
 
 
-# What several verbs do
+# Shared by several commands
 
 
 def _adapter_and_base(
@@ -337,7 +338,7 @@ def _adapter_and_base(
 
 
 def _recorded(adapter: SparseAdapter, base: str, base_revision: str | None) -> str | None:
-    """The revision that was asked for, or else the one of this base that the adapter was made on."""
+    """The revision of a base: the given one, else the one that the adapter records if it was made on this base."""
     if base_revision is None and adapter.settings.get("base_model_name_or_path") == base:
         return adapter.settings.get("revision")
     return base_revision
@@ -346,7 +347,9 @@ def _recorded(adapter: SparseAdapter, base: str, base_revision: str | None) -> s
 def _open_all(names: Sequence[str], revisions: Sequence[str] | None) -> list[SparseAdapter]:
     given: list[str | None] = list(revisions) if revisions else [None]
     if len(given) not in (1, len(names)):
-        raise ValueError(f"--revision is for all {len(names)} adapters or once for each, got {len(given)} of them.")
+        raise ValueError(
+            f"--revision must be given once for all {len(names)} adapters or once for each, got {len(given)} of them."
+        )
     each = given if len(given) == len(names) else given * len(names)
     return [open_adapter(locate_adapter(name, revision)) for name, revision in zip(names, each, strict=True)]
 
@@ -362,30 +365,29 @@ def _check_base(folder: Path, adapter: SparseAdapter, base: Path) -> None:
 
 
 def _check_folder(output: Path, force: bool) -> None:
-    """Refuse at once what would be refused after the work, and never replace a folder of something else."""
-    if not output.exists():
-        return
+    """Fail before the work, not after it; and never replace a folder of anything but an adapter or a checkpoint."""
     marks = (CONFIG_NAME, "config.json", CHECKPOINT_NAME, INDEX_NAME)
-    if not force:
+    if output.exists() and not force:
         raise FileExistsError(f"'{output}' exists already; pass --force to replace it.")
-    if not output.is_dir() or not any((output / name).is_file() for name in marks):
+    if output.exists() and not any((output / name).is_file() for name in marks):
         raise FileExistsError(f"'{output}' is no folder of an adapter or a checkpoint; it is not replaced.")
 
 
 def _check_file(output: Path | None, force: bool) -> None:
-    if output is None or not output.exists():
-        return
-    if output.is_dir():
+    if output and output.is_dir():
         raise IsADirectoryError(f"'{output}' is a folder; name a file.")
-    if not force:
+    if output and output.exists() and not force:
         raise FileExistsError(f"'{output}' exists already; pass --force to replace it.")
 
 
 def _check_apart(output: Path | None, *inputs: Path) -> None:
-    """Refuse an output that is or holds an input, or replaces a part of one, through links too; but for pictures."""
+    """Refuse an output that is an input, contains one, or replaces a file in one other than a picture.
+
+    An output that is a link counts as the link and as its target.
+    """
     if output is None:
         return
-    targets = {output.resolve(), output.parent.resolve() / output.name}  # what a link leads to, and the link itself
+    targets = {output.resolve(), output.parent.resolve() / output.name}
     for place in inputs:
         read = {file.resolve() for file in (place, *place.rglob("*")) if file.suffix != ".png"}
         around = {file for file in targets if place.resolve() in file.parents and file.suffix != ".png"}
