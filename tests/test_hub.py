@@ -386,7 +386,10 @@ def test_the_very_same_method_pushes_everything_else():
     ours = bringing_cards(push_to_hub)
     child = chosen_model("llama")
     low_rank = get_peft_model(build("llama"), LoraConfig(target_modules=["q_proj"]))
-    for model in [child.get_base_model(), low_rank, low_rank.get_base_model(), build("llama"), ChildTuningConfig()]:
+    native = build("llama")
+    native.add_adapter(LoraConfig(target_modules=["q_proj"]))
+    others = [child.get_base_model(), low_rank, low_rank.get_base_model(), native, build("llama"), ChildTuningConfig()]
+    for model in others:
         assert ours(model, 1, other=2) == (model, (1,), {"other": 2})
 
 

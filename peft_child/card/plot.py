@@ -95,9 +95,9 @@ def draw_child_network(sizes: Mapping[str, ChildSize], path: str | Path) -> None
     groups = grouped(sizes, lambda place: (place.layer, place.kind))
     percents = {place: 100 * total_size(group).density for place, group in groups.items()}
     layers, kinds = (list(dict.fromkeys(axis)) for axis in zip(*percents, strict=True))
-    rows = ["none" if layer is None else str(layer) for layer in layers]
-    matrix = [[percents.get((layer, kind), math.nan) for kind in kinds] for layer in layers]
-    _write_heat_map(path, "Child network", "chosen entries (%)", "layer", rows, kinds, matrix)
+    rows = tuple("none" if layer is None else str(layer) for layer in layers)
+    matrix = tuple(tuple(percents.get((layer, kind), math.nan) for kind in kinds) for layer in layers)
+    _write(path, _HeatMap(rows, tuple(kinds), matrix, "Child network", "chosen entries (%)", "layer"))
 
 
 def draw_overlap(names: Sequence[str], matrix: Sequence[Sequence[float]], path: str | Path) -> None:
@@ -111,51 +111,47 @@ def draw_overlap(names: Sequence[str], matrix: Sequence[Sequence[float]], path: 
     Raises:
         ImportError: If matplotlib is not installed.
     """
-    _write_heat_map(path, "Overlap of child networks", "Jaccard index", "", names, names, matrix)
+    labels, values = tuple(names), tuple(map(tuple, matrix))
+    _write(path, _HeatMap(labels, labels, values, "Overlap of child networks", "Jaccard index", ""))
 
 
-def _write_heat_map(
-    path: str | Path,
-    title: str,
-    unit: str,
-    ylabel: str,
-    rows: Sequence[str],
-    columns: Sequence[str],
-    matrix: Sequence[Sequence[float]],
-) -> None:
+class _HeatMap(NamedTuple):
+    """What a heat map shows, hashable; a cell without a number (NaN) is grey."""
+
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    matrix: tuple[tuple[float, ...], ...]
+    title: str
+    unit: str
+    ylabel: str
+
+
+def _write(path: str | Path, heat_map: _HeatMap) -> None:
     import matplotlib.style
 
     # Names are no formulas, and may have characters that the font lacks.
     with matplotlib.style.context(["default", {"text.parse_math": False}]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph ", category=UserWarning)
-        png = _drawn(title, unit, ylabel, tuple(rows), tuple(columns), tuple(map(tuple, matrix)))
-        Path(path).write_bytes(png)
+        Path(path).write_bytes(_drawn(heat_map))
 
 
 @lru_cache(maxsize=8)  # every checkpoint of a run has the same picture
-def _drawn(
-    title: str,
-    unit: str,
-    ylabel: str,
-    rows: tuple[str, ...],
-    columns: tuple[str, ...],
-    matrix: tuple[tuple[float, ...], ...],
-) -> bytes:
-    """A heat map as PNG; cells without a number (NaN) are grey."""
+def _drawn(heat_map: _HeatMap) -> bytes:
+    """A heat map as PNG."""
     from matplotlib.figure import Figure
 
-    width, height = CELL[0] * len(columns), CELL[1] * len(rows)
     rows, columns = (
-        tuple(label if len(label) <= MAX_LABEL else f"...{label[-MAX_LABEL:]}" for label in labels)
-        for labels in (rows, columns)
+        [label if len(label) <= MAX_LABEL else f"...{label[-MAX_LABEL:]}" for label in labels]
+        for labels in (heat_map.rows, heat_map.columns)
     )
+    width, height = CELL[0] * len(columns), CELL[1] * len(rows)
     margin = 0.05 * max(map(len, (*rows, *columns)))
     figure = Figure((min(width, LONGEST) + margin + 3, min(height, LONGEST) + margin + 1.5), layout="constrained")
-    axes = figure.add_subplot(title=title, ylabel=ylabel)
+    axes = figure.add_subplot(title=heat_map.title, ylabel=heat_map.ylabel)
     axes.set_facecolor("0.85")
-    highest = max(value for values in matrix for value in values if not math.isnan(value))
-    image = axes.imshow(matrix, cmap="cividis", vmin=0, vmax=highest, aspect="auto")
-    figure.colorbar(image, label=unit)
+    highest = max(value for values in heat_map.matrix for value in values if not math.isnan(value))
+    image = axes.imshow(heat_map.matrix, cmap="cividis", vmin=0, vmax=highest, aspect="auto")
+    figure.colorbar(image, label=heat_map.unit)
 
     row_step, column_step = (math.ceil(len(labels) / MAX_LABELS) for labels in (rows, columns))
     axes.set_xticks(
@@ -163,7 +159,7 @@ def _drawn(
     )
     axes.set_yticks(range(0, len(rows), row_step), rows[::row_step])
     if max(width, height) <= LONGEST:
-        for row, values in enumerate(matrix):
+        for row, values in enumerate(heat_map.matrix):
             for column, value in enumerate(values):
                 if not math.isnan(value):
                     color = "black" if 2 * value > highest else "white"

@@ -55,10 +55,7 @@ AdapterNames = Annotated[
     list[str], typer.Argument(metavar="ADAPTER", help="Folders of adapters, or their names on the Hub.")
 ]
 BaseName = Annotated[
-    str,
-    typer.Argument(
-        metavar="BASE", help="Checkpoint of the base model: a folder, a safetensors file, or a name on the Hub."
-    ),
+    str, typer.Argument(metavar="BASE", help="Base model: a folder, a safetensors file, or a name on the Hub.")
 ]
 OutputFolder = Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder to make.")]
 Revision = Annotated[
@@ -69,16 +66,11 @@ Subfolder = Annotated[
 ]
 Revisions = Annotated[
     list[str] | None,
-    typer.Option(
-        "--revision", metavar="NAME", help="Branch, tag or commit on the Hub: once for all adapters, or once for each."
-    ),
+    typer.Option("--revision", metavar="NAME", help="Branch, tag or commit: once for all adapters, or for each."),
 ]
 BaseRevision = Annotated[
     str | None,
-    typer.Option(
-        metavar="NAME",
-        help="Branch, tag or commit of the base, if it is on the Hub; by default the one that the adapter records.",
-    ),
+    typer.Option(metavar="NAME", help="The same of the base; by default the one that the adapter records."),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs, complete and unrounded.")]
@@ -231,11 +223,12 @@ def merge(
     What describes the model, such as its configuration and tokenizer, is copied from the base.
     """
     _check_folder(output, force)
-    folder, stored, path = _adapter_and_base(adapter, base, revision, subfolder, base_revision)
+    folder = locate_adapter(adapter, revision, subfolder=subfolder)
+    stored = open_adapter(folder)
+    path = _locate_base(base, stored, base_revision)
     _check_apart(output, folder, path)
-    checkpoint = Checkpoint(path)
     try:
-        merge_checkpoint(stored, checkpoint, output, force, progress)
+        merge_checkpoint(stored, Checkpoint(path), output, force, progress)
     except NamesDifferError:
         say("note", "the checkpoint has other names than the model, so the whole model is loaded to merge it.")
         merge_by_loading(folder, path, output, force)
@@ -296,7 +289,9 @@ def patch(
     has NAME.indices, flat positions, and NAME.values, what stands there after merging.
     """
     _check_file(output, force)
-    folder, stored, path = _adapter_and_base(adapter, base, revision, subfolder, base_revision)
+    folder = locate_adapter(adapter, revision, subfolder=subfolder)
+    stored = open_adapter(folder)
+    path = _locate_base(base, stored, base_revision)
     _check_apart(output, folder, path)
     export_patch(stored, Checkpoint(path), output, force, progress)
     typer.echo(f"wrote {counts(stored)} to {plain(output)}")
@@ -322,26 +317,24 @@ def verify(
         raise FormatError("The file holds no child network; it was saved before one was chosen.")
     ChildTuningConfig.from_pretrained(str(folder))
     if base is not None:
-        _check_base(folder, stored, locate_checkpoint(base, _recorded(stored, base, base_revision)))
+        checkpoint = Checkpoint(_locate_base(base, stored, base_revision))
+        try:
+            check_fits(stored, checkpoint)
+            check_weights(stored, checkpoint, progress)
+        except NamesDifferError:
+            say("note", "the checkpoint has other names than the model, so the whole model is loaded to check it.")
+            load_with_adapter(folder, checkpoint.path, check_base="error")
     typer.echo(f"ok: {counts(stored)}" + (f", made on {plain(base)}" if base else ""))
 
 
 # Shared by several commands
 
 
-def _adapter_and_base(
-    adapter: str, base: str, revision: str | None, subfolder: str | None, base_revision: str | None
-) -> tuple[Path, SparseAdapter, Path]:
-    folder = locate_adapter(adapter, revision, subfolder=subfolder)
-    stored = open_adapter(folder)
-    return folder, stored, locate_checkpoint(base, _recorded(stored, base, base_revision))
-
-
-def _recorded(adapter: SparseAdapter, base: str, base_revision: str | None) -> str | None:
-    """The revision of a base: the given one, else the one that the adapter records if it was made on this base."""
-    if base_revision is None and adapter.settings.get("base_model_name_or_path") == base:
-        return adapter.settings.get("revision")
-    return base_revision
+def _locate_base(base: str, adapter: SparseAdapter, revision: str | None) -> Path:
+    """The checkpoint of a base; by default of the revision that the adapter records, if it was made on this base."""
+    if revision is None and adapter.settings.get("base_model_name_or_path") == base:
+        revision = adapter.settings.get("revision")
+    return locate_checkpoint(base, revision)
 
 
 def _open_all(names: Sequence[str], revisions: Sequence[str] | None) -> list[SparseAdapter]:
@@ -352,16 +345,6 @@ def _open_all(names: Sequence[str], revisions: Sequence[str] | None) -> list[Spa
         )
     each = given if len(given) == len(names) else given * len(names)
     return [open_adapter(locate_adapter(name, revision)) for name, revision in zip(names, each, strict=True)]
-
-
-def _check_base(folder: Path, adapter: SparseAdapter, base: Path) -> None:
-    checkpoint = Checkpoint(base)
-    try:
-        check_fits(adapter, checkpoint)
-        check_weights(adapter, checkpoint, progress)
-    except NamesDifferError:
-        say("note", "the checkpoint has other names than the model, so the whole model is loaded to check it.")
-        load_with_adapter(folder, base, check_base="error")
 
 
 def _check_folder(output: Path, force: bool) -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import typer
@@ -39,9 +38,12 @@ class OneLineErrors(TyperGroup):
     """Prints warnings and errors in one line each, without a traceback."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run a verb; exit code 2 if it fails."""
+        """Run a command; exit code 2 if it fails."""
         try:
-            with _one_line_warnings():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # users of a command cannot act on deprecations
+                warnings.simplefilter("always", UserWarning)
+                warnings.showwarning = lambda message, *details: say("warning", message)
                 return super().invoke(ctx)
         except BrokenPipeError:  # the reader has left, as `head` does; typer handles it
             raise
@@ -54,15 +56,6 @@ def progress(names: Sequence[str], title: str) -> Iterable[str]:
     """A progress bar on standard error, if that is a terminal."""
     bar: Iterable[str] = tqdm(names, desc=title, disable=None, leave=False)  # None: hidden if not a terminal
     return bar
-
-
-@contextmanager
-def _one_line_warnings() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # users of a command cannot act on deprecations
-        warnings.simplefilter("always", UserWarning)
-        warnings.showwarning = lambda message, *details: say("warning", message)
-        yield
 
 
 def say(kind: str, message: object) -> None:

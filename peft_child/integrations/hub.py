@@ -38,7 +38,7 @@ def bringing_cards(push_to_hub: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(push_to_hub)
     def push(self: Any, *args: Any, **kwargs: Any) -> Any:
-        method = push_with_cards if _saves_child_tuning(self) else push_to_hub
+        method = _push_with_cards if _saves_child_tuning(self) else push_to_hub
         return method(self, *args, **kwargs)
 
     push.brings_cards = True  # type: ignore[attr-defined]
@@ -54,7 +54,7 @@ def _saves_child_tuning(model: Any) -> bool:
     return saves_adapters and any(isinstance(config, ChildTuningConfig) for config in model.peft_config.values())
 
 
-def push_with_cards(
+def _push_with_cards(
     model: Any,
     repo_id: str,
     *,
@@ -69,27 +69,9 @@ def push_with_cards(
 ) -> CommitInfo:
     """Save a model's adapters, and upload them with their cards in one commit.
 
-    In a card that is on the Hub only the section about the child network is replaced. If nothing changes in the
-    repository, there is no commit.
-
-    Args:
-        model: A model with a Child-Tuning adapter.
-        repo_id: The repository, which is made if there is none.
-        commit_message: The first line of the commit's message.
-        commit_description: The rest of the message.
-        private: Whether a new repository is private; by default the owner's settings decide.
-        token: A token for the Hub, or whether to use the stored one.
-        revision: The branch to commit to, which is made if there is none; by default the main branch.
-        create_pr: Whether to open a pull request instead.
-        max_shard_size: See the model's `save_pretrained`.
-        tags: Tags for the front matter of the card at the top of the repository, besides those it has.
-
-    Returns:
-        The commit, or the last one if nothing has changed.
-
-    Raises:
-        RuntimeError: If no child network was chosen.
-        HfHubHTTPError: If the Hub refuses it. Network errors of the client pass through.
+    The arguments are those of transformers' `push_to_hub`. In a card that is on the Hub only the section about the
+    child network and the metadata are brought up to date; `tags` are for the card at the top of the repository. If
+    nothing changes in the repository, there is no commit, and the last one is returned.
     """
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id

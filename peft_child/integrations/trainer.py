@@ -86,17 +86,11 @@ class ChildTuningCallback(TrainerCallback):
             return
         for layer in child_tuning_layers(model).values():
             layer.read_again()  # torch does not count what a broadcast writes into a tensor as a change of it
-        buffers = dict(model.named_buffers())
-        held = {
-            kind: {name: buffer for name, buffer in buffers.items() if f".{kind}.{self.adapter_name}." in name}
-            for kind in ("child_index", "child_mask")
-        }
-        check_equal(
-            {
-                f"child network of adapter '{self.adapter_name}' (digest)": digest(held["child_index"])[:12],
-                f"gradient masks of adapter '{self.adapter_name}' (digest)": digest(held["child_mask"])[:12],
-            }
-        )
+        buffers, contents = dict(model.named_buffers()), {}
+        for what, kind in (("child network", "child_index"), ("gradient masks", "child_mask")):
+            held = {name: buffer for name, buffer in buffers.items() if f".{kind}.{self.adapter_name}." in name}
+            contents[f"{what} of adapter '{self.adapter_name}' (digest)"] = digest(held)[:12]
+        check_equal(contents)
 
     def on_step_begin(self, *event: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
         """Remember the steps that were counted so far."""
