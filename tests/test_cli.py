@@ -410,7 +410,7 @@ def arguments_of(verb, adapter, output, base):
 @pytest.mark.parametrize(
     ("name", "problem"),
     [
-        ("missing", "There is no file or folder '{}', nor can a repository on the Hub be called that."),
+        ("missing", "There is no file or folder '{}', and it is not a valid name of a repository on the Hub."),
         ("base", "is no folder of an adapter: it has no 'adapter_config.json'"),
         ("lora", "is an adapter of type 'LORA', not of Child-Tuning"),
         ("damaged", "cannot be loaded. The checksum of "),

@@ -116,7 +116,7 @@ def draw_overlap(names: Sequence[str], matrix: Sequence[Sequence[float]], path: 
 
 
 class _HeatMap(NamedTuple):
-    """What a heat map shows, hashable; a cell without a number (NaN) is grey."""
+    """What a heat map shows, hashable; NaN is a cell without a number."""
 
     rows: tuple[str, ...]
     columns: tuple[str, ...]
@@ -148,7 +148,7 @@ def _drawn(heat_map: _HeatMap) -> bytes:
     margin = 0.05 * max(map(len, (*rows, *columns)))
     figure = Figure((min(width, LONGEST) + margin + 3, min(height, LONGEST) + margin + 1.5), layout="constrained")
     axes = figure.add_subplot(title=heat_map.title, ylabel=heat_map.ylabel)
-    axes.set_facecolor("0.85")
+    axes.set_facecolor("0.85")  # cells without a number
     highest = max(value for values in heat_map.matrix for value in values if not math.isnan(value))
     image = axes.imshow(heat_map.matrix, cmap="cividis", vmin=0, vmax=highest, aspect="auto")
     figure.colorbar(image, label=heat_map.unit)

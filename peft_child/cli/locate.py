@@ -61,7 +61,7 @@ def _locate(
         return Path(name)
     if not REPO_ID.fullmatch(name):
         raise FileNotFoundError(
-            f"There is no file or folder '{name}', nor can a repository on the Hub be called that."
+            f"There is no file or folder '{name}', and it is not a valid name of a repository on the Hub."
         )
     try:
         folder = snapshot_download(
@@ -81,7 +81,7 @@ def _hub_error(name: str, revision: str | None, error: Exception) -> str:
     if isinstance(error, RevisionNotFoundError):
         return f"'{name}' on the Hub has no revision '{revision}'."
     if isinstance(error, HFValidationError):
-        return f"{start} no repository on the Hub can be called that."
+        return f"{start} it is not a valid name of a repository on the Hub."
     if isinstance(error, LocalEntryNotFoundError):
         cause = error.__cause__ or error  # what happened; the client's own text is about its cache
         return f"{start} the Hub cannot be reached: {type(cause).__name__}: {cause}"

@@ -70,7 +70,7 @@ Revisions = Annotated[
 ]
 BaseRevision = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="The same of the base; by default the one that the adapter records."),
+    typer.Option(metavar="NAME", help="Revision of the base on the Hub; by default the one that the adapter records."),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs, complete and unrounded.")]
@@ -140,7 +140,7 @@ def compare(
     ] = None,
     force: Force = False,
 ) -> None:
-    """Compare the child networks of two or more adapters of one base model, every two of them.
+    """Compare the child networks of two or more adapters of one base model, pair by pair.
 
     Jaccard: entries that both have chosen, over entries that either has; 1 for equal child networks. Times chance:
     shared entries, over what two random child networks of these sizes would share.
@@ -192,8 +192,8 @@ def extract(
     """Make an adapter of the difference between two checkpoints.
 
     Without --density, merging the adapter into the base gives the fine-tuned checkpoint back bit for bit. With it, the
-    entries that changed most are kept. Refused are changes of integer and FP8 tensors; and, without --density, changes
-    that would need more than the 53 bits of a float64, such as from 1e30 to 1.
+    entries that changed most are kept. Changes of integer and FP8 tensors are refused; and, without --density, so are
+    changes that need more than the 53 bits of a float64, such as from 1e30 to 1.
 
     The adapter has the names of the checkpoint, so `merge` and `patch` always take it. PEFT takes it only if the model
     has the same names: transformers renames or fuses tensors of some architectures on loading, such as Mixtral.
@@ -218,9 +218,9 @@ def merge(
     base_revision: BaseRevision = None,
     force: Force = False,
 ) -> None:
-    """Write a checkpoint with the adapter merged into its base model, to be used without peft-child.
+    """Write a checkpoint with the adapter merged into its base model, which can be used without peft-child.
 
-    What describes the model, such as its configuration and tokenizer, is copied from the base.
+    Files that describe the model, such as its configuration and tokenizer, are copied from the base.
     """
     _check_folder(output, force)
     folder = locate_adapter(adapter, revision, subfolder=subfolder)
@@ -243,16 +243,16 @@ def combine(
         list[float] | None, typer.Option(metavar="W", help="Once for each adapter, in their order; by default 1.0.")
     ] = None,
     combination_type: Annotated[
-        str, typer.Option("--type", metavar="TYPE", help=f"How: {', '.join(COMBINATIONS)}.")
+        str, typer.Option("--type", metavar="TYPE", help=f"Method: {', '.join(COMBINATIONS)}.")
     ] = "linear",
     density: Annotated[
         float,
         typer.Option(metavar="SHARE", help="Share of every adapter's child network to keep, for all but 'linear'."),
     ] = 1.0,
     majority_sign: Annotated[
-        str, typer.Option(metavar="|".join(MAJORITIES), help="What decides about the sign, for the kinds of ties.")
+        str, typer.Option(metavar="|".join(MAJORITIES), help="How 'ties' and 'dare_ties' elect signs.")
     ] = "total",
-    seed: Annotated[int, typer.Option(help="Seed of the random choices, for the kinds of dare.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the random drops, for all kinds of 'dare'.")] = 0,
     revision: Revisions = None,
     force: Force = False,
 ) -> None:
@@ -286,7 +286,7 @@ def patch(
     """Write the merged values of the child network alone, as positions and values of the checkpoint's tensors.
 
     A serving engine that holds the base model can take them in place of a merged copy. For every tensor NAME the file
-    has NAME.indices, flat positions, and NAME.values, what stands there after merging.
+    has NAME.indices (flat positions) and NAME.values (the values there after merging).
     """
     _check_file(output, force)
     folder = locate_adapter(adapter, revision, subfolder=subfolder)
@@ -301,13 +301,13 @@ def patch(
 def verify(
     adapter: AdapterName,
     base: Annotated[
-        str | None, typer.Option(metavar="BASE", help="Check as well that it was made on this checkpoint.")
+        str | None, typer.Option(metavar="BASE", help="Also check that it was made on this checkpoint.")
     ] = None,
     revision: Revision = None,
     subfolder: Subfolder = None,
     base_revision: BaseRevision = None,
 ) -> None:
-    """Check an adapter completely, and say what is wrong with it; exit code 2 if something is.
+    """Check an adapter completely; if something is wrong, say what, with exit code 2.
 
     Every checksum, position and value is checked and, with --base, every name and size and the base's own values.
     """
@@ -364,9 +364,10 @@ def _check_file(output: Path | None, force: bool) -> None:
 
 
 def _check_apart(output: Path | None, *inputs: Path) -> None:
-    """Refuse an output that is an input, contains one, or replaces a file in one other than a picture.
+    """Refuse an output that is an input, contains one, or replaces a file in one.
 
-    An output that is a link counts as the link and as its target.
+    Pictures are excepted, so that a plot can be drawn again in the adapter's folder. An output that is a link counts
+    as the link and as its target.
     """
     if output is None:
         return

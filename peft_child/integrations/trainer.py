@@ -85,7 +85,7 @@ class ChildTuningCallback(TrainerCallback):
         if model is None or world_size() == 1:
             return
         for layer in child_tuning_layers(model).values():
-            layer.read_again()  # torch does not count what a broadcast writes into a tensor as a change of it
+            layer.read_again()  # broadcasts write without raising the version that is checked
         buffers, contents = dict(model.named_buffers()), {}
         for what, kind in (("child network", "child_index"), ("gradient masks", "child_mask")):
             held = {name: buffer for name, buffer in buffers.items() if f".{kind}.{self.adapter_name}." in name}
