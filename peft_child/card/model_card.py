@@ -1,23 +1,23 @@
 """The model card of a saved adapter: a section about its child network in the README.md beside it.
 
-The section stands between two markers and is written anew at every save. What the author wrote outside of them stays
-as it is, byte for byte; only a template that nobody has filled in gives way.
+The section stands between two markers and is replaced at every save. The text outside of them belongs to the author
+and is never changed, except for a template that nobody has filled in, which is removed. The metadata at the head of
+the card (its front matter) is written only if something in it changes, by huggingface_hub.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
-from peft_child.card.front_matter import front_and_body
-from peft_child.card.plot import Share, draw_child_network, shares_by_kind, total
-from peft_child.tensors.delta import ChildSize
+from peft_child.card.plot import draw_child_network, grouped
+from peft_child.tensors.delta import ChildSize, total_size
 
 
 CARD_NAME = "README.md"
@@ -74,11 +74,17 @@ base = {base}
 model = PeftModel.from_pretrained(base, "...")  # the name of this repository, or a folder with its files
 ```"""
 
+TABLE_HEAD = """\
+### Where it is
+
+| module | tensors | chosen entries | share of their entries |
+|---|--:|--:|--:|"""
+
 REMINDER = """\
 <!--
-Yours to write: all text outside the two markers above stays when the adapter is saved again. Worth telling: the data
-that the child network was trained on, its results beside those of the base model, what it is meant for and what not.
-`license` and `language` belong into the front matter at the top.
+Write here: text outside the two markers above is kept when the adapter is saved again. Worth telling: the data that
+the child network was trained on, its results beside those of the base model, its intended use and its limits.
+`license` and `language` belong in the front matter at the top.
 -->"""
 
 
@@ -96,7 +102,11 @@ def complete_card(folder: str | Path, settings: Mapping[str, Any]) -> None:
     """
     path = Path(folder) / CARD_NAME
     card = path.read_bytes().decode("utf-8-sig") if path.exists() else ""
-    has_heat_map = _draw(_sizes(settings), path.with_name(HEAT_MAP_NAME))
+    try:
+        draw_child_network(_sizes(settings), path.with_name(HEAT_MAP_NAME))
+        has_heat_map = True
+    except ImportError:
+        has_heat_map = False
     path.write_bytes(completed_card(card, settings, has_heat_map, str(path)).encode())
 
 
@@ -112,7 +122,7 @@ def completed_card(card: str, settings: Mapping[str, Any], has_heat_map: bool, n
     Raises:
         ValueError: If the front matter of the card cannot be read.
     """
-    front, body = front_and_body(card, partial(_describe, settings=settings), name)
+    front, body = _with_metadata(card, lambda data: _describe(data, settings), name)
     return front + _with_section(body, settings, has_heat_map)
 
 
@@ -127,41 +137,44 @@ def tagged_card(card: str, tags: Iterable[str], name: str) -> str:
     Raises:
         ValueError: If the front matter of the card cannot be read.
     """
-    front, body = front_and_body(card, partial(_tag, tags=tags), name)
-    return front + body
+    return "".join(_with_metadata(card, lambda data: _tag(data, tags), name))
 
 
 def _sizes(settings: Mapping[str, Any]) -> dict[str, ChildSize]:
     return {name: ChildSize(*size) for name, size in settings["child_sizes"].items()}
 
 
-def _draw(sizes: Mapping[str, ChildSize], path: Path) -> bool:
-    try:
-        draw_child_network(sizes, path)
-    except ImportError:
-        return False
-    return True
-
-
 # Front matter
+
+
+def _with_metadata(card: str, change: Callable[[ModelCardData], None], name: str) -> tuple[str, str]:
+    """Front matter and text of a card; the front matter is written anew only if `change` changes what it says."""
+    if not REGEX_YAML_BLOCK.search(card):
+        card = f"---\n\n---\n{card}"  # huggingface_hub would warn
+    try:
+        parsed: Any = ModelCard(card)
+        before = parsed.data.to_dict()
+        change(parsed.data)
+        written = card if parsed.data.to_dict() == before else str(parsed)
+    except Exception as error:  # YAML errors, and whatever the fields of the metadata raise
+        reason = " ".join(str(error).split())
+        raise ValueError(f"The front matter of '{name}' must be a model card's metadata: {reason}") from error
+    return written.removesuffix(parsed.text), parsed.text
 
 
 def _describe(data: ModelCardData, settings: Mapping[str, Any]) -> None:
     base = settings.get("base_model_name_or_path") or ""
-    tags = list(data.tags or [])
     if _is_repo_id(base):
         data.base_model = data.base_model or base
     else:  # the Hub refuses cards that name a folder
         data.base_model = None if data.base_model in ("", base) else data.base_model
-        tags = [tag for tag in tags if tag != f"base_model:adapter:{base}"]
+        data.tags = [tag for tag in data.tags or [] if tag != f"base_model:adapter:{base}"]
     data.library_name = "peft"
-    data.tags = tags
     _tag(data, TAGS)
 
 
 def _tag(data: ModelCardData, tags: Iterable[str]) -> None:
-    known = data.tags or []
-    data.tags = list(dict.fromkeys([*known, *tags])) or None
+    data.tags = list(dict.fromkeys([*(data.tags or []), *tags]))
 
 
 def _is_repo_id(base: str) -> bool:
@@ -173,9 +186,9 @@ def _is_repo_id(base: str) -> bool:
 
 
 def _with_section(body: str, settings: Mapping[str, Any], has_heat_map: bool) -> str:
-    """The text with a new section in place of the old one, or of an unfilled template, or else behind it.
+    """The text with the section in place of the old one or of an unfilled template, else at the end.
 
-    Nothing is put behind the last line, not even a line break, because PEFT would take it away at the next save.
+    The section ends without a line break, since PEFT strips the end of the card at the next save.
     """
     section = f"{BEGIN}\n\n{_section(settings, has_heat_map)}\n\n{END}"
     old = SECTION.search(body)
@@ -189,11 +202,11 @@ def _with_section(body: str, settings: Mapping[str, Any], has_heat_map: bool) ->
 
 def _is_unfilled(body: str) -> bool:
     """Whether a text is empty, or a template as PEFT and transformers write it."""
-    text, template = (
-        [line for line in lines.splitlines() if not AUTOMATIC.fullmatch(line)]
-        for lines in (body, ModelCard.from_template(ModelCardData()).text)
-    )
-    return not text or text == template
+
+    def lines_of(text: str) -> list[str]:
+        return [line for line in text.splitlines() if not AUTOMATIC.fullmatch(line)]
+
+    return lines_of(body) in ([], lines_of(ModelCard.from_template(ModelCardData()).text))
 
 
 def _title(settings: Mapping[str, Any]) -> str:
@@ -203,7 +216,10 @@ def _title(settings: Mapping[str, Any]) -> str:
 
 def _section(settings: Mapping[str, Any], has_heat_map: bool) -> str:
     sizes = _sizes(settings)
-    parts = [INTRODUCTION, _loading(settings), _facts(settings, sizes), _table(sizes)]
+    kinds = grouped(sizes, lambda place: place.kind)
+    rows = [_row(_code(kind).replace("|", "\\|"), group) for kind, group in kinds.items()]
+    table = "\n".join([TABLE_HEAD, *rows, _row("all", list(sizes.values()))])
+    parts = [INTRODUCTION, _loading(settings), _facts(settings, sizes), table]
     if has_heat_map:
         parts.append(f"![Share of chosen entries by layer and module]({HEAT_MAP_NAME})")
     return "\n\n".join(parts)
@@ -222,20 +238,17 @@ def _loading(settings: Mapping[str, Any]) -> str:
 
 
 def _facts(settings: Mapping[str, Any], sizes: Mapping[str, ChildSize]) -> str:
-    variant = settings.get("variant")
-    whole = total(shares_by_kind(sizes).values())
+    variant, whole = settings.get("variant"), total_size(sizes.values())
     facts = {
         "Base model": _code(settings.get("base_model_name_or_path")),
         "Revision": _code(settings.get("revision")),
         "Variant": variant and f"{_code(variant)}, {VARIANT_TEXTS.get(variant, 'of a later version')}",
-        "Density": f"{settings.get('density')} of all targeted entries"
-        if variant in ("task_driven", "random")
-        else "",
+        "Density": variant in ("task_driven", "random") and f"{settings.get('density')} of all targeted entries",
         "Gradient mask": _gradient_mask(settings),
-        "Fisher information": _fisher(settings) if variant == "task_driven" else "",
-        "Seed": str(settings.get("seed", "")) if variant in ("random", "task_free") else "",
+        "Fisher information": variant == "task_driven" and _fisher(settings),
+        "Seed": variant in ("random", "task_free") and str(settings.get("seed", "")),
         "Chosen entries": (
-            f"{whole.chosen:,} in {whole.tensors} tensors, {whole.percent:.3g} % of their {whole.numel:,} entries; "
+            f"{whole.chosen:,} in {len(sizes)} tensors, {100 * whole.density:.3g} % of their {whole.numel:,} entries; "
             "targeted tensors without any are not counted"
         ),
         "Stored in": _code(settings.get("delta_dtype")),
@@ -256,24 +269,13 @@ def _fisher(settings: Mapping[str, Any]) -> str:
     return _code(settings.get("fisher")) + (f", estimated on {examples:,} examples" if examples else "")
 
 
-def _table(sizes: Mapping[str, ChildSize]) -> str:
-    shares = shares_by_kind(sizes)
-    rows = [_row(_code(kind).replace("|", "\\|"), share) for kind, share in shares.items()]
-    head = [
-        "### Where it is",
-        "",
-        "| module | tensors | chosen entries | share of their entries |",
-        "|---|--:|--:|--:|",
-    ]
-    return "\n".join([*head, *rows, _row("all", total(shares.values()))])
-
-
-def _row(name: str, share: Share) -> str:
-    return f"| {name} | {share.tensors} | {share.chosen:,} | {share.percent:.3g} % |"
+def _row(name: str, sizes: Sequence[ChildSize]) -> str:
+    whole = total_size(sizes)
+    return f"| {name} | {len(sizes)} | {whole.chosen:,} | {100 * whole.density:.3g} % |"
 
 
 def _code(value: object) -> str:
-    """A setting as code in a line of Markdown, whatever its characters; nothing for nothing."""
+    """A setting as code in a line of Markdown, whatever its characters; empty if it is not set."""
     return f"`{_plain(str(value)).replace('`', chr(39))}`" if value else ""
 
 
@@ -283,5 +285,5 @@ def _quoted(value: object) -> str:
 
 
 def _plain(text: str) -> str:
-    """One line that cannot be taken for a marker."""
+    """The text in one line, and nothing in it that could end the section or open a comment."""
     return " ".join(text.split()).replace("<!--", "<!")

@@ -1,7 +1,7 @@
 """Where a child network lies: its entries by layer and kind of module, as numbers and as a heat map.
 
-The names of parameters say both: `model.layers.3.mlp.up_proj.weight` is `mlp.up_proj` in layer 3. The first number in
-a name counts the layers; numbers after it, such as those of experts, are taken together.
+Both follow from the names of parameters: `model.layers.3.mlp.up_proj.weight` is `mlp.up_proj` in layer 3. The first
+number in a name counts the layers; later numbers, such as those of experts, are ignored.
 """
 
 from __future__ import annotations
@@ -9,24 +9,24 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, TypeVar
 
-from peft_child.tensors.delta import ChildSize
+from peft_child.tensors.delta import ChildSize, total_size
 
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 LAYERED = re.compile(r"(?:(?P<stack>.+?)\.)?(?P<layer>[0-9]{1,6})\.(?P<kind>.+)", re.DOTALL)
 NUMBER = re.compile(r"(?<![^.])[0-9]+(?![^.])")
-CELL = (0.75, 0.28)  # inches, enough for a percentage
+CELL = (0.75, 0.28)  # inches, enough for a number of three digits
 LONGEST = 30  # inches; beyond it cells shrink, and are not annotated
 MAX_LABELS = 100  # on one axis
 MAX_LABEL = 50  # characters
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
 
 
 class Place(NamedTuple):
@@ -41,55 +41,40 @@ class Place(NamedTuple):
     kind: str
 
 
-class Share(NamedTuple):
-    """How much of some tensors was chosen.
-
-    Attributes:
-        tensors: Number of tensors.
-        numel: Their entries.
-        chosen: Their entries in the child network.
-    """
-
-    tensors: int
-    numel: int
-    chosen: int
-
-    @property
-    def percent(self) -> float:
-        """Chosen entries in percent of all entries of these tensors."""
-        return 100 * self.chosen / self.numel
+def places_of(names: Iterable[str]) -> dict[str, Place]:
+    """The place of every parameter by its name: by layer, what is outside the layers last, then by kind."""
+    parts = {name: _split(name) for name in names}
+    stacks = {stack for stack, layer, _ in parts.values() if layer is not None}
+    places = {
+        name: Place(layer, f"{stack}.*.{kind}" if layer is not None and len(stacks) > 1 else kind)
+        for name, (stack, layer, kind) in parts.items()
+    }
+    return dict(sorted(places.items(), key=lambda item: (item[1].layer is None, item[1].layer or 0, item[1].kind)))
 
 
-def shares_by_place(sizes: Mapping[str, ChildSize]) -> dict[Place, Share]:
-    """Add up the sizes of child networks by place, in an order that does not depend on that of `sizes`.
+def _split(name: str) -> tuple[str, int | None, str]:
+    """The name of the list of layers, the number of the layer, and the module's name in the layer."""
+    module = name.removesuffix(".weight").removesuffix(".bias")
+    found = LAYERED.fullmatch(module)
+    if found is None:
+        return "", None, module
+    return found["stack"] or "", int(found["layer"]), NUMBER.sub("*", found["kind"])
+
+
+def grouped(values: Mapping[str, Value], key: Callable[[Place], Key]) -> dict[Key, list[Value]]:
+    """Group values of parameters by something about their places.
 
     Args:
-        sizes: Sizes of child networks by name of the parameter.
+        values: Values by name of the parameter.
+        key: What the places of a group have in common.
 
     Returns:
-        Shares by place: by layer, what is outside the layers last, then by kind.
+        The groups, in the order of `places_of`, whatever the order of `values`.
     """
-    shares: dict[Place, Share] = {}
-    for name, place in places_of(sizes).items():
-        tensors, numel, chosen = shares.get(place, (0, 0, 0))
-        shares[place] = Share(tensors + 1, numel + sizes[name].numel, chosen + sizes[name].chosen)
-    return {place: shares[place] for place in sorted(shares, key=lambda place: (_rank(place.layer), place.kind))}
-
-
-def shares_by_kind(sizes: Mapping[str, ChildSize]) -> dict[str, Share]:
-    """As `shares_by_place`, added up over the layers, by kind."""
-    places = shares_by_place(sizes)
-    return {kind: total(share for place, share in places.items() if place.kind == kind) for kind in kinds_of(places)}
-
-
-def kinds_of(places: Iterable[Place]) -> list[str]:
-    """The kinds in some places, each once, in the order of the places."""
-    return list(dict.fromkeys(place.kind for place in places))
-
-
-def total(shares: Iterable[Share]) -> Share:
-    """The sum of shares of different tensors."""
-    return Share(*map(sum, zip(*shares, strict=True)))
+    groups: dict[Key, list[Value]] = {}
+    for name, place in places_of(values).items():
+        groups.setdefault(key(place), []).append(values[name])
+    return groups
 
 
 def draw_child_network(sizes: Mapping[str, ChildSize], path: str | Path) -> None:
@@ -107,72 +92,12 @@ def draw_child_network(sizes: Mapping[str, ChildSize], path: str | Path) -> None
     """
     if not sizes:
         raise ValueError("sizes must hold at least one parameter with a child network, got none.")
-    import matplotlib.style
-
-    # Names are no formulas, and may have characters that the font lacks.
-    with matplotlib.style.context(["default", {"text.parse_math": False}]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph ", category=UserWarning)
-        Path(path).write_bytes(_drawn(tuple(shares_by_place(sizes).items())))
-
-
-@lru_cache(maxsize=8)
-def _drawn(shares: tuple[tuple[Place, Share], ...]) -> bytes:
-    """The figure as PNG; every checkpoint of a run has the same one."""
-    png = BytesIO()
-    _figure(dict(shares)).savefig(png, format="png", metadata={"Software": None})
-    return png.getvalue()
-
-
-def _figure(shares: Mapping[Place, Share]) -> Figure:
-    from matplotlib.figure import Figure
-
-    layers, kinds = list(dict.fromkeys(place.layer for place in shares)), kinds_of(shares)
-    percents = [
-        [shares[Place(layer, kind)].percent if Place(layer, kind) in shares else math.nan for kind in kinds]
-        for layer in layers
-    ]
-    width, height = CELL[0] * len(kinds), CELL[1] * len(layers)
-    labels = [kind if len(kind) <= MAX_LABEL else f"...{kind[-MAX_LABEL:]}" for kind in kinds]
-    margin = 0.05 * max(map(len, labels))
-    figure = Figure((min(width, LONGEST) + margin + 3, min(height, LONGEST) + margin + 1.5), layout="constrained")
-    axes = figure.add_subplot(title="Child network", ylabel="layer")
-    axes.set_facecolor("0.85")  # places without chosen entries
-    image = axes.imshow(percents, cmap="cividis", vmin=0, aspect="auto")
-    figure.colorbar(image, label="chosen entries (%)")
-
-    rows, columns = (range(0, count, -(-count // MAX_LABELS)) for count in (len(layers), len(kinds)))
-    axes.set_xticks(columns, [labels[i] for i in columns], rotation=30, ha="right", rotation_mode="anchor")
-    axes.set_yticks(rows, ["none" if layers[i] is None else str(layers[i]) for i in rows])
-    if max(width, height) <= LONGEST:
-        brightest = max(share.percent for share in shares.values())
-        for (layer, kind), share in shares.items():
-            color = "black" if 2 * share.percent > brightest else "white"
-            at = kinds.index(kind), layers.index(layer)
-            axes.text(*at, f"{share.percent:.3g}", ha="center", va="center", color=color, size=8)
-    return figure
-
-
-def _parts(name: str) -> tuple[str, int | None, str]:
-    """Name of the list of layers, number of the layer if there is one, and name in the layer, of a parameter."""
-    module = name.removesuffix(".weight").removesuffix(".bias")
-    found = LAYERED.fullmatch(module)
-    if found is None:
-        return "", None, module
-    return found["stack"] or "", int(found["layer"]), NUMBER.sub("*", found["kind"])
-
-
-def _rank(layer: int | None) -> float:
-    return math.inf if layer is None else layer
-
-
-def places_of(names: Iterable[str]) -> dict[str, Place]:
-    """The place of every parameter, as `shares_by_place` has it, by name."""
-    parts = {name: _parts(name) for name in names}
-    stacks = {stack for stack, layer, _ in parts.values() if layer is not None}
-    return {
-        name: Place(layer, f"{stack}.*.{kind}" if layer is not None and len(stacks) > 1 else kind)
-        for name, (stack, layer, kind) in parts.items()
-    }
+    groups = grouped(sizes, lambda place: (place.layer, place.kind))
+    percents = {place: 100 * total_size(group).density for place, group in groups.items()}
+    layers, kinds = (list(dict.fromkeys(axis)) for axis in zip(*percents, strict=True))
+    rows = tuple("none" if layer is None else str(layer) for layer in layers)
+    matrix = tuple(tuple(percents.get((layer, kind), math.nan) for kind in kinds) for layer in layers)
+    _write(path, _HeatMap(rows, tuple(kinds), matrix, "Child network", "chosen entries (%)", "layer"))
 
 
 def draw_overlap(names: Sequence[str], matrix: Sequence[Sequence[float]], path: str | Path) -> None:
@@ -186,19 +111,59 @@ def draw_overlap(names: Sequence[str], matrix: Sequence[Sequence[float]], path: 
     Raises:
         ImportError: If matplotlib is not installed.
     """
+    labels, values = tuple(names), tuple(map(tuple, matrix))
+    _write(path, _HeatMap(labels, labels, values, "Overlap of child networks", "Jaccard index", ""))
+
+
+class _HeatMap(NamedTuple):
+    """What a heat map shows, hashable; NaN is a cell without a number."""
+
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    matrix: tuple[tuple[float, ...], ...]
+    title: str
+    unit: str
+    ylabel: str
+
+
+def _write(path: str | Path, heat_map: _HeatMap) -> None:
     import matplotlib.style
+
+    # Names are no formulas, and may have characters that the font lacks.
+    with matplotlib.style.context(["default", {"text.parse_math": False}]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph ", category=UserWarning)
+        Path(path).write_bytes(_drawn(heat_map))
+
+
+@lru_cache(maxsize=8)  # every checkpoint of a run has the same picture
+def _drawn(heat_map: _HeatMap) -> bytes:
+    """A heat map as PNG."""
     from matplotlib.figure import Figure
 
-    with matplotlib.style.context(["default", {"text.parse_math": False}]):  # names are no formulas
-        margin = 1.5 + 0.07 * max(map(len, names))
-        figure = Figure((CELL[0] * len(names) + margin + 2, CELL[0] * len(names) + margin), layout="constrained")
-        axes = figure.add_subplot(title="Overlap of child networks")
-        image = axes.imshow(matrix, cmap="cividis", vmin=0, vmax=1)
-        figure.colorbar(image, label="Jaccard index")
-        axes.set_xticks(range(len(names)), names, rotation=30, ha="right", rotation_mode="anchor")
-        axes.set_yticks(range(len(names)), names)
-        for row, values in enumerate(matrix):
+    rows, columns = (
+        [label if len(label) <= MAX_LABEL else f"...{label[-MAX_LABEL:]}" for label in labels]
+        for labels in (heat_map.rows, heat_map.columns)
+    )
+    width, height = CELL[0] * len(columns), CELL[1] * len(rows)
+    margin = 0.05 * max(map(len, (*rows, *columns)))
+    figure = Figure((min(width, LONGEST) + margin + 3, min(height, LONGEST) + margin + 1.5), layout="constrained")
+    axes = figure.add_subplot(title=heat_map.title, ylabel=heat_map.ylabel)
+    axes.set_facecolor("0.85")  # cells without a number
+    highest = max(value for values in heat_map.matrix for value in values if not math.isnan(value))
+    image = axes.imshow(heat_map.matrix, cmap="cividis", vmin=0, vmax=highest, aspect="auto")
+    figure.colorbar(image, label=heat_map.unit)
+
+    row_step, column_step = (math.ceil(len(labels) / MAX_LABELS) for labels in (rows, columns))
+    axes.set_xticks(
+        range(0, len(columns), column_step), columns[::column_step], rotation=30, ha="right", rotation_mode="anchor"
+    )
+    axes.set_yticks(range(0, len(rows), row_step), rows[::row_step])
+    if max(width, height) <= LONGEST:
+        for row, values in enumerate(heat_map.matrix):
             for column, value in enumerate(values):
-                color = "black" if value > 0.5 else "white"
-                axes.text(column, row, f"{value:.3g}", ha="center", va="center", color=color, size=8)
-        figure.savefig(path, format="png", metadata={"Software": None})
+                if not math.isnan(value):
+                    color = "black" if 2 * value > highest else "white"
+                    axes.text(column, row, f"{value:.3g}", ha="center", va="center", color=color, size=8)
+    png = BytesIO()
+    figure.savefig(png, format="png", metadata={"Software": None})
+    return png.getvalue()

@@ -1,12 +1,11 @@
-"""What only transformers knows of a base model: its class, and its tensors where a checkpoint names them otherwise.
+"""Base models that transformers has to load: their class, and merging where a checkpoint has other tensor names.
 
-transformers renames and fuses tensors of some architectures on loading, so that no tensor of the checkpoint belongs to
-an adapter's parameter. Then the model is loaded as a whole, which takes its size in memory.
+transformers renames and fuses tensors of some architectures on loading, so an adapter's parameters cannot be found in
+the checkpoint. Then the whole model is loaded, which takes as much memory as it is large.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,8 +22,6 @@ from peft_child.files.adapter_tensors import PREFIX
 from peft_child.files.checkpoint import copy_description, read_config, replacing
 
 
-MODEL_CONFIG_NAME = "config.json"
-
 _TASKS = {
     "ForCausalLM": "CAUSAL_LM",
     "LMHeadModel": "CAUSAL_LM",
@@ -36,7 +33,7 @@ _TASKS = {
 
 
 def merge_by_loading(adapter: Path, base: Path, folder: Path, force: bool = False) -> None:
-    """Write a checkpoint with the adapter merged, as `merge_and_unload()` and `save_pretrained()` make it.
+    """Write a checkpoint with the adapter merged, by `merge_and_unload()` and `save_pretrained()`.
 
     Args:
         adapter: Folder of the adapter.
@@ -64,7 +61,7 @@ def load_with_adapter(adapter: Path, base: Path, check_base: str = "warn") -> Pe
         check_base: What to do if the base has other weights than the adapter was made on: 'warn', 'error' or 'off'.
 
     Raises:
-        ValueError: If the class is unknown, the adapter does not fit, or parts of the model are in neither of the two.
+        ValueError: If the class is unknown, the adapter does not fit, or neither of the two has all tensors.
     """
     stored = open_adapter(adapter)
     model_class = _model_class(stored.settings, base)
@@ -79,36 +76,47 @@ def load_with_adapter(adapter: Path, base: Path, check_base: str = "warn") -> Pe
     missing = sorted(name for name in info["missing_keys"] if f"{PREFIX}{name}" not in stored.dense)
     if missing:
         raise ValueError(
-            f"'{base}' lacks '{missing[0]}' ({len(missing)} tensors in all), and the adapter does not bring it along: "
-            f"as a {type(model).__name__}, the model would be completed with random values."
+            f"'{base}' lacks '{missing[0]}' ({len(missing)} tensors in all), and the adapter does not have it: "
+            f"loaded as {type(model).__name__}, the model would have random values there."
         )
     return loaded
 
 
 def _model_class(settings: Mapping[str, Any], base: Path) -> Any:
     """By the adapter's task, else by the class that it was made on, else by the one that saved the checkpoint."""
-    if not (base / MODEL_CONFIG_NAME).is_file():
-        raise ValueError(f"To be loaded as a model, '{base}' must be a folder with '{MODEL_CONFIG_NAME}'.")
+    if not (base / "config.json").is_file():
+        raise ValueError(f"To be loaded as a model, '{base}' must be a folder with 'config.json'.")
     task = AUTO_CLASSES.get(str(settings.get("task_type")))
     if task:
         return getattr(transformers, task)
-    name = _class_name(settings.get("auto_mapping"), json.loads((base / MODEL_CONFIG_NAME).read_text()))
+    mapping = settings.get("auto_mapping")
+    name = str(mapping.get("base_model_class")) if isinstance(mapping, dict) else _architecture(base)
     found = getattr(transformers, name, None)
     if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
         raise ValueError(f"transformers has no model class '{name}', which '{base}' would have to be loaded with.")
     return found
 
 
-def _class_name(auto_mapping: object, config: object) -> str:
-    if isinstance(auto_mapping, dict):
-        return str(auto_mapping.get("base_model_class"))
-    architectures = config.get("architectures") if isinstance(config, dict) else None
+def _architecture(base: Path) -> str:
+    """The class of the model that was saved as a checkpoint; empty if unknown."""
+    architectures = read_config(base).get("architectures")
     return str(architectures[0]) if isinstance(architectures, list) and architectures else ""
+
+
+def model_settings(base: Path) -> dict[str, Any]:
+    """What PEFT's Auto classes need to know of a checkpoint: the class of the model, and its task if it has one."""
+    name = _architecture(base)
+    kind = getattr(transformers, name, None)
+    if kind is None:
+        return {}
+    mapping = {"base_model_class": name, "parent_library": kind.__module__}
+    tasks = [{"task_type": task} for ending, task in _TASKS.items() if name.endswith(ending)]
+    return {"auto_mapping": mapping, **(tasks[0] if tasks else {})}
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what transformers reports on missing tensors, which are judged here, and bars that no terminal shows."""
+    """Silence transformers' report of missing tensors, which are checked here, and its progress bars in files."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     if not sys.stderr.isatty():
@@ -119,15 +127,3 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
-
-
-def model_settings(base: Path) -> dict[str, Any]:
-    """What PEFT's Auto classes need to know of a checkpoint: the class of the model, and its task if it has one."""
-    architectures = read_config(base).get("architectures")
-    name = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
-    kind = getattr(transformers, name, None)
-    if kind is None:
-        return {}
-    mapping = {"base_model_class": name, "parent_library": kind.__module__}
-    endings = [task for ending, task in _TASKS.items() if name.endswith(ending)]
-    return {"auto_mapping": mapping, **({"task_type": endings[0]} if endings else {})}

@@ -1,11 +1,10 @@
 """Finds adapters and checkpoints: local folders first, then repositories on the Hugging Face Hub.
 
-Whatever goes wrong on the Hub becomes one sentence that says what to do.
+Every error of the Hub becomes an OSError with one sentence that says what to do.
 """
 
 from __future__ import annotations
 
-import re
 from glob import escape
 from pathlib import Path, PurePosixPath
 
@@ -19,13 +18,12 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from peft_child.card.model_card import REPO_ID
 from peft_child.files.adapter_folder import CONFIG_NAME, WEIGHTS_NAME
 from peft_child.files.checkpoint import CHECKPOINT_NAME, DESCRIBING, INDEX_NAME, LICENCES
 
 
-ADAPTER_FILES = (CONFIG_NAME, WEIGHTS_NAME)
 WEIGHTS_FILES = (CHECKPOINT_NAME, INDEX_NAME, "model-*-of-*.safetensors")
-HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 def locate_adapter(
@@ -46,7 +44,9 @@ def locate_adapter(
         OSError: If there is no such path, and the repository cannot be downloaded; the message says why.
     """
     inside = PurePosixPath(subfolder or "")
-    return _locate(name, revision, token, [escape(str(inside / file)) for file in ADAPTER_FILES]) / inside
+    return (
+        _locate(name, revision, token, [escape(str(inside / file)) for file in (CONFIG_NAME, WEIGHTS_NAME)]) / inside
+    )
 
 
 def locate_checkpoint(name: str, revision: str | None = None, token: str | None = None) -> Path:
@@ -59,20 +59,20 @@ def _locate(
 ) -> Path:
     if Path(name).exists():
         return Path(name)
-    if not HUB_NAME.fullmatch(name):
+    if not REPO_ID.fullmatch(name):
         raise FileNotFoundError(
-            f"There is no file or folder '{name}', nor can a repository on the Hub be called that."
+            f"There is no file or folder '{name}', and it is not a valid name of a repository on the Hub."
         )
     try:
         folder = snapshot_download(
             name, revision=revision, token=token, allow_patterns=patterns, ignore_patterns=ignored
         )
-    except Exception as error:  # the network errors of the client's own dependencies have no other common class
-        raise OSError(_explained(name, revision, error)) from error
+    except Exception as error:  # errors of the client's HTTP library have no common class of their own
+        raise OSError(_hub_error(name, revision, error)) from error
     return Path(folder)
 
 
-def _explained(name: str, revision: str | None, error: Exception) -> str:
+def _hub_error(name: str, revision: str | None, error: Exception) -> str:
     start = f"There is no file or folder '{name}' here, and"
     if isinstance(error, GatedRepoError):
         return f"{start} on the Hub it is gated: accept its terms on its page, and log in with `hf auth login`."
@@ -81,15 +81,10 @@ def _explained(name: str, revision: str | None, error: Exception) -> str:
     if isinstance(error, RevisionNotFoundError):
         return f"'{name}' on the Hub has no revision '{revision}'."
     if isinstance(error, HFValidationError):
-        return f"{start} no repository on the Hub can be called that."
+        return f"{start} it is not a valid name of a repository on the Hub."
     if isinstance(error, LocalEntryNotFoundError):
-        return f"{start} the Hub cannot be reached: {_cause(error)}"
+        cause = error.__cause__ or error  # what happened; the client's own text is about its cache
+        return f"{start} the Hub cannot be reached: {type(cause).__name__}: {cause}"
     if isinstance(error, HfHubHTTPError):
         return f"{start} the Hub refused it: {error}"
     return f"{start} it cannot be downloaded from the Hub: {type(error).__name__}: {error}"
-
-
-def _cause(error: Exception) -> str:
-    """The client's own explanation speaks of caches; what happened is in the error that it followed."""
-    cause = error.__cause__ or error
-    return f"{type(cause).__name__}: {cause}"

@@ -1,11 +1,12 @@
-"""The command `peft-child`: look at adapters, make and merge, compare, combine and check them.
+"""The command `peft-child`: inspect, compare, make, merge, combine and check adapters.
 
-Every verb reads, calls one function of the library, and prints. What goes wrong is one line and exit code 2.
+Every command reads its inputs, calls one function of the library, and prints. Errors are one line, with exit code 2.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
@@ -18,6 +19,7 @@ from peft_child.cli.locate import locate_adapter, locate_checkpoint
 from peft_child.cli.output import (
     OneLineErrors,
     counts,
+    overlap_as_dict,
     plain,
     print_json,
     print_overlaps,
@@ -26,7 +28,6 @@ from peft_child.cli.output import (
     progress,
     say,
 )
-from peft_child.cli.output import overlap_as_dict as as_dict
 from peft_child.cli.summary import summarize
 from peft_child.files.adapter_folder import CONFIG_NAME, SparseAdapter, open_adapter, read_adapter, write_adapter
 from peft_child.files.checkpoint import CHECKPOINT_NAME, INDEX_NAME, Checkpoint, replacing
@@ -54,10 +55,7 @@ AdapterNames = Annotated[
     list[str], typer.Argument(metavar="ADAPTER", help="Folders of adapters, or their names on the Hub.")
 ]
 BaseName = Annotated[
-    str,
-    typer.Argument(
-        metavar="BASE", help="Checkpoint of the base model: a folder, a safetensors file, or a name on the Hub."
-    ),
+    str, typer.Argument(metavar="BASE", help="Base model: a folder, a safetensors file, or a name on the Hub.")
 ]
 OutputFolder = Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder to make.")]
 Revision = Annotated[
@@ -68,16 +66,11 @@ Subfolder = Annotated[
 ]
 Revisions = Annotated[
     list[str] | None,
-    typer.Option(
-        "--revision", metavar="NAME", help="Branch, tag or commit on the Hub: once for all adapters, or once for each."
-    ),
+    typer.Option("--revision", metavar="NAME", help="Branch, tag or commit: once for all adapters, or for each."),
 ]
 BaseRevision = Annotated[
     str | None,
-    typer.Option(
-        metavar="NAME",
-        help="Branch, tag or commit of the base, if it is on the Hub; by default the one that the adapter records.",
-    ),
+    typer.Option(metavar="NAME", help="Revision of the base on the Hub; by default the one that the adapter records."),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs, complete and unrounded.")]
@@ -117,7 +110,7 @@ def inspect(
     plot: Annotated[
         Path | None, typer.Option(metavar="OUT.png", help="Draw the child network as a heat map, layers by modules.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the plot if it exists.")] = False,
+    force: Force = False,
 ) -> None:
     """Show what an adapter holds: its child network by tensor, layer and module, its settings and its base model."""
     _check_file(plot, force)
@@ -130,7 +123,7 @@ def inspect(
             draw_child_network(stored.sizes, temporary)
     if as_json:
         settings = {key: value for key, value in stored.settings.items() if key != "child_sizes"}
-        print_json({"adapter": adapter, "settings": settings, **summary.as_dict()})
+        print_json({"adapter": adapter, "settings": settings, **asdict(summary)})
     else:
         print_settings(adapter, stored.settings)
         print_summary(summary)
@@ -145,9 +138,9 @@ def compare(
     plot: Annotated[
         Path | None, typer.Option(metavar="OUT.png", help="Draw the Jaccard indices as a heat map.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the plot if it exists.")] = False,
+    force: Force = False,
 ) -> None:
-    """Compare the child networks of two or more adapters of one base model, every two of them.
+    """Compare the child networks of two or more adapters of one base model, pair by pair.
 
     Jaccard: entries that both have chosen, over entries that either has; 1 for equal child networks. Times chance:
     shared entries, over what two random child networks of these sizes would share.
@@ -167,8 +160,8 @@ def compare(
         pairs = [
             {
                 "adapters": [adapters[index] for index in pair],
-                **as_dict(totals[pair]),
-                "tensors": {name: as_dict(part) for name, part in by_name.items()},
+                **overlap_as_dict(totals[pair]),
+                "tensors": {name: overlap_as_dict(part) for name, part in by_name.items()},
             }
             for pair, by_name in found.items()
         ]
@@ -199,8 +192,8 @@ def extract(
     """Make an adapter of the difference between two checkpoints.
 
     Without --density, merging the adapter into the base gives the fine-tuned checkpoint back bit for bit. With it, the
-    entries that changed most are kept. Refused are changes of integer and FP8 tensors; and, without --density, changes
-    that would need more than the 53 bits of a float64, such as from 1e30 to 1.
+    entries that changed most are kept. Changes of integer and FP8 tensors are refused; and, without --density, so are
+    changes that need more than the 53 bits of a float64, such as from 1e30 to 1.
 
     The adapter has the names of the checkpoint, so `merge` and `patch` always take it. PEFT takes it only if the model
     has the same names: transformers renames or fuses tensors of some architectures on loading, such as Mixtral.
@@ -225,16 +218,17 @@ def merge(
     base_revision: BaseRevision = None,
     force: Force = False,
 ) -> None:
-    """Write a checkpoint with the adapter merged into its base model, to be used without peft-child.
+    """Write a checkpoint with the adapter merged into its base model, which can be used without peft-child.
 
-    What describes the model, such as its configuration and tokenizer, is copied from the base.
+    Files that describe the model, such as its configuration and tokenizer, are copied from the base.
     """
     _check_folder(output, force)
-    folder, stored, path = _adapter_and_base(adapter, base, revision, subfolder, base_revision)
+    folder = locate_adapter(adapter, revision, subfolder=subfolder)
+    stored = open_adapter(folder)
+    path = _locate_base(base, stored, base_revision)
     _check_apart(output, folder, path)
-    checkpoint = Checkpoint(path)
     try:
-        merge_checkpoint(stored, checkpoint, output, force, progress)
+        merge_checkpoint(stored, Checkpoint(path), output, force, progress)
     except NamesDifferError:
         say("note", "the checkpoint has other names than the model, so the whole model is loaded to merge it.")
         merge_by_loading(folder, path, output, force)
@@ -249,16 +243,16 @@ def combine(
         list[float] | None, typer.Option(metavar="W", help="Once for each adapter, in their order; by default 1.0.")
     ] = None,
     combination_type: Annotated[
-        str, typer.Option("--type", metavar="TYPE", help=f"How: {', '.join(COMBINATIONS)}.")
+        str, typer.Option("--type", metavar="TYPE", help=f"Method: {', '.join(COMBINATIONS)}.")
     ] = "linear",
     density: Annotated[
         float,
         typer.Option(metavar="SHARE", help="Share of every adapter's child network to keep, for all but 'linear'."),
     ] = 1.0,
     majority_sign: Annotated[
-        str, typer.Option(metavar="|".join(MAJORITIES), help="What decides about the sign, for the kinds of ties.")
+        str, typer.Option(metavar="|".join(MAJORITIES), help="How 'ties' and 'dare_ties' elect signs.")
     ] = "total",
-    seed: Annotated[int, typer.Option(help="Seed of the random choices, for the kinds of dare.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the random drops, for all kinds of 'dare'.")] = 0,
     revision: Revisions = None,
     force: Force = False,
 ) -> None:
@@ -292,10 +286,12 @@ def patch(
     """Write the merged values of the child network alone, as positions and values of the checkpoint's tensors.
 
     A serving engine that holds the base model can take them in place of a merged copy. For every tensor NAME the file
-    has NAME.indices, flat positions, and NAME.values, what stands there after merging.
+    has NAME.indices (flat positions) and NAME.values (the values there after merging).
     """
     _check_file(output, force)
-    folder, stored, path = _adapter_and_base(adapter, base, revision, subfolder, base_revision)
+    folder = locate_adapter(adapter, revision, subfolder=subfolder)
+    stored = open_adapter(folder)
+    path = _locate_base(base, stored, base_revision)
     _check_apart(output, folder, path)
     export_patch(stored, Checkpoint(path), output, force, progress)
     typer.echo(f"wrote {counts(stored)} to {plain(output)}")
@@ -305,13 +301,13 @@ def patch(
 def verify(
     adapter: AdapterName,
     base: Annotated[
-        str | None, typer.Option(metavar="BASE", help="Check as well that it was made on this checkpoint.")
+        str | None, typer.Option(metavar="BASE", help="Also check that it was made on this checkpoint.")
     ] = None,
     revision: Revision = None,
     subfolder: Subfolder = None,
     base_revision: BaseRevision = None,
 ) -> None:
-    """Check an adapter completely, and say what is wrong with it; exit code 2 if something is.
+    """Check an adapter completely; if something is wrong, say what, with exit code 2.
 
     Every checksum, position and value is checked and, with --base, every name and size and the base's own values.
     """
@@ -321,71 +317,61 @@ def verify(
         raise FormatError("The file holds no child network; it was saved before one was chosen.")
     ChildTuningConfig.from_pretrained(str(folder))
     if base is not None:
-        _check_base(folder, stored, locate_checkpoint(base, _recorded(stored, base, base_revision)))
+        checkpoint = Checkpoint(_locate_base(base, stored, base_revision))
+        try:
+            check_fits(stored, checkpoint)
+            check_weights(stored, checkpoint, progress)
+        except NamesDifferError:
+            say("note", "the checkpoint has other names than the model, so the whole model is loaded to check it.")
+            load_with_adapter(folder, checkpoint.path, check_base="error")
     typer.echo(f"ok: {counts(stored)}" + (f", made on {plain(base)}" if base else ""))
 
 
-# What several verbs do
+# Shared by several commands
 
 
-def _adapter_and_base(
-    adapter: str, base: str, revision: str | None, subfolder: str | None, base_revision: str | None
-) -> tuple[Path, SparseAdapter, Path]:
-    folder = locate_adapter(adapter, revision, subfolder=subfolder)
-    stored = open_adapter(folder)
-    return folder, stored, locate_checkpoint(base, _recorded(stored, base, base_revision))
-
-
-def _recorded(adapter: SparseAdapter, base: str, base_revision: str | None) -> str | None:
-    """The revision that was asked for, or else the one of this base that the adapter was made on."""
-    if base_revision is None and adapter.settings.get("base_model_name_or_path") == base:
-        return adapter.settings.get("revision")
-    return base_revision
+def _locate_base(base: str, adapter: SparseAdapter, revision: str | None) -> Path:
+    """The checkpoint of a base; by default of the revision that the adapter records, if it was made on this base."""
+    if revision is None and adapter.settings.get("base_model_name_or_path") == base:
+        revision = adapter.settings.get("revision")
+    return locate_checkpoint(base, revision)
 
 
 def _open_all(names: Sequence[str], revisions: Sequence[str] | None) -> list[SparseAdapter]:
     given: list[str | None] = list(revisions) if revisions else [None]
     if len(given) not in (1, len(names)):
-        raise ValueError(f"--revision is for all {len(names)} adapters or once for each, got {len(given)} of them.")
+        raise ValueError(
+            f"--revision must be given once for all {len(names)} adapters or once for each, got {len(given)} of them."
+        )
     each = given if len(given) == len(names) else given * len(names)
     return [open_adapter(locate_adapter(name, revision)) for name, revision in zip(names, each, strict=True)]
 
 
-def _check_base(folder: Path, adapter: SparseAdapter, base: Path) -> None:
-    checkpoint = Checkpoint(base)
-    try:
-        check_fits(adapter, checkpoint)
-        check_weights(adapter, checkpoint, progress)
-    except NamesDifferError:
-        say("note", "the checkpoint has other names than the model, so the whole model is loaded to check it.")
-        load_with_adapter(folder, base, check_base="error")
-
-
 def _check_folder(output: Path, force: bool) -> None:
-    """Refuse at once what would be refused after the work, and never replace a folder of something else."""
-    if not output.exists():
-        return
+    """Fail before the work, not after it; and never replace a folder of anything but an adapter or a checkpoint."""
     marks = (CONFIG_NAME, "config.json", CHECKPOINT_NAME, INDEX_NAME)
-    if not force:
+    if output.exists() and not force:
         raise FileExistsError(f"'{output}' exists already; pass --force to replace it.")
-    if not output.is_dir() or not any((output / name).is_file() for name in marks):
+    if output.exists() and not any((output / name).is_file() for name in marks):
         raise FileExistsError(f"'{output}' is no folder of an adapter or a checkpoint; it is not replaced.")
 
 
 def _check_file(output: Path | None, force: bool) -> None:
-    if output is None or not output.exists():
-        return
-    if output.is_dir():
+    if output and output.is_dir():
         raise IsADirectoryError(f"'{output}' is a folder; name a file.")
-    if not force:
+    if output and output.exists() and not force:
         raise FileExistsError(f"'{output}' exists already; pass --force to replace it.")
 
 
 def _check_apart(output: Path | None, *inputs: Path) -> None:
-    """Refuse an output that is or holds an input, or replaces a part of one, through links too; but for pictures."""
+    """Refuse an output that is an input, contains one, or replaces a file in one.
+
+    Pictures are excepted, so that a plot can be drawn again in the adapter's folder. An output that is a link counts
+    as the link and as its target.
+    """
     if output is None:
         return
-    targets = {output.resolve(), output.parent.resolve() / output.name}  # what a link leads to, and the link itself
+    targets = {output.resolve(), output.parent.resolve() / output.name}
     for place in inputs:
         read = {file.resolve() for file in (place, *place.rglob("*")) if file.suffix != ".png"}
         around = {file for file in targets if place.resolve() in file.parents and file.suffix != ".png"}

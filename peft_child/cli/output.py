@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import typer
@@ -19,7 +18,7 @@ from typer.core import TyperGroup
 
 from peft_child.cli.summary import Counted, Summary
 from peft_child.files.adapter_folder import SparseAdapter
-from peft_child.tensors.delta import Overlap
+from peft_child.tensors.delta import Overlap, total_size
 
 
 EXPECTED_ERRORS = (OSError, ValueError, ImportError, SafetensorError)
@@ -32,52 +31,46 @@ SETTINGS_OF_VARIANT = {
 SETTINGS_OF_MASKS = ("gradient_density", "resample_every")
 PART_COLUMNS = ("chosen", "of", "density", "index bytes", "delta bytes", "delta norm", "dtype")
 OVERLAP_COLUMNS = ("shared", "of first", "of second", "Jaccard", "times chance")
-TABLE_WIDTH = 1000  # as wide as its content: a terminal that is narrower wraps lines better than columns
+TABLE_WIDTH = 1000  # never shrinks columns: a narrow terminal wraps whole lines, which is easier to read
 
 
 class OneLineErrors(TyperGroup):
     """Prints warnings and errors in one line each, without a traceback."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run a verb; exit code 2 if it fails."""
+        """Run a command; exit code 2 if it fails."""
         try:
-            with _one_line_warnings():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # users of a command cannot act on deprecations
+                warnings.simplefilter("always", UserWarning)
+                warnings.showwarning = lambda message, *details: say("warning", message)
                 return super().invoke(ctx)
-        except BrokenPipeError:  # the reader has left, as `head` does; typer knows what to do
+        except BrokenPipeError:  # the reader has left, as `head` does; typer handles it
             raise
         except EXPECTED_ERRORS as error:
-            say("error", _explained(error))
+            say("error", _error_text(error))
             raise typer.Exit(2) from None
 
 
 def progress(names: Sequence[str], title: str) -> Iterable[str]:
     """A progress bar on standard error, if that is a terminal."""
-    bar: Iterable[str] = tqdm(names, desc=title, disable=None, leave=False)  # on a terminal only
+    bar: Iterable[str] = tqdm(names, desc=title, disable=None, leave=False)  # None: hidden if not a terminal
     return bar
 
 
-@contextmanager
-def _one_line_warnings() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecations are nothing that the user of a command could change
-        warnings.simplefilter("always", UserWarning)
-        warnings.showwarning = lambda message, *details: say("warning", message)
-        yield
-
-
 def say(kind: str, message: object) -> None:
-    """One line on standard error."""
+    """Print one line on standard error."""
     typer.echo(f"{kind}: {plain(message)}", err=True)
 
 
 def plain(text: object) -> str:
-    """One line, without control characters: names and messages may come from a file that somebody else made."""
+    """One line without control characters: names and messages may come from untrusted files."""
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in " ".join(str(text).split()))
 
 
-def _explained(error: BaseException) -> str:
+def _error_text(error: BaseException) -> str:
     if isinstance(error, shutil.Error) and error.args and isinstance(error.args[0], list):
-        target, reason = error.args[0][0][1:3]  # of possibly many files, the first one
+        _, target, reason = error.args[0][0]  # the first of possibly many files
         return f"'{target}' cannot be written: {reason}"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: '{error.filename}'" if error.filename else error.strerror
@@ -87,19 +80,18 @@ def _explained(error: BaseException) -> str:
 
 
 def counts(adapter: SparseAdapter) -> str:
-    """How much an adapter changes, for a sentence."""
-    sizes = adapter.sizes.values() or [(delta.numel, delta.indices.numel()) for delta in adapter.deltas.values()]
-    chosen, numel = sum(size[1] for size in sizes), sum(size[0] for size in sizes)
-    return f"{chosen:,} of {numel:,} entries in {len(sizes)} tensors"
+    """How many entries an adapter from a folder changes, for a sentence."""
+    whole = total_size(adapter.sizes.values())
+    return f"{whole.chosen:,} of {whole.numel:,} entries in {len(adapter.sizes)} tensors"
 
 
 def print_json(content: Mapping[str, Any]) -> None:
-    """JSON on standard output."""
+    """Print JSON on standard output."""
     typer.echo(json.dumps(content, indent=2))
 
 
 def print_settings(adapter: str, settings: Mapping[str, Any]) -> None:
-    """The adapter's name, its base model, and how its child network was chosen."""
+    """Print the adapter's name, its base model, and how its child network was selected."""
     base, revision = settings.get("base_model_name_or_path"), settings.get("revision")
     typer.echo(f"adapter: {plain(adapter)}")
     typer.echo(f"base: {plain(base)}" + (f", revision {plain(revision)}" if revision else ""))
@@ -111,7 +103,7 @@ def print_settings(adapter: str, settings: Mapping[str, Any]) -> None:
 
 
 def print_summary(summary: Summary) -> None:
-    """Tables of an adapter's tensors, layers and modules."""
+    """Print tables of an adapter's tensors, layers and modules."""
     _print_parts("tensor", summary.tensors)
     _print_parts("layer", summary.layers)
     _print_parts("module", {**summary.modules, "total": summary.total})
@@ -137,7 +129,7 @@ def _print_parts(title: str, parts: Mapping[str, Counted]) -> None:
 
 
 def overlap_as_dict(found: Overlap) -> dict[str, float]:
-    """For JSON."""
+    """Counts and indices of an overlap, for JSON."""
     return {**found._asdict(), "jaccard": found.jaccard, "over_chance": found.over_chance}
 
 
@@ -146,7 +138,7 @@ def print_overlaps(
     totals: Mapping[tuple[int, int], Overlap],
     by_tensor: Mapping[tuple[int, int], Mapping[str, Overlap]],
 ) -> None:
-    """A table of the overlaps of adapters, and one of every two adapters for those in `by_tensor`."""
+    """Print a table with the overlap of every two adapters, and one by tensor for each pair in `by_tensor`."""
     rows = [[names[first], names[second], *_overlap_cells(found)] for (first, second), found in totals.items()]
     _print_table(["first", "second"], OVERLAP_COLUMNS, rows)
     for (first, second), overlaps in by_tensor.items():
@@ -155,8 +147,8 @@ def print_overlaps(
 
 
 def _overlap_cells(found: Overlap) -> list[str]:
-    counts = [f"{count:,}" for count in (found.shared, found.first, found.second)]
-    return [*counts, f"{found.jaccard:.4f}", f"{found.over_chance:.4g}"]
+    entries = [f"{count:,}" for count in (found.shared, found.first, found.second)]
+    return [*entries, f"{found.jaccard:.4f}", f"{found.over_chance:.4g}"]
 
 
 def _print_table(names: Sequence[str], numbers: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

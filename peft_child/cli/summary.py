@@ -2,57 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
 
-from peft_child.card.plot import places_of
+from peft_child.card.plot import grouped
 from peft_child.files.adapter_folder import SparseAdapter
+from peft_child.tensors.delta import ChildSize, total_size
 
 
-class Counted(NamedTuple):
-    """The child networks of one or more tensors.
+@dataclass(frozen=True)
+class Counted:
+    """The child networks of one or more tensors; fields are named as in the output of `inspect --json`.
 
     Attributes:
         tensors: Number of tensors.
         numel: Their entries.
         chosen: Their entries in the child network.
+        density: Share of the entries that are chosen.
         index_bytes: Bytes of the index blocks on disk.
         delta_bytes: Bytes of the deltas on disk.
-        square: Sum of the squared deltas.
-        dtypes: Dtypes of the deltas on disk.
+        norm: L2 norm of the deltas.
+        dtype: Dtypes of the deltas on disk.
     """
 
     tensors: int
     numel: int
     chosen: int
+    density: float
     index_bytes: int
     delta_bytes: int
-    square: float
-    dtypes: frozenset[str]
-
-    @property
-    def density(self) -> float:
-        """Share of the entries that are chosen."""
-        return self.chosen / max(1, self.numel)
-
-    @property
-    def norm(self) -> float:
-        """L2 norm of the deltas."""
-        return float(self.square**0.5)
-
-    @property
-    def dtype(self) -> str:
-        """The dtypes as text."""
-        return ", ".join(sorted(self.dtypes))
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        names = ("tensors", "numel", "chosen", "density", "index_bytes", "delta_bytes", "norm", "dtype")
-        return {name: getattr(self, name) for name in names}
+    norm: float
+    dtype: str
 
 
-class Summary(NamedTuple):
-    """An adapter in numbers.
+@dataclass(frozen=True)
+class Summary:
+    """An adapter in numbers; fields are named as in the output of `inspect --json`.
 
     Attributes:
         total: All of it.
@@ -68,55 +55,43 @@ class Summary(NamedTuple):
     modules: dict[str, Counted]
     saved_whole: dict[str, dict[str, Any]]
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        groups = {"tensors": self.tensors, "layers": self.layers, "modules": self.modules}
-        return {
-            "total": self.total.as_dict(),
-            **{group: {name: part.as_dict() for name, part in parts.items()} for group, parts in groups.items()},
-            "saved_whole": self.saved_whole,
-        }
-
 
 def summarize(adapter: SparseAdapter) -> Summary:
-    """Count what an adapter that was read from a folder holds."""
-    tensors = {name: _part(adapter, name) for name in adapter.deltas}
-    places = places_of(tensors)
-    order = sorted(tensors, key=lambda name: (places[name].layer is None, places[name].layer or 0))
-    layers = _grouped(tensors, order, lambda name: "none" if places[name].layer is None else str(places[name].layer))
-    modules = _grouped(tensors, sorted(tensors, key=lambda name: places[name].kind), lambda name: places[name].kind)
-    saved_whole = {
-        name: {"shape": list(tensor.shape), "dtype": _short(tensor.dtype), "bytes": tensor.nbytes}
-        for name, tensor in adapter.dense.items()
-    }
-    return Summary(_added(tensors.values()), tensors, layers, modules, saved_whole)
+    """Count what an adapter that was read from a folder holds; every delta is read once."""
+    tensors = {name: _count(adapter, name) for name in adapter.deltas}
+    layers = grouped(tensors, lambda place: "none" if place.layer is None else str(place.layer))
+    modules = grouped(tensors, lambda place: place.kind)
+    return Summary(
+        total=_total(tensors.values()),
+        tensors=tensors,
+        layers={layer: _total(parts) for layer, parts in layers.items()},
+        modules={kind: _total(modules[kind]) for kind in sorted(modules)},
+        saved_whole={
+            name: {"shape": list(tensor.shape), "dtype": _short(tensor.dtype), "bytes": tensor.nbytes}
+            for name, tensor in adapter.dense.items()
+        },
+    )
 
 
-def _part(adapter: SparseAdapter, name: str) -> Counted:
-    delta = adapter.deltas[name]
-    square = float(delta.values.double().square().sum())
-    dtypes = frozenset([_short(delta.values.dtype)])
-    numel, chosen, index_bytes = adapter.sizes[name]
-    return Counted(1, numel, chosen, index_bytes, delta.values.nbytes, square, dtypes)
-
-
-def _grouped(tensors: dict[str, Counted], order: list[str], group_of: Callable[[str], str]) -> dict[str, Counted]:
-    groups: dict[str, list[Counted]] = {}
-    for name in order:
-        groups.setdefault(group_of(name), []).append(tensors[name])
-    return {group: _added(parts) for group, parts in groups.items()}
-
-
-def _added(parts: Iterable[Counted]) -> Counted:
-    parts = list(parts)
+def _count(adapter: SparseAdapter, name: str) -> Counted:
+    size, values = adapter.sizes[name], adapter.deltas[name].values
+    norm = float(values.double().norm())
     return Counted(
-        tensors=sum(part.tensors for part in parts),
-        numel=sum(part.numel for part in parts),
-        chosen=sum(part.chosen for part in parts),
-        index_bytes=sum(part.index_bytes for part in parts),
+        1, size.numel, size.chosen, size.density, size.index_bytes, values.nbytes, norm, _short(values.dtype)
+    )
+
+
+def _total(parts: Collection[Counted]) -> Counted:
+    size = total_size(ChildSize(part.numel, part.chosen, part.index_bytes) for part in parts)
+    return Counted(
+        tensors=len(parts),
+        numel=size.numel,
+        chosen=size.chosen,
+        density=size.density,
+        index_bytes=size.index_bytes,
         delta_bytes=sum(part.delta_bytes for part in parts),
-        square=sum(part.square for part in parts),
-        dtypes=frozenset[str]().union(*(part.dtypes for part in parts)),
+        norm=math.hypot(*(part.norm for part in parts)),
+        dtype=", ".join(sorted({part.dtype for part in parts})),
     )
 
 

@@ -1,14 +1,13 @@
 """Pushing an adapter to the Hugging Face Hub together with its model card.
 
-transformers reads the card that is on the Hub before an adapter is saved, and writes it over the saved one before the
-upload, with nothing public in between. So for models that save a Child-Tuning adapter another method stands in, made
-of the Hub client's public functions; overriding the private upload would see only what transformers made of the card.
+transformers' `push_to_hub` reads the card on the Hub before it saves the adapter, and writes it over the saved one
+before it uploads, without a public hook in between. So models that save a Child-Tuning adapter get a `push_to_hub` of
+their own, made of the Hub client's public functions; all other models keep that of transformers.
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
 import json
 import warnings
 from collections.abc import Callable, Sequence
@@ -26,37 +25,36 @@ from peft_child.tuner.config import ChildTuningConfig
 
 
 def bringing_cards(push_to_hub: Callable[..., Any]) -> Callable[..., Any]:
-    """A `push_to_hub` that brings the model cards of Child-Tuning adapters up.
+    """A `push_to_hub` that uploads the model cards of Child-Tuning adapters with them.
 
     Args:
-        push_to_hub: The method of transformers, which is called for everything else. Its arguments are taken.
+        push_to_hub: The method of transformers, which is called, with the same arguments, for all other models.
 
     Returns:
-        The method, with `brings_cards` as a mark; the given one if it has the mark already.
+        The method, marked with an attribute `brings_cards`; the given one if it has the mark already.
     """
     if getattr(push_to_hub, "brings_cards", False):
         return push_to_hub
-    signature = inspect.signature(push_to_hub)
 
     @functools.wraps(push_to_hub)
     def push(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not _saves_child_tuning(self):
-            return push_to_hub(self, *args, **kwargs)
-        given = signature.bind(self, *args, **kwargs)
-        given.apply_defaults()
-        return push_with_cards(*given.args, **given.kwargs)
+        method = _push_with_cards if _saves_child_tuning(self) else push_to_hub
+        return method(self, *args, **kwargs)
 
     push.brings_cards = True  # type: ignore[attr-defined]
     return push
 
 
 def _saves_child_tuning(model: Any) -> bool:
-    """Whether a model saves Child-Tuning adapters; the base model of a `PeftModel` knows of them, but saves itself."""
+    """Whether a model saves Child-Tuning adapters: as a `PeftModel`, or with transformers' own adapter API.
+
+    The base model inside of a `PeftModel` has `peft_config` as well, but saves only itself.
+    """
     saves_adapters = isinstance(model, PeftModel) or getattr(model, "_hf_peft_config_loaded", False)
     return saves_adapters and any(isinstance(config, ChildTuningConfig) for config in model.peft_config.values())
 
 
-def push_with_cards(
+def _push_with_cards(
     model: Any,
     repo_id: str,
     *,
@@ -66,38 +64,20 @@ def push_with_cards(
     token: bool | str | None = None,
     revision: str | None = None,
     create_pr: bool = False,
+    max_shard_size: int | str | None = "50GB",
     tags: Sequence[str] | None = None,
-    **options: Any,
 ) -> CommitInfo:
     """Save a model's adapters, and upload them with their cards in one commit.
 
-    A card that is on the Hub stays as it is outside of the section about the child network, which is written anew. A
-    repository in which nothing would change gets no commit.
-
-    Args:
-        model: A model with a Child-Tuning adapter.
-        repo_id: The repository, which is made if there is none.
-        commit_message: The first line of the commit's message.
-        commit_description: The rest of the message.
-        private: Whether a new repository is private; by default the owner's settings decide.
-        token: A token for the Hub, or whether to use the stored one.
-        revision: The branch to commit to, which is made if there is none; by default the main branch.
-        create_pr: Whether to open a pull request instead.
-        tags: Tags for the front matter of the card at the top of the repository, besides those it has.
-        options: Further arguments for the model's `save_pretrained`.
-
-    Returns:
-        The commit, or the last one if nothing has changed.
-
-    Raises:
-        RuntimeError: If no child network was chosen.
-        HfHubHTTPError: If the Hub refuses it; without a network the client's own errors pass through as well.
+    The arguments are those of transformers' `push_to_hub`. In a card that is on the Hub only the section about the
+    child network and the metadata are brought up to date; `tags` are for the card at the top of the repository. If
+    nothing changes in the repository, there is no commit, and the last one is returned.
     """
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     with TemporaryDirectory() as name:
         folder = Path(name)
-        model.save_pretrained(name, **options)
+        model.save_pretrained(name, max_shard_size=max_shard_size)
         if revision is not None and not revision.startswith("refs/pr"):
             _make_branch(api, repo_id, revision, create_pr)
         for card in sorted(folder.rglob(CARD_NAME)):
@@ -117,13 +97,13 @@ def _make_branch(api: HfApi, repo_id: str, name: str, create_pr: bool) -> None:
     try:
         api.create_branch(repo_id, branch=name, exist_ok=True)
     except HfHubHTTPError as error:
-        # who may only open pull requests can still name a branch that there is
+        # Without write access one may still open a pull request against a branch that exists.
         if not create_pr or error.response.status_code != 403:
             raise
 
 
 def _prepare_card(card: Path, path: str, api: HfApi, repo_id: str, revision: str | None, tags: Sequence[str]) -> None:
-    """Put the card that is on the Hub, if any, in the place of a saved one, and write in it what it has to say."""
+    """Replace a saved card by the one on the Hub, if there is one, with its section and tags brought up to date."""
     name = f"{repo_id}/{path}"
     on_hub = _read_from_hub(api, repo_id, path, revision)
     try:
@@ -135,15 +115,15 @@ def _prepare_card(card: Path, path: str, api: HfApi, repo_id: str, revision: str
         if path == CARD_NAME and tags:
             text = tagged_card(text, tags, name)
         card.write_bytes(text.encode())
-    except ValueError as error:  # no reason to hold an adapter back
+    except ValueError as error:  # the adapter is worth more than its card
         card.unlink()
-        warnings.warn(f"The adapter is pushed, but the card on the Hub stays as it is. {error}", stacklevel=4)
+        warnings.warn(f"The adapter is pushed, but the card on the Hub is left as it is. {error}", stacklevel=4)
 
 
 def _read_from_hub(api: HfApi, repo_id: str, path: str, revision: str | None) -> bytes | None:
-    """A file on the Hub, or nothing if it is not there."""
+    """The content of a file on the Hub, or None if it does not exist."""
     try:
-        # not from the cache, where an older one would do if the network fails
+        # Without force_download, a cached and maybe older file would be returned when the network fails.
         return Path(api.hf_hub_download(repo_id, path, revision=revision, force_download=True)).read_bytes()
     except RemoteEntryNotFoundError:
         return None

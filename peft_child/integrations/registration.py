@@ -1,9 +1,10 @@
-"""The one place that tells PEFT of this method.
+"""Registers Child-Tuning with PEFT, and replaces transformers' `push_to_hub`.
 
-PEFT's own `register_peft_method` takes only members of PEFT's enum, which cannot be extended; the dictionaries that it
-fills are keyed by strings, so an entry under our own one-member enum is found by everything that looks there.
+PEFT's own `register_peft_method` takes only members of PEFT's enum, which cannot be extended. The dictionaries that it
+fills are keyed by strings, so entries under our own one-member enum are found there like any other.
 
-Pushing to the Hub is a method of transformers that has no such place to look at, so it is replaced in its class.
+transformers has no registry for `push_to_hub`, so the method is replaced in its class. For models without a
+Child-Tuning adapter the replacement calls the original with the same arguments.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What Child-Tuning can do inside transformers' Trainer: choose the child network, and log how it moves."""
+"""A callback for transformers' Trainer: selects the child network, and logs how far it has moved."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 from torch.linalg import vector_norm
 from transformers import TrainerCallback
 
-from peft_child.card.plot import places_of
+from peft_child.card.plot import grouped
 from peft_child.selection.select import Scores, select_child_network
 from peft_child.tensors.distributed import check_equal, digest, whole, world_size
 from peft_child.tuner.layer import child_tuning_layers
@@ -23,19 +23,19 @@ if TYPE_CHECKING:
 
 
 class ChildTuningCallback(TrainerCallback):
-    """Chooses the child network when the Trainer is made, and logs how far it has moved while it trains.
+    """Selects the child network when the Trainer is made, and logs how far it has moved while it trains.
 
-    Neither is needed for training: without data or scores the callback only logs, and a child network that is chosen
-    already, or loaded, stays as it is. The choice is made at the end of the Trainer's construction, before there is an
-    optimizer; a Trainer that makes its model anew for each training (`model_init`) has to choose there. Resuming from
-    a checkpoint replaces what was chosen by the checkpoint's child network. In several processes the callback checks
-    that all of them train the same one.
+    Training needs neither: without data or scores the callback only logs, and a child network that is selected
+    already, or loaded, is kept. The selection is made at the end of the Trainer's construction, before there is an
+    optimizer; a Trainer with `model_init`, which makes a new model for each training, has to select in that function.
+    Resuming from a checkpoint replaces the selection by the checkpoint's child network. In several processes the
+    callback checks that all of them train the same one.
 
     With every training loss it logs `child/moved`, the share of the chosen entries that differ from the base;
     `child/norm`, the L2 norm of the delta; and the norm by layer, as in `child/norm/layer.3`, with `child/norm/other`
-    for what is outside of numbered layers. These numbers are in the Trainer's `log_history` and reach all callbacks
-    that come after this one. Reporters of `report_to` come before it, so move them to the end, as in
-    `trainer.add_callback(trainer.pop_callback(TensorBoardCallback))`.
+    for parameters outside of numbered layers. These numbers are in the Trainer's `log_history` and reach all callbacks
+    that run after this one. The reporters of `report_to` run before it; to have them log these numbers too, move them
+    to the end, as in `trainer.add_callback(trainer.pop_callback(TensorBoardCallback))`.
 
     Args:
         dataloader: The task's data, as `select_child_network` takes it; in several processes each one's own shard.
@@ -63,7 +63,7 @@ class ChildTuningCallback(TrainerCallback):
         self.kwargs = kwargs
 
     def on_init_end(self, *event: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
-        """Choose the child network, if there is something to choose by and it is not chosen yet.
+        """Select the child network, if there are data or scores and it is not selected yet.
 
         Raises:
             ValueError: See `select_child_network`.
@@ -85,18 +85,12 @@ class ChildTuningCallback(TrainerCallback):
         if model is None or world_size() == 1:
             return
         for layer in child_tuning_layers(model).values():
-            layer.read_again()  # what broadcasts wrote goes unnoticed
-        buffers = dict(model.named_buffers())
-        held = {
-            kind: {name: buffer for name, buffer in buffers.items() if f".{kind}.{self.adapter_name}." in name}
-            for kind in ("child_index", "child_mask")
-        }
-        check_equal(
-            {
-                f"child network of adapter '{self.adapter_name}' (digest)": digest(held["child_index"])[:12],
-                f"gradient masks of adapter '{self.adapter_name}' (digest)": digest(held["child_mask"])[:12],
-            }
-        )
+            layer.read_again()  # broadcasts write without raising the version that is checked
+        buffers, contents = dict(model.named_buffers()), {}
+        for what, kind in (("child network", "child_index"), ("gradient masks", "child_mask")):
+            held = {name: buffer for name, buffer in buffers.items() if f".{kind}.{self.adapter_name}." in name}
+            contents[f"{what} of adapter '{self.adapter_name}' (digest)"] = digest(held)[:12]
+        check_equal(contents)
 
     def on_step_begin(self, *event: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
         """Remember the steps that were counted so far."""
@@ -122,7 +116,7 @@ class ChildTuningCallback(TrainerCallback):
             return
         numbers = _numbers(model, self.adapter_name)
         logs.update(numbers)
-        state.log_history[-1].update(numbers)  # the Trainer put a copy there before it called anyone
+        state.log_history[-1].update(numbers)  # the Trainer has put a copy of logs there
 
 
 def _counted_steps(model: nn.Module) -> list[int]:
@@ -130,19 +124,16 @@ def _counted_steps(model: nn.Module) -> list[int]:
 
 
 def _numbers(model: nn.Module, adapter_name: str) -> dict[str, float]:
-    """How far the child network of an adapter has moved, in flat names."""
+    """The numbers to log: how far the child network of an adapter has moved."""
     layers = child_tuning_layers(model, adapter_name).values()
     deltas = {name: delta for layer in layers for name, delta in layer.named_deltas(adapter_name).items()}
     if not deltas:
         return {}
     squares = {name: float(whole(vector_norm(delta, dtype=torch.float64))) ** 2 for name, delta in deltas.items()}
     moved = sum(float(whole(delta.ne(0).sum())) for delta in deltas.values())
-    by_layer: dict[int | None, float] = {}
-    for name, place in places_of(deltas).items():
-        by_layer[place.layer] = by_layer.get(place.layer, 0.0) + squares[name]
     norms = {
-        "child/norm/other" if number is None else f"child/norm/layer.{number}": square**0.5
-        for number, square in by_layer.items()
+        "child/norm/other" if layer is None else f"child/norm/layer.{layer}": sum(group) ** 0.5
+        for layer, group in grouped(squares, lambda place: place.layer).items()
     }
     chosen = sum(delta.numel() for delta in deltas.values())
     return {"child/moved": moved / chosen, "child/norm": sum(squares.values()) ** 0.5, **norms}

@@ -36,6 +36,16 @@ class ChildSize(NamedTuple):
     chosen: int
     index_bytes: int
 
+    @property
+    def density(self) -> float:
+        """Share of the entries that are in the child network."""
+        return self.chosen / max(1, self.numel)
+
+
+def total_size(sizes: Iterable[ChildSize]) -> ChildSize:
+    """The size of the child networks of several tensors together."""
+    return ChildSize(*map(sum, zip(ChildSize(0, 0, 0), *sizes, strict=True)))
+
 
 class SparseDelta(NamedTuple):
     """The change of some entries of a tensor.

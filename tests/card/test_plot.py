@@ -2,8 +2,8 @@
 
 import pytest
 
-from peft_child.card.plot import Place, Share, _drawn, draw_child_network, shares_by_kind, shares_by_place
-from peft_child.tensors.delta import ChildSize
+from peft_child.card.plot import Place, _drawn, draw_child_network, grouped, places_of
+from peft_child.tensors.delta import ChildSize, total_size
 
 from .test_model_card import SIZES
 
@@ -23,17 +23,19 @@ from .test_model_card import SIZES
     ],
 )
 def test_the_name_of_a_parameter_tells_its_place(name, place):
-    assert list(shares_by_place({name: ChildSize(10, 1, 5)})) == [place]
+    assert places_of([name]) == {name: place}
 
 
-def test_shares_add_up():
-    assert shares_by_place(SIZES)[0, "self_attn.q_proj"] == Share(2, 110, 31)
-    assert shares_by_kind(SIZES)["self_attn.q_proj"] == Share(3, 210, 51)
+def test_sizes_add_up_by_kind():
+    kinds = grouped(SIZES, lambda place: place.kind)
+    assert list(kinds) == ["self_attn.q_proj", "mlp.up_proj", "model.embed_tokens"]
+    assert total_size(kinds["self_attn.q_proj"]) == ChildSize(210, 51, 150)
+    assert total_size([]) == ChildSize(0, 0, 0)
 
 
 def test_different_lists_of_layers_are_kept_apart():
-    sizes = {f"{side}.block.0.q.weight": ChildSize(10, 1, 5) for side in ("encoder", "decoder")}
-    assert list(shares_by_kind(sizes)) == ["decoder.block.*.q", "encoder.block.*.q"]
+    places = places_of(f"{side}.block.0.q.weight" for side in ("encoder", "decoder"))
+    assert [place.kind for place in places.values()] == ["decoder.block.*.q", "encoder.block.*.q"]
 
 
 def test_equal_child_networks_make_equal_pictures(tmp_path):

@@ -242,7 +242,7 @@ def test_extract(files, tmp_path, density):
     expected.settings |= {**model_settings(files / "base"), "revision": None}
     write_adapter(tmp_path / "expected", expected)
     assert content(tmp_path / "child") == content(tmp_path / "expected")
-    assert printed == f"extracted {terminal.counts(expected)} to {tmp_path / 'child'}\n"
+    assert printed == f"extracted {terminal.counts(read_adapter(tmp_path / 'expected'))} to {tmp_path / 'child'}\n"
     if density is None:
         output_of("merge", tmp_path / "child", files / "base", tmp_path / "merged")
         assert_same(bits(tensors_of(tmp_path / "merged")), bits(load_file(files / "tuned.safetensors")))
@@ -357,7 +357,7 @@ def test_a_head_that_nobody_has_is_not_made_up(tmp_path):
     model = chosen_model("llama", LlamaForCausalLM.from_pretrained(tmp_path / "base"))
     model.save_pretrained(tmp_path / "child")
     message = error_of("merge", tmp_path / "child", tmp_path / "base", tmp_path / "merged")
-    assert "lacks 'lm_head.weight' (1 tensors in all), and the adapter does not bring it along" in message
+    assert "lacks 'lm_head.weight' (1 tensors in all), and the adapter does not have it" in message
     assert not (tmp_path / "merged").exists()
 
 
@@ -412,7 +412,7 @@ def arguments_of(verb, adapter, output, base):
 @pytest.mark.parametrize(
     ("name", "problem"),
     [
-        ("missing", "There is no file or folder '{}', nor can a repository on the Hub be called that."),
+        ("missing", "There is no file or folder '{}', and it is not a valid name of a repository on the Hub."),
         ("base", "is no folder of an adapter: it has no 'adapter_config.json'"),
         ("lora", "is an adapter of type 'LORA', not of Child-Tuning"),
         ("damaged", "cannot be loaded. The checksum of "),
@@ -454,7 +454,7 @@ def test_options_out_of_range(files, tmp_path):
     new = tmp_path / "new"
     for arguments, problem in (
         (["overlap", adapters[0]], "compares two or more adapters, got one"),
-        (["overlap", *adapters, *["--revision", "x"] * 3], "for all 2 adapters or once for each, got 3"),
+        (["overlap", *adapters, *["--revision", "x"] * 3], "once for all 2 adapters or once for each, got 3"),
         (["extract", files / "base", files / "tuned.safetensors", new, "--density", 2], "must be in (0, 1], got 2.0"),
         (["extract", files / "base", files / "base", new], "do not differ"),
         (["combine", new, *adapters, "--weight", 1], "got 2 adapters and 1 weights"),

@@ -278,16 +278,16 @@ def test_an_authors_card_stays_at_the_next_push(hub, client):
     assert card_of(hub, repo) == edited
 
 
-def test_an_authors_card_stays_at_the_first_push(hub, client):
-    repo = "tester/announced"
-    words = (
-        "---\r\n# by hand\r\nlicense:   mit\r\nlibrary_name: peft\r\n"
-        "tags: [child-tuning, peft-child]\r\n---\r\n# Soon \r\n\r\nWords. "
-    )
-    client(write_card, repo=repo, text=words)
+@pytest.mark.parametrize("base_model", [[], [f"base_model:  '{BASE}'"]], ids=["incomplete", "complete"])
+def test_an_authors_card_stays_at_the_first_push(hub, client, base_model):
+    repo = f"tester/announced-{len(base_model)}"
+    front = ["---", "license: mit", *base_model, "library_name: peft", "tags:", "- child-tuning", "- peft-child"]
+    words = "\r\n".join(["---", "# Soon ", "", "Words. "])
+    client(write_card, repo=repo, text="\r\n".join([*front, words]))
     client(push, repo=repo)
     card = card_of(hub, repo)
-    assert card.startswith(words.replace("\r\n---\r\n", f"\r\nbase_model: {BASE}\r\n---\r\n") + f"\n\n{BEGIN}\n")
+    completed = front if base_model else [*front, f"base_model: {BASE}"]
+    assert card.startswith("\r\n".join([*completed, words]) + f"\n\n{BEGIN}\n")
     assert card.endswith(END)
     assert "| all |" in card
 
@@ -386,7 +386,10 @@ def test_the_very_same_method_pushes_everything_else():
     ours = bringing_cards(push_to_hub)
     child = chosen_model("llama")
     low_rank = get_peft_model(build("llama"), LoraConfig(target_modules=["q_proj"]))
-    for model in [child.get_base_model(), low_rank, low_rank.get_base_model(), build("llama"), ChildTuningConfig()]:
+    native = build("llama")
+    native.add_adapter(LoraConfig(target_modules=["q_proj"]))
+    others = [child.get_base_model(), low_rank, low_rank.get_base_model(), native, build("llama"), ChildTuningConfig()]
+    for model in others:
         assert ours(model, 1, other=2) == (model, (1,), {"other": 2})
 
 
