@@ -15,13 +15,12 @@ from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from itertools import groupby
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from peft_child.files.safetensors_io import copy_bytes, read_into, write_tensor
+from peft_child.files.safetensors_io import copy_bytes, write_tensor
 
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -153,8 +152,7 @@ def copy_with_changes(
         folder: A folder that does not exist yet.
         names: The tensors to change, in the order of `checkpoint.in_file_order`.
         change: Gives what is written, of the same dtype and number of entries, for a name and the tensor that the
-            checkpoint has. It is called once for each name, in their order. The tensor that it gets is valid until
-            it returns, and it may change that and return it.
+            checkpoint has, which it may change. It is called once for each name, in their order.
     """
     first, files = _first_file(checkpoint.path), set(_weight_files(checkpoint.path))
     folder.mkdir()
@@ -162,40 +160,26 @@ def copy_with_changes(
         copy_description(checkpoint.path, folder)
     if first not in files:  # an index
         shutil.copyfile(first, folder / first.name)
-    changes = _Changes(checkpoint, change)
     for file, group in groupby(names, key=lambda name: checkpoint.places[name].file):
-        changes.copy(file, folder / file.name, group)
+        _copy_file(checkpoint, file, folder / file.name, group, change)
         files.remove(file)
     for file in sorted(files):
         shutil.copyfile(file, folder / file.name)
 
 
-class _Changes:
-    """Copies files with changed tensors; one piece of memory serves them all."""
-
-    def __init__(self, checkpoint: Checkpoint, change: Callable[[str, Tensor], Tensor]) -> None:
-        self.checkpoint, self.change = checkpoint, change
-        self.memory = bytearray()
-
-    def copy(self, file: Path, copied: Path, names: Iterable[str]) -> None:
-        """Stream a file to its copy; `names` are the tensors in it that change, in the order of the file."""
-        with file.open("rb") as source, copied.open("wb") as target:
-            for name in names:
-                place = self.checkpoint.places[name]
-                copy_bytes(source, target, place.offset - source.tell())
-                written = write_tensor(self.change(name, self._read(source, name, place)), target)
-                if written != place.num_bytes:
-                    raise ValueError(f"'{name}' has {place.num_bytes} bytes in '{file}', its change {written}.")
-            copy_bytes(source, target, file.stat().st_size - source.tell())
-
-    def _read(self, source: BinaryIO, name: str, place: StoredTensor) -> Tensor:
-        mapped = self.checkpoint[name]  # for its dtype; nothing is read through it
-        if not place.num_bytes:
-            return mapped
-        if len(self.memory) < place.num_bytes:
-            self.memory = bytearray(place.num_bytes)
-        read_into(source, memoryview(self.memory)[: place.num_bytes])
-        return torch.frombuffer(self.memory, dtype=mapped.dtype, count=mapped.numel()).view(mapped.shape)
+def _copy_file(
+    checkpoint: Checkpoint, file: Path, copied: Path, names: Iterable[str], change: Callable[[str, Tensor], Tensor]
+) -> None:
+    """Stream a file to its copy; `names` are the tensors in it that change, in the order of the file."""
+    with file.open("rb") as source, copied.open("wb") as target:
+        for name in names:
+            place = checkpoint.places[name]
+            copy_bytes(source, target, place.offset - source.tell())
+            written = write_tensor(change(name, checkpoint[name].clone()), target)
+            if written != place.num_bytes:
+                raise ValueError(f"'{name}' has {place.num_bytes} bytes in '{file}', its change {written}.")
+            source.seek(place.num_bytes, os.SEEK_CUR)
+        copy_bytes(source, target, file.stat().st_size - source.tell())
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from peft_child.files.adapter_folder import PEFT_TYPE, SparseAdapter
 from peft_child.files.adapter_tensors import fingerprint_of
 from peft_child.files.checkpoint import Checkpoint
-from peft_child.tensors.delta import Progress, SparseDelta, change, count_different, extract_delta, silent
+from peft_child.tensors.delta import Progress, SparseDelta, change, check_share, count_different, extract_delta, silent
 from peft_child.tensors.lazy import Lazy
 from peft_child.tensors.topk import Cutoff, choose, find_cutoff
 
@@ -62,8 +62,8 @@ def extract_adapter(
         ValueError: If the checkpoints have other tensors or shapes, nothing differs, a tensor that is not floating
             point differs, or `density` is out of range.
     """
-    if density is not None and not 0 < density <= 1:
-        raise ValueError(f"density must be in (0, 1], got {density!r}.")
+    if density is not None:
+        check_share("density", density)
     names = _comparable(base, tuned)
     numel = sum(base.places[name].numel for name in names)
     cutoff = None

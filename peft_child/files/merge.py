@@ -12,7 +12,7 @@ from peft_child.files.adapter_folder import SparseAdapter
 from peft_child.files.adapter_tensors import PREFIX, fingerprint_of, fingerprint_of_values, fingerprints_differ
 from peft_child.files.checkpoint import Checkpoint, copy_with_changes, replacing
 from peft_child.files.safetensors_io import TensorWriter
-from peft_child.tensors.delta import Progress, SparseDelta, merged_values, silent
+from peft_child.tensors.delta import Progress, SparseDelta, rounded_sum, silent
 from peft_child.tensors.lazy import read_ahead
 
 
@@ -61,7 +61,7 @@ def _merged(name: str, delta: SparseDelta, base: Tensor, strange: list[str]) -> 
     values = base.reshape(-1).index_select(0, delta.indices)
     if fingerprints_differ(delta.fingerprint, fingerprint_of_values(values)):
         strange.append(name)
-    return merged_values(values, delta)
+    return rounded_sum(values, delta.values)
 
 
 def _warn_of(strange: list[str], base: Checkpoint) -> None:

@@ -25,19 +25,10 @@ def copy_bytes(source: BinaryIO, target: BinaryIO, count: int) -> None:
     piece = memoryview(bytearray(min(_PIECE, count)))
     while count:
         part = piece[:count]
-        read_into(source, part)
+        if source.readinto(part) < len(part):  # type: ignore[attr-defined]
+            raise OSError(f"'{source.name}' ends before its tensors do.")
         target.write(part)
         count -= len(part)
-
-
-def read_into(source: BinaryIO, memory: memoryview) -> None:
-    """Fill a piece of memory with the next bytes of a file.
-
-    Raises:
-        OSError: If there are fewer.
-    """
-    if source.readinto(memory) < len(memory):  # type: ignore[attr-defined]
-        raise OSError(f"'{source.name}' ends before its tensors do.")
 
 
 def write_tensor(tensor: Tensor, target: BinaryIO) -> int:

@@ -56,8 +56,7 @@ class Loss(NamedTuple):
             raise ValueError(f"The loss of every example must be finite; that of example {number} is {value}.")
         if not loss.requires_grad:
             raise ValueError(f"The loss of example {number} does not depend on any targeted weight. {OVER_BATCHES}")
-        found: Tensor = loss
-        return found
+        return loss  # type: ignore[no-any-return]
 
 
 def _loss_in(output: Any) -> Tensor | None:

@@ -112,17 +112,8 @@ def select_child_network(
     _check_same_settings(model, config, targets, {"source": source, "num_examples": num_examples})
     found, examples, skipped = ready, None, 0
     if dataloader is not None:
-        fisher_pass = FisherPass(
-            model,
-            config.fisher,
-            num_examples,
-            forward_fn,
-            loss_fn,
-            split_batches,
-            progress_bar,
-            score_device,
-            score_folder,
-        )
+        settings = num_examples, forward_fn, loss_fn, split_batches, progress_bar, score_device, score_folder
+        fisher_pass = FisherPass(model, config.fisher, *settings)
         found = fisher_pass.scores(dataloader, targets)
         examples, skipped = fisher_pass.examples, fisher_pass.skipped
     on_every_rank(partial(_check_scores, found, targets))
@@ -210,18 +201,8 @@ def estimate_fisher(
     """
     config, _, targets = on_every_rank(partial(adapter_of, model, adapter_name))
     _check_same_settings(model, config, targets, {"num_examples": num_examples})
-    fisher_pass = FisherPass(
-        model,
-        config.fisher,
-        num_examples,
-        forward_fn,
-        loss_fn,
-        split_batches,
-        progress_bar,
-        score_device,
-        score_folder,
-    )
-    return fisher_pass.scores(dataloader, targets)
+    settings = num_examples, forward_fn, loss_fn, split_batches, progress_bar, score_device, score_folder
+    return FisherPass(model, config.fisher, *settings).scores(dataloader, targets)
 
 
 class Adapter(NamedTuple):

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from peft_child.tensors.delta import Progress, SparseDelta, check_shapes, silent
+from peft_child.tensors.delta import Progress, SparseDelta, check_shapes, check_share, silent
 from peft_child.tensors.lazy import Lazy
 from peft_child.tensors.topk import seeded, select_largest
 
@@ -136,8 +136,7 @@ def check_combination(combination_type: str, density: float, majority_sign_metho
         raise ValueError(f"combination_type must be one of {', '.join(COMBINATIONS)}, got {combination_type!r}.")
     if majority_sign_method not in MAJORITIES:
         raise ValueError(f"majority_sign_method must be one of {', '.join(MAJORITIES)}, got {majority_sign_method!r}.")
-    if not 0 < density <= 1:
-        raise ValueError(f"density must be in (0, 1], got {density!r}.")
+    check_share("density", density)
 
 
 def _thin(delta: SparseDelta, combination_type: str, density: float, generator: torch.Generator | None) -> SparseDelta:

@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from peft_child.tensors.delta import rounded_sum
 from peft_child.tensors.mask_steps import MaskUse
 from peft_child.tensors.quantised import dense
 
@@ -114,12 +115,11 @@ def _composed(base: Tensor, deltas: Sequence[Tensor], indices: Sequence[Tensor |
             else:
                 total.view(-1).index_add_(0, index, delta.to(precise))
         return total.to(base.dtype)
-    if indices[0] is None:
-        return (base.reshape(-1).to(precise) + deltas[0]).to(base.dtype).view(base.shape)
-    # One child in low precision: only the k chosen entries need the wider type.
-    total = base.clone(memory_format=torch.contiguous_format)
-    chosen = total.view(-1).index_select(0, indices[0]).to(precise) + deltas[0]
-    total.view(-1).index_copy_(0, indices[0].long(), chosen.to(base.dtype))
+    (delta,), (index,) = deltas, indices
+    if index is None:
+        return rounded_sum(base.reshape(-1), delta).view(base.shape)
+    total = base.clone(memory_format=torch.contiguous_format)  # only the chosen entries need the wider type
+    total.view(-1).index_copy_(0, index.long(), rounded_sum(total.view(-1).index_select(0, index), delta))
     return total
 
 

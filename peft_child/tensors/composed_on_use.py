@@ -85,23 +85,11 @@ class ComposedOnUse(_Composed):
 
 
 _METADATA = {
-    torch.Tensor.size,
-    torch.Tensor.stride,
-    torch.Tensor.dim,
-    torch.Tensor.numel,
-    torch.Tensor.element_size,
-    torch.Tensor.get_device,
-    torch.Tensor.is_contiguous,
-    torch.Tensor.is_floating_point,
-    torch.Tensor.is_complex,
-    torch.Tensor.__len__,
-    *(
-        getattr(torch.Tensor, name).__get__
-        for name in (
-            *("dtype", "shape", "device", "layout", "ndim", "nbytes", "itemsize", "requires_grad"),
-            *("is_cpu", "is_cuda", "is_meta", "is_sparse", "is_quantized"),
-        )
-    ),
+    *(getattr(torch.Tensor, name) for name in ("size", "stride", "dim", "numel", "element_size", "get_device")),
+    *(getattr(torch.Tensor, name) for name in ("is_contiguous", "is_floating_point", "is_complex", "__len__")),
+    *(getattr(torch.Tensor, name).__get__ for name in ("dtype", "shape", "device", "layout", "ndim", "nbytes")),
+    *(getattr(torch.Tensor, name).__get__ for name in ("itemsize", "requires_grad", "is_cpu", "is_cuda", "is_meta")),
+    *(getattr(torch.Tensor, name).__get__ for name in ("is_sparse", "is_quantized")),
 }
 _DETACH = {torch.Tensor.detach, torch.Tensor.data.__get__}  # type: ignore[attr-defined]
 

@@ -100,24 +100,31 @@ class Overlap(NamedTuple):
         return Overlap(*(a + b for a, b in zip(self, other, strict=True)))
 
 
+def check_share(name: str, share: object) -> None:
+    """Raise a `ValueError` if a share, known to the user by this name, is not a number in (0, 1]."""
+    is_number = isinstance(share, (int, float)) and not isinstance(share, bool)
+    if not is_number or not 0 < share <= 1:  # type: ignore[operator]  # NaN as well
+        raise ValueError(f"{name} must be a number in (0, 1], got {share!r}.")
+
+
 def fresh_delta(tensor: Tensor, indices: Tensor, init_weights: bool = True) -> SparseDelta:
     """A delta to be trained, float32: of zeros, or of small random values if `init_weights` is False."""
     values = torch.zeros(indices.numel()) if init_weights else torch.randn(indices.numel()) * 0.02
     return SparseDelta(tuple(tensor.shape), indices, values)
 
 
-def merged_values(base: Tensor, delta: SparseDelta) -> Tensor:
-    """The values that merging writes: added in at least float32, and rounded once.
+def rounded_sum(base: Tensor, change: Tensor) -> Tensor:
+    """Add a change to base values in at least float32, and round once: so merged and unmerged outputs are bit-equal.
 
     Args:
-        base: The base values at the positions of the delta, any floating dtype, shape `(k,)`.
-        delta: The change.
+        base: Base values, any floating dtype and shape.
+        change: What is added, floating point, of the same shape.
 
     Returns:
         A new tensor, of the shape and dtype of `base`.
     """
-    precise = torch.promote_types(torch.promote_types(base.dtype, torch.float32), delta.values.dtype)
-    return (base.to(precise) + delta.values.to(precise)).to(base.dtype)
+    precise = torch.promote_types(torch.promote_types(base.dtype, torch.float32), change.dtype)
+    return (base.to(precise) + change.to(precise)).to(base.dtype)
 
 
 def extract_delta(base: Tensor, tuned: Tensor, indices: Tensor | None = None) -> SparseDelta:
@@ -149,7 +156,8 @@ def extract_delta(base: Tensor, tuned: Tensor, indices: Tensor | None = None) ->
     for dtype in (torch.float32, torch.float64):
         values = torch.empty(indices.numel(), dtype=dtype, device=base.device)
         for part, found in zip(indices.split(_PIECE), values.split(_PIECE), strict=True):
-            inexact = _write_difference(before[part], after[part], found)
+            found.copy_(after[part].double() - before[part].double())
+            inexact = _bits(rounded_sum(before[part], found)) != _bits(after[part])
             if lossless and inexact.any():
                 at = int(part[inexact][0])
                 break
@@ -159,14 +167,6 @@ def extract_delta(base: Tensor, tuned: Tensor, indices: Tensor | None = None) ->
         f"The change from {before[at].item()} to {after[at].item()} at position {at} cannot be expressed as a float64 "
         "difference."
     )
-
-
-def _write_difference(before: Tensor, after: Tensor, values: Tensor) -> Tensor:
-    """Write the change in the dtype of `values`; returns where adding it does not give the bits of `after`."""
-    values.copy_(after.double() - before.double())
-    precise = torch.promote_types(torch.promote_types(before.dtype, torch.float32), values.dtype)
-    again = (before.to(precise) + values.to(precise)).to(before.dtype)
-    return _bits(again) != _bits(after)
 
 
 def count_different(base: Tensor, tuned: Tensor) -> int:

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from peft_child.tensors.delta import check_share
+
 
 PACKED_SIZE = 4
 
@@ -102,8 +104,7 @@ class GradientMask(NamedTuple):
         Raises:
             ValueError: If a setting, by the name that users know it by, or the step is out of range.
         """
-        if not 0 < self.density <= 1:  # NaN as well
-            raise ValueError(f"density must be a number in (0, 1], got {self.density!r}.")
+        check_share("density", self.density)
         if not 0 <= self.seed < 1 << 63:
             raise ValueError(f"seed must be an integer from 0 to 2**63 - 1, got {self.seed!r}.")
         if self.every < 1:

@@ -13,7 +13,7 @@ from peft import PeftConfig
 
 from peft_child.card.model_card import complete_card
 from peft_child.files.adapter_folder import WITHOUT_SELECTION
-from peft_child.tensors.delta import ChildSize
+from peft_child.tensors.delta import ChildSize, check_share
 from peft_child.tensors.gradient_mask import GradientMask
 
 
@@ -253,11 +253,8 @@ class ChildTuningConfig(PeftConfig):
                 warnings.warn(f"The adapter is saved, but its model card is not up to date. {error}", stacklevel=2)
 
     def _check_numbers(self) -> None:
-        # A bool is an int for Python, but never meant as a number here.
-        for name in ("density", "gradient_density"):
-            share = getattr(self, name)
-            if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:  # NaN as well
-                raise ValueError(f"{name} must be a number in (0, 1], got {share!r}.")
+        check_share("density", self.density)
+        check_share("gradient_density", self.gradient_density)
         if type(self.seed) is not int or not 0 <= self.seed < 1 << 63:
             raise ValueError(f"seed must be an integer from 0 to 2**63 - 1, got {self.seed!r}.")
         if type(self.resample_every) is not int or self.resample_every < 1:

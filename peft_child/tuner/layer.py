@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from contextlib import contextmanager, nullcontext
 from inspect import ismethod
 from typing import Any, NamedTuple
 
@@ -56,21 +55,17 @@ class ChildTuningLayer(LayerState):
 
     def _call(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the base layer, or a method of it."""
-        if torch.compiler.is_compiling():
-            return self._call_locked(call, args, kwargs)
-        with lock_of(self.base_layer):  # another thread may have its own tensors in the base layer
-            return self._call_locked(call, args, kwargs)
-
-    def _call_locked(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        compositions = self._compositions()
-        if not compositions:
-            return call(*args, **kwargs)
-        if self.training and torch.is_grad_enabled() and getattr(self.base_layer, "gradient_checkpointing", False):
-            raise RuntimeError(
-                f"A {type(self.base_layer).__name__} checkpoints its own activations, and would compute them again "
-                "without its child network: target the modules inside it instead, or turn checkpointing off."
-            )
-        return call_composed(self.base_layer, compositions, call, args, kwargs)
+        # another thread may have its own tensors in the base layer
+        with nullcontext() if torch.compiler.is_compiling() else lock_of(self.base_layer):
+            compositions = self._compositions()
+            if not compositions:
+                return call(*args, **kwargs)
+            if self.training and torch.is_grad_enabled() and getattr(self.base_layer, "gradient_checkpointing", False):
+                raise RuntimeError(
+                    f"A {type(self.base_layer).__name__} checkpoints its own activations, and would compute them again"
+                    " without its child network: target the modules inside it instead, or turn checkpointing off."
+                )
+            return call_composed(self.base_layer, compositions, call, args, kwargs)
 
     def _compositions(self) -> dict[str, Composition]:
         """Compositions of the parameters that the active adapters change at present."""
@@ -143,15 +138,12 @@ class ChildTuningLayer(LayerState):
         if name not in self.targeted():
             value = getattr(self.base_layer, name)
             is_method = ismethod(value) and value.__self__ is self.base_layer
-            return partial(self._call_method, name) if is_method else value
+            return (lambda *args, **kwargs: self._call(value, args, kwargs)) if is_method else value
         if torch.compiler.is_compiling():
             composition = self._compositions().get(name)
             return getattr(self.base_layer, name) if composition is None else composition.tensor()
         with lock_of(self.base_layer):
             return self._composed(name)
-
-    def _call_method(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        return self._call(getattr(self.base_layer, name), args, kwargs)
 
     def _composed(self, name: str) -> Tensor:
         self._check_no_replica()

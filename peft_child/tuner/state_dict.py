@@ -164,7 +164,7 @@ def _made_elsewhere(
         base = layer.base_parameter(parameter)
         check_numel(name, child, base)
         indices = child.indices(name)
-        if not layer.merged and not _is_at_home(child, base, indices):
+        if not layer.merged and fingerprints_differ(child.header.fingerprint, fingerprint_of(base, indices)):
             strange.append(name)
         came_alone = child.size() != (config.present_sizes() or {}).get(name)  # without its configuration
         if config.variant == "random" and came_alone:
@@ -205,11 +205,6 @@ def _check_mask(config: ChildTuningConfig, name: str, mask: GradientMask | None,
             f"The gradient mask of '{name}' must be the one that the adapter was trained with, {stored.describe()}; "
             f"this configuration says {mask.describe() if mask else 'none'}."
         )
-
-
-def _is_at_home(child: StoredChild, base: Tensor, indices: Tensor) -> bool:
-    """Whether the base has the values that it had where the child network was chosen, as far as is known."""
-    return not fingerprints_differ(child.header.fingerprint, fingerprint_of(base, indices))
 
 
 def _check_base(check_base: str, strange: list[str], count: int) -> None:

@@ -455,11 +455,14 @@ def test_options_out_of_range(files, tmp_path):
     for arguments, problem in (
         (["overlap", adapters[0]], "compares two or more adapters, got one"),
         (["overlap", *adapters, *["--revision", "x"] * 3], "once for all 2 adapters or once for each, got 3"),
-        (["extract", files / "base", files / "tuned.safetensors", new, "--density", 2], "must be in (0, 1], got 2.0"),
+        (
+            ["extract", files / "base", files / "tuned.safetensors", new, "--density", 2],
+            "must be a number in (0, 1], got 2.0",
+        ),
         (["extract", files / "base", files / "base", new], "do not differ"),
         (["combine", new, *adapters, "--weight", 1], "got 2 adapters and 1 weights"),
         (["combine", new, *adapters, "--type", "svd"], "must be one of linear, ties, "),
-        (["combine", new, *adapters, "--density", 0], "density must be in (0, 1]"),
+        (["combine", new, *adapters, "--density", 0], "density must be a number in (0, 1]"),
         (["inspect", adapters[0], "--plot", tmp_path], "is a folder; name a file"),
     ):
         assert problem in error_of(*arguments)

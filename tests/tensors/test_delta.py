@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from peft_child.tensors.combine import COMBINATIONS, combine_deltas
 from peft_child.tensors.compose import Child, Composition
-from peft_child.tensors.delta import Overlap, SparseDelta, extract_delta, merged_values, overlap
+from peft_child.tensors.delta import Overlap, SparseDelta, extract_delta, overlap, rounded_sum
 
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -25,7 +25,7 @@ def dense(delta):
 def apply_delta(base, delta):
     """What a model computes with, after a check that merging writes the same at the positions of the delta."""
     composed = Composition(base, (Child(delta.values, delta.indices),)).tensor()
-    written = merged_values(base.flatten()[delta.indices], delta)
+    written = rounded_sum(base.flatten()[delta.indices], delta.values)
     assert torch.equal(bits(composed.flatten()[delta.indices]), bits(written))
     return composed
 
