@@ -5,6 +5,11 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export OMP_WAIT_POLICY := PASSIVE  # threads that wait leave the core to others
 export PYTHONPYCACHEPREFIX := $(CURDIR)/$(VENV)/pycache
+# Bytecode is written there, whatever the caller's shell says: many tests start processes, and each of them would need
+# ten seconds more to compile what it imports.
+unexport PYTHONDONTWRITEBYTECODE
+# What is imported is compiled then; compiling all that is installed takes pip three quarters of its time.
+INSTALL := -m pip install --quiet --no-compile
 
 .PHONY: demo test quick lint check wheel benchmark clean
 
@@ -28,16 +33,17 @@ wheel: $(VENV)/.installed  ## Build the wheel, and try it in an environment of i
 	set -e; folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
 	$(BIN)/python -m build --wheel --outdir "$$folder" . ; \
 	$(PYTHON) -m venv "$$folder/venv"; \
-	"$$folder/venv/bin/python" -m pip install --quiet "$$(ls $$folder/*.whl)[test]"; \
+	export PYTHONPYCACHEPREFIX="$$folder/pycache"; \
+	"$$folder/venv/bin/python" $(INSTALL) "$$(ls $$folder/*.whl)[test]"; \
 	cp -r tests examples benchmarks docs pyproject.toml README.md "$$folder"; \
-	cd "$$folder"; PYTHONPYCACHEPREFIX="$$folder/pycache" venv/bin/pytest -m smoke
+	cd "$$folder"; venv/bin/pytest -m smoke
 
 benchmark: $(VENV)/.installed  ## All methods side by side, into docs: 20 minutes on two cores; FLAGS=--long takes longer
 	$(BIN)/python -m benchmarks.run --output docs $(FLAGS)
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable ".[dev,examples]"
+	$(BIN)/python $(INSTALL) --editable ".[dev,examples]"
 	touch $@
 
 clean:
