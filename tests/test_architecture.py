@@ -31,7 +31,6 @@ MODULES = {
 }
 LONG = {
     "tuner/layer.py": "forward, reading and merging of one layer",
-    "tuner/config.py": "the fields of the configuration, each with its help",
     "tuner/model.py": "all that PEFT asks of a tuner",
     "tuner/state.py": "the tensors of a layer and every change of them",
     "selection/select.py": "two public functions with their documentation",

@@ -6,7 +6,6 @@ A buffer is read once, and again only if something else was written into it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
 
 import torch
@@ -20,33 +19,13 @@ from peft_child.tensors.gradient_mask import GradientMask
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class _Read(Generic[T]):
-    """What a buffer held at a number of changes, as autograd counts them."""
-
-    buffer: Tensor
-    version: int
-    value: T
-
-    @classmethod
-    def of(cls, buffer: Tensor, value: T) -> _Read[T]:
-        return cls(buffer, _changes(buffer), value)
-
-    def holds(self, buffer: Tensor) -> bool:
-        """Whether that is still what this buffer holds, unless it was written unnoticed, as broadcasts do."""
-        return self.buffer is buffer and self.version == _changes(buffer)
-
-
-def _changes(buffer: Tensor) -> int:
-    return 0 if buffer.is_inference() else buffer._version
-
-
 class _ReadBuffers(nn.ModuleDict, Generic[T]):
     """Buffers by adapter and parameter."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._known: dict[tuple[str, str], _Read[T]] = {}
+        # By adapter and parameter: the buffer that was read, its in-place changes until then, and what it held.
+        self._known: dict[tuple[str, str], tuple[Tensor, int, T]] = {}
 
     def add_adapter(self, adapter_name: str) -> None:
         """Make a place for the buffers of an adapter."""
@@ -57,24 +36,25 @@ class _ReadBuffers(nn.ModuleDict, Generic[T]):
         return cast(BufferDict, self[adapter_name])
 
     def known(self, adapter_name: str, parameter: str) -> T:
-        """What was read last, without a question about the buffer."""
-        return self._known[adapter_name, parameter].value
+        """What was read last; the buffer is not looked at."""
+        return self._known[adapter_name, parameter][2]
 
     def present(self, adapter_name: str, parameter: str) -> T:
-        """What the buffer holds now."""
+        """What the buffer holds now; writes that autograd does not count, such as broadcasts, go unnoticed."""
         known = self._known.get((adapter_name, parameter))
         buffer = self.of(adapter_name)[parameter]
         if type(buffer) is not Tensor:  # torch.export traces with tensors that have no values
             if known is None:
                 raise RuntimeError("Run the model once before torch.export, or call merge_and_unload() before it.")
-        elif known is None or not known.holds(buffer):
+        elif known is None or known[0] is not buffer or known[1] != _changes(buffer):
             with torch.inference_mode(False):  # else it could never be used in training
                 self.remember(adapter_name, parameter, self._read(buffer))
         return self.known(adapter_name, parameter)
 
     def remember(self, adapter_name: str, parameter: str, value: T) -> None:
         """Keep what the buffer holds now."""
-        self._known[adapter_name, parameter] = _Read.of(self.of(adapter_name)[parameter], value)
+        buffer = self.of(adapter_name)[parameter]
+        self._known[adapter_name, parameter] = buffer, _changes(buffer), value
 
     def read_again(self, adapter_name: str | None = None) -> None:
         """Read the buffers, or those of one adapter, when they are needed next."""
@@ -84,7 +64,7 @@ class _ReadBuffers(nn.ModuleDict, Generic[T]):
         raise NotImplementedError
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        """As torch's; what is loaded is read anew, which compiled code notices by its absence."""
+        """As torch's; forgets what was read of the buffers that are loaded, which makes torch.compile trace anew."""
         self._known = {key: known for key, known in self._known.items() if prefix + ".".join(key) not in state_dict}
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -112,10 +92,6 @@ class IndexBuffers(_ReadBuffers[Tensor]):
 class MaskBuffers(_ReadBuffers[GradientMask]):
     """Packed gradient masks, int64, for the deltas that have one."""
 
-    def put(self, adapter_name: str, parameter: str, mask: GradientMask, device: torch.device) -> None:
-        """Mask the gradient of a delta from now on."""
-        self.of(adapter_name)[parameter] = mask.pack().to(device)
-
     @torch.no_grad()
     def count_step(self, adapter_name: str, parameter: str) -> None:
         """Go on to the mask of the next optimizer step."""
@@ -125,3 +101,7 @@ class MaskBuffers(_ReadBuffers[GradientMask]):
 
     def _read(self, buffer: Tensor) -> GradientMask:
         return GradientMask.unpack(buffer)
+
+
+def _changes(buffer: Tensor) -> int:
+    return 0 if buffer.is_inference() else buffer._version

@@ -6,15 +6,17 @@ import enum
 import re
 import warnings
 from collections.abc import Collection
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from peft import PeftConfig
 
 from peft_child.card.model_card import complete_card
-from peft_child.files.adapter_folder import WITHOUT_SELECTION
 from peft_child.tensors.delta import ChildSize, check_share
 from peft_child.tensors.gradient_mask import GradientMask
+
+
+T = TypeVar("T")
 
 
 class ChildPeftType(str, enum.Enum):
@@ -32,6 +34,12 @@ DELTA_DTYPE_NAMES = ("float32", "bfloat16", "float16")
 CHECK_BASE = ("warn", "error", "off")
 
 
+def _setting(default: T, text: str) -> T:
+    """A field of the configuration, described as Hugging Face's parsers expect it."""
+    described: T = field(default=default, metadata={"help": text})
+    return described
+
+
 @dataclass
 class ChildTuningConfig(PeftConfig):
     """Configuration of Child-Tuning (Xu et al., "Raise a Child in Large Language Model", EMNLP 2021).
@@ -43,135 +51,87 @@ class ChildTuningConfig(PeftConfig):
         ValueError: If a field has a value outside its range.
     """
 
-    variant: str = field(
-        default="task_driven",
-        metadata={
-            "help": (
-                "How the child network is chosen. 'task_driven' (Child-Tuning_D): the entries with the largest Fisher "
-                "information, by `select_child_network`. 'random': a fixed random one, drawn from `seed` and the "
-                "names of the parameters; needs no data. 'task_free' (Child-Tuning_F): all entries, but each keeps "
-                "its gradient only with probability `density`, drawn anew for every optimizer step, scaled by "
-                "1/density; needs no data, and its delta is dense. "
-                "'extracted': taken from the difference of checkpoints, or combined from adapters; only for loading."
-            )
-        },
+    variant: str = _setting(
+        "task_driven",
+        "How the child network is chosen. 'task_driven' (Child-Tuning_D): the entries with the largest Fisher "
+        "information, by `select_child_network`. 'random': a fixed random one, drawn from `seed` and the names of the "
+        "parameters; needs no data. 'task_free' (Child-Tuning_F): all entries, but each keeps its gradient only with "
+        "probability `density`, drawn anew for every optimizer step, scaled by 1/density; needs no data, and its "
+        "delta is dense. 'extracted': taken from the difference of checkpoints, or combined from adapters; only for "
+        "loading.",
     )
-    density: float = field(
-        default=0.1,
-        metadata={
-            "help": (
-                "Share of the entries of all targeted parameters together that belong to the child network, in "
-                "(0, 1]. Exactly round(density * n) of n entries are chosen; memory and files grow with it. Called "
-                "p_D or reserve_p elsewhere. For 'task_free' the probability to keep a gradient, p_F."
-            )
-        },
+    density: float = _setting(
+        0.1,
+        "Share of the entries of all targeted parameters together that belong to the child network, in (0, 1]. "
+        "Exactly round(density * n) of n entries are chosen; memory and files grow with it. Called p_D or reserve_p "
+        "elsewhere. For 'task_free' the probability to keep a gradient, p_F.",
     )
-    gradient_density: float = field(
-        default=1.0,
-        metadata={
-            "help": (
-                "Task-free Child-Tuning on top of a fixed child network: the probability, in (0, 1], with which each "
-                "of its entries keeps its gradient at an optimizer step, scaled by its inverse. 1.0 keeps all."
-            )
-        },
+    gradient_density: float = _setting(
+        1.0,
+        "Task-free Child-Tuning on top of a fixed child network: the probability, in (0, 1], with which each of its "
+        "entries keeps its gradient at an optimizer step, scaled by its inverse. 1.0 keeps all.",
     )
-    resample_every: int = field(
-        default=1,
-        metadata={"help": "Optimizer steps after which the random gradient mask is drawn anew, a positive integer."},
+    resample_every: int = _setting(
+        1, "Optimizer steps after which the random gradient mask is drawn anew, a positive integer."
     )
-    target_modules: list[str] | set[str] | str | None = field(
-        default=None,
-        metadata={
-            "help": (
-                "Modules whose parameters, biases included, form the whole network: a list of names or endings of "
-                "names, a regular expression for full names, or 'all-linear' for every linear layer but the head. A "
-                "module brings along the modules inside it. By default PEFT's choice for the architecture."
-            )
-        },
+    target_modules: list[str] | set[str] | str | None = _setting(
+        None,
+        "Modules whose parameters, biases included, form the whole network: a list of names or endings of names, a "
+        "regular expression for full names, or 'all-linear' for every linear layer but the head. A module includes "
+        "the modules inside it. By default PEFT's choice for the architecture.",
     )
-    target_parameters: list[str] | str | None = field(
-        default=None,
-        metadata={
-            "help": (
-                "Single parameters to target besides `target_modules`, whatever their shape: a list of names or "
-                "endings of names, such as 'LayerNorm.weight', or a regular expression for full names."
-            )
-        },
+    target_parameters: list[str] | str | None = _setting(
+        None,
+        "Single parameters to target besides `target_modules`, whatever their shape: a list of names or endings of "
+        "names, such as 'LayerNorm.weight', or a regular expression for full names.",
     )
-    exclude_modules: list[str] | set[str] | str | None = field(
-        default=None,
-        metadata={"help": "Modules to leave out of `target_modules`: a list of names or endings, or an expression."},
+    exclude_modules: list[str] | set[str] | str | None = _setting(
+        None, "Modules to leave out of `target_modules`: a list of names or endings, or an expression."
     )
-    layers_to_transform: list[int] | int | None = field(
-        default=None,
-        metadata={"help": "Indices of the only layers in which a list of `target_modules` applies."},
+    layers_to_transform: list[int] | int | None = _setting(
+        None, "Indices of the only layers in which a list of `target_modules` applies."
     )
-    layers_pattern: list[str] | str | None = field(
-        default=None,
-        metadata={"help": "Name of the module list that holds the layers, if it is not found without."},
+    layers_pattern: list[str] | str | None = _setting(
+        None, "Name of the module list that holds the layers, if PEFT does not find it."
     )
-    modules_to_save: list[str] | None = field(
-        default=None,
-        metadata={"help": "Modules trained densely and saved whole, outside the density, such as a new head."},
+    modules_to_save: list[str] | None = _setting(
+        None, "Modules trained densely and saved whole, outside the density, such as a new head."
     )
-    seed: int = field(
-        default=0,
-        metadata={
-            "help": "Seed of the random child network and of the gradient masks, an integer from 0 to 2**63 - 1."
-        },
+    seed: int = _setting(
+        0, "Seed of the random child network and of the gradient masks, an integer from 0 to 2**63 - 1."
     )
-    fisher: str = field(
-        default="per_example",
-        metadata={
-            "help": (
-                "How `select_child_network` estimates the Fisher information. 'per_example': mean over examples of "
-                "the squared gradient of the example's loss, without dropout or clipping. 'authors': as in the code "
-                "released with the paper, mean over batches of the squared gradient of the batch loss, with dropout "
-                "as in training and the gradient of each parameter clipped to norm 1."
-            )
-        },
+    fisher: str = _setting(
+        "per_example",
+        "How `select_child_network` estimates the Fisher information. 'per_example': mean over examples of the "
+        "squared gradient of the example's loss, without dropout or clipping. 'authors': as in the code released with "
+        "the paper, mean over batches of the squared gradient of the batch loss, with dropout as in training and the "
+        "gradient of each parameter clipped to norm 1.",
     )
-    fisher_examples: int | None = field(
-        default=None,
-        metadata={"help": "Number of examples the Fisher information was estimated on; recorded by the selection."},
+    fisher_examples: int | None = _setting(
+        None, "Number of examples the Fisher information was estimated on; recorded by the selection."
     )
-    init_weights: bool = field(
-        default=True,
-        metadata={"help": "True starts from the base model (deltas of zero), False from small random deltas (tests)."},
+    init_weights: bool = _setting(
+        True, "True starts from the base model (deltas of zero), False from small random deltas (tests)."
     )
-    delta_dtype: str = field(
-        default="float32",
-        metadata={
-            "help": (
-                "Dtype of the deltas in the file: 'float32' is exact, 'bfloat16' and 'float16' take half of the space "
-                "and round every delta, to 8 and 11 significant bits. In memory deltas are float32."
-            )
-        },
+    delta_dtype: str = _setting(
+        "float32",
+        "Dtype of the deltas in the file: 'float32' is exact, 'bfloat16' and 'float16' take half of the space and "
+        "round every delta, to 8 and 11 significant bits. In memory deltas are float32.",
     )
-    check_base: str = field(
-        default="warn",
-        metadata={
-            "help": (
-                "What to do when an adapter is loaded onto other base weights than it was made on: 'warn', 'error' "
-                "or 'off'. A wish of who loads it, as in `PeftModel.from_pretrained(base, name, check_base='error')`; "
-                "not saved."
-            )
-        },
+    check_base: str = _setting(
+        "warn",
+        "What to do when an adapter is loaded onto other base weights than it was made on: 'warn', 'error' or 'off'. "
+        "Chosen by whoever loads it, as in `PeftModel.from_pretrained(base, name, check_base='error')`; not saved.",
     )
-    child_sizes: dict[str, ChildSize] | None = field(
-        default=None,
-        metadata={
-            "help": (
-                "Entries, chosen entries and bytes of the index block of every parameter with a child network; "
-                "recorded by the selection, for loaders that need to know shapes before they read the file."
-            )
-        },
+    child_sizes: dict[str, ChildSize] | None = _setting(
+        None,
+        "Entries, chosen entries and bytes of the index block of every parameter with a child network; recorded by "
+        "the selection, for loaders that need to know shapes before they read the file.",
     )
 
     def __post_init__(self) -> None:
         """Check every field; PEFT calls this on construction and on loading alike."""
         super().__post_init__()  # type: ignore[no-untyped-call]
-        self._present_sizes: dict[str, ChildSize] | None = None
         self.peft_type = ChildPeftType.PEFT_CHILD
         self._check_numbers()
         _check_choice("variant", self.variant, VARIANTS)
@@ -192,6 +152,9 @@ class ChildTuningConfig(PeftConfig):
         if self.child_sizes is not None:
             _check_sizes(self.child_sizes)
             self.child_sizes = {name: ChildSize(*size) for name, size in self.child_sizes.items()}
+        # Loading and saving put the sizes for the next file here. They leave the field as it is, since the user may
+        # make another model with this object, whose sizes differ.
+        self.present_sizes = self.child_sizes
 
     def child_size(self, numel: int) -> int:
         """Number of entries in the child network of a network of `numel` entries.
@@ -209,21 +172,6 @@ class ChildTuningConfig(PeftConfig):
         density = self.density if self.variant == "task_free" else self.gradient_density
         return GradientMask(float(density), self.seed, self.resample_every) if density < 1 else None
 
-    def for_names(self, names: list[str], density: float) -> ChildTuningConfig:
-        """Settings of an adapter whose child network was made of others', in the parameters of these names."""
-        return replace(self, **WITHOUT_SELECTION, target_parameters=names, density=density)
-
-    def record_sizes(self, sizes: dict[str, ChildSize]) -> None:
-        """Take down the sizes of a child network that is loaded, or saved next, as `child_sizes` of the file.
-
-        The field stays as it is: the user may make other models with this object, and their sizes are others.
-        """
-        self._present_sizes = sizes
-
-    def present_sizes(self) -> dict[str, ChildSize] | None:
-        """What was recorded last, or else came with the configuration."""
-        return self._present_sizes or self.child_sizes
-
     @classmethod
     def describe(cls) -> str:
         """One paragraph for each field of this class, with its default."""
@@ -232,17 +180,12 @@ class ChildTuningConfig(PeftConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """As PEFT's, with sets in a fixed order, so that equal configurations are equal files."""
-        settings = super().to_dict() | {"child_sizes": self.present_sizes()}
+        settings = super().to_dict() | {"child_sizes": self.present_sizes}
         del settings["check_base"]
         return {name: sorted(value) if isinstance(value, set) else value for name, value in settings.items()}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """As PEFT's; completes the model card in the folder if the sizes of a child network are known.
-
-        Args:
-            save_directory: The folder for the configuration and the card.
-            kwargs: As PEFT's.
-        """
+        """As PEFT's; also completes the model card in the folder, once there is a child network."""
         super().save_pretrained(save_directory, **kwargs)
         settings = self.to_dict()
         if settings["child_sizes"]:
@@ -262,7 +205,7 @@ class ChildTuningConfig(PeftConfig):
         if not isinstance(self.init_weights, bool):
             raise ValueError(f"init_weights must be True or False, got {self.init_weights!r}.")
         examples = self.fisher_examples
-        if examples is not None and (isinstance(examples, bool) or not isinstance(examples, int) or examples < 1):
+        if examples is not None and (type(examples) is not int or examples < 1):
             raise ValueError(f"fisher_examples must be a positive integer or None, got {examples!r}.")
 
     def _check_layers(self) -> None:
@@ -277,9 +220,7 @@ class ChildTuningConfig(PeftConfig):
         if not indices or any(type(index) is not int or index < 0 for index in indices):
             raise ValueError(f"layers_to_transform must be non-negative integers, at least one, got {layers!r}.")
         if self.target_modules is None and self.target_parameters is not None:
-            raise ValueError(
-                f"layers_to_transform applies to a list of target_modules, which is None, got {layers!r}."
-            )
+            raise ValueError(f"layers_to_transform needs a list of target_modules, which is None; got {layers!r}.")
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -294,9 +235,7 @@ def _check_names(name: str, value: object, allow_text: bool) -> None:
         try:
             re.compile(value)
         except re.error as error:
-            raise ValueError(
-                f"{name} must be a regular expression if it is a string, got {value!r}: {error}."
-            ) from None
+            raise ValueError(f"{name} must be a valid regular expression, got {value!r}: {error}.") from None
         return
     if isinstance(value, str) or not isinstance(value, Collection) or not all(isinstance(item, str) for item in value):
         kinds = "a list of names or a regular expression" if allow_text else "a list of names"

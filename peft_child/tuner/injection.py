@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from peft_child.files.adapter_tensors import KINDS, MASK
-from peft_child.tuner.config import ChildTuningConfig
+from peft_child.tensors.delta import ChildSize
 from peft_child.tuner.layer import child_tuning_layers
 from peft_child.tuner.targets import Target
 
@@ -32,28 +33,18 @@ def check_name_is_free(model: nn.Module, adapter_name: str) -> None:
         )
 
 
-def check_adapter_name(adapter_name: str, targets: list[Target]) -> None:
-    """Raise a `ValueError` if an adapter has the name of a parameter, which PEFT would confuse in state dicts."""
-    if any(adapter_name == owner.parameter for target in targets for owner in target.owners):
-        raise ValueError(
-            f"adapter_name must not be the name of a parameter of a targeted module, got '{adapter_name}'."
-        )
-
-
-def check_sizes(config: ChildTuningConfig, targets: list[Target]) -> None:
-    """Raise a `ValueError` if the recorded sizes of a child network are not those of the targets."""
-    numels = {target.name: target.parameter.numel() for target in targets}
-    for name, size in (config.child_sizes or {}).items():
+def check_sizes(sizes: Mapping[str, ChildSize], numels: Mapping[str, int]) -> None:
+    """Raise a `ValueError` if child networks of these sizes do not fit the targets with these numbers of entries."""
+    for name, size in sizes.items():
         if numels.get(name) != size.numel:
             here = f"{numels[name]} entries" if name in numels else "no such target"
             raise ValueError(
-                f"The adapter does not fit the base model: its '{name}' has {size.numel} entries, the model has "
-                f"{here}."
+                f"The adapter does not fit the base model: its '{name}' has {size.numel} entries, this one has {here}."
             )
 
 
 def check_vocabulary(model: nn.Module, targets: list[Target]) -> None:
-    """Raise a `ValueError` if a targeted embedding has rows that are in no checkpoint, since the vocabulary grew."""
+    """Raise a `ValueError` if the vocabulary has grown, so that rows of a targeted embedding are in no checkpoint."""
     config: Any = getattr(model, "config", None)
     size, name = getattr(config, "vocab_size", None), getattr(config, "name_or_path", "")
     grown = [target.name for target in targets if target.parameter.dim() > 1 and len(target.parameter) == size]
@@ -61,7 +52,7 @@ def check_vocabulary(model: nn.Module, targets: list[Target]) -> None:
         return
     try:
         before = type(config).from_pretrained(name, local_files_only=True).vocab_size
-    except Exception:  # whatever a name that is no checkpoint's leads to
+    except Exception:  # `name_or_path` need not be a checkpoint, and then anything can fail
         return
     if before != size:
         raise ValueError(
@@ -81,7 +72,7 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 
 def remove_adapter(model: nn.Module, adapter_name: str) -> None:
-    """Take an adapter out of the layers of a model, and out the layers that have no other one."""
+    """Delete an adapter from the layers of a model, and unwrap the layers that have no other."""
     for layer in child_tuning_layers(model, adapter_name).values():
         layer.delete_adapter(adapter_name)
         if not layer.adapters:
@@ -89,13 +80,13 @@ def remove_adapter(model: nn.Module, adapter_name: str) -> None:
 
 
 def keep_buffers_from_ddp(model: nn.Module) -> None:
-    """Let DDP leave out our buffers, which it would broadcast at every forward; all ranks have the same ones.
+    """Tell DDP not to broadcast our buffers at every forward: all ranks have the same. Call it when adapters change.
 
-    Names of others that are marked on the model already stay. Where a `PeftModel` or the tuner is wrapped, its
-    attribute lookup finds the names here, on the base model.
+    Names that others have put there stay. If DDP wraps a `PeftModel` or the tuner, it finds the names as well, since
+    both look up attributes in the base model.
 
     Args:
-        model: The base model. To be called whenever its adapters have changed.
+        model: The base model.
     """
     before = list(getattr(model, _TOLD_TO_DDP, ()))
     names = [

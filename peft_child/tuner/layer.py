@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from inspect import ismethod
 from typing import Any, NamedTuple
 
@@ -31,7 +31,7 @@ class _Replaced(NamedTuple):
     values: Tensor
 
 
-# What accelerate, transformers, FSDP and DDP write on a module is about that very module, or not set yet.
+# accelerate, transformers, FSDP and DDP mark modules with these. A mark of the base layer is none of this layer.
 _MARKS = ("_hf_", "_is_hf_", "_old_forward", "_fsdp", "_is_fsdp", "_ddp")
 
 
@@ -55,17 +55,20 @@ class ChildTuningLayer(LayerState):
 
     def _call(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the base layer, or a method of it."""
-        # another thread may have its own tensors in the base layer
-        with nullcontext() if torch.compiler.is_compiling() else lock_of(self.base_layer):
+        with self._locked():
             compositions = self._compositions()
             if not compositions:
                 return call(*args, **kwargs)
             if self.training and torch.is_grad_enabled() and getattr(self.base_layer, "gradient_checkpointing", False):
                 raise RuntimeError(
-                    f"A {type(self.base_layer).__name__} checkpoints its own activations, and would compute them again"
-                    " without its child network: target the modules inside it instead, or turn checkpointing off."
+                    f"A {type(self.base_layer).__name__} checkpoints its own activations, and would compute them "
+                    "again without its child network: target the modules inside it, or turn checkpointing off."
                 )
             return call_composed(self.base_layer, compositions, call, args, kwargs)
+
+    def _locked(self) -> AbstractContextManager[Any]:
+        # Another thread may have its own tensors in the base layer. Compilers cannot trace a lock.
+        return nullcontext() if torch.compiler.is_compiling() else lock_of(self.base_layer)
 
     def _compositions(self) -> dict[str, Composition]:
         """Compositions of the parameters that the active adapters change at present."""
@@ -73,10 +76,12 @@ class ChildTuningLayer(LayerState):
         if self._is_bare():
             return {}
         self._check_chosen()
-        found = {name: self._composition(name) for name in self.targeted()}
-        found = {name: composition for name, composition in found.items() if composition.children}
-        for name, composition in found.items():
-            self._check_present(name, composition.base)
+        found = {}
+        for name in self.targeted():
+            composition = self._composition(name)
+            if composition.children:
+                self._check_present(name, composition.base)
+                found[name] = composition
         return found
 
     def _composition(self, parameter: str) -> Composition:
@@ -151,7 +156,7 @@ class ChildTuningLayer(LayerState):
         try:
             self._check_chosen()
             self._check_present(name, composition.base)
-        except RuntimeError as error:  # only for who computes with it
+        except RuntimeError as error:  # to be raised only if something computes with the tensor
             refusal = error
         if self._is_bare() or (not composition.children and refusal is None):
             return composition.base
@@ -175,7 +180,7 @@ class ChildTuningLayer(LayerState):
     # Merging
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Write the composed values into the base parameters, and keep what they overwrite.
+        """Write the composed values into the base parameters, and keep the values that they replace.
 
         Args:
             safe_merge: Check that the composed values are finite before anything is written.
@@ -195,7 +200,7 @@ class ChildTuningLayer(LayerState):
         self.merged_adapters = merged
 
     def unmerge(self) -> None:
-        """Put back, bit for bit, what merging overwrote."""
+        """Restore the base values, bit for bit."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
@@ -223,7 +228,7 @@ class ChildTuningLayer(LayerState):
 
     @contextmanager
     def base_only(self) -> Iterator[None]:
-        """Run as the base layer for a while, whatever is made active meanwhile; gradients may reach its parameters."""
+        """Inside this context, run as the base layer whatever is active; gradients may reach the base parameters."""
         was_base_only, self._base_only = self._base_only, True
         try:
             yield
@@ -237,7 +242,7 @@ class ChildTuningLayer(LayerState):
         super().enable_adapters(enabled)
 
     def _held(self, adapter_names: list[str]) -> Iterator[tuple[str, nn.Parameter, tuple[Child, ...]]]:
-        """Parameters with children held here; those tied to another layer are that layer's to write."""
+        """Parameters whose children this layer holds. Merging writes a tied one in the layer that holds its child."""
         for parameter in self.targeted():
             children = () if parameter in self.child_ties else tuple(self.children_of(parameter, adapter_names))
             if children:
@@ -267,7 +272,7 @@ class ChildTuningLayer(LayerState):
 
 
 def _features(module: nn.Module) -> tuple[int | None, int | None]:
-    """What PEFT knows of the widths of a module, for those who ask."""
+    """PEFT's `in_features` and `out_features` of a module, None if it has no such thing."""
     with warnings.catch_warnings():  # it warns of every kind of module that it does not know
         warnings.simplefilter("ignore", UserWarning)
         try:

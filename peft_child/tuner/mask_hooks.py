@@ -22,13 +22,11 @@ class GradientMaskHandle:
     def __init__(self, parameters: Mapping[str, Tensor], child: Mapping[str, Tensor], mask: GradientMask) -> None:
         self._by_name = dict(parameters)
         self._masks = dict.fromkeys(parameters, mask)
+        self._handles = []
         number = watch(self)
-        self._handles = [
-            parameter.register_hook(
-                partial(_masked, self, child.get(name), MaskUse(number, name) if mask.density < 1 else None)
-            )
-            for name, parameter in parameters.items()
-        ]
+        for name, parameter in parameters.items():
+            use = MaskUse(number, name) if mask.density < 1 else None
+            self._handles.append(parameter.register_hook(partial(_masked, self, child.get(name), use)))
 
     def remove(self) -> None:
         """Take the hooks away; calling it again changes nothing."""
@@ -166,12 +164,8 @@ def _some(names: Iterable[str]) -> str:
 
 
 def _masked(handle: GradientMaskHandle, indices: Tensor | None, mask: MaskUse | None, gradient: Tensor) -> Tensor:
-    """What the hooks do; the handle is there to live as long as they do."""
+    """The hook. It holds the handle, which `MaskUse` looks up by a number that keeps nothing alive."""
     if indices is not None:
-        gradient = _only_at(gradient, indices.to(gradient.device))
+        flat, indices = gradient.reshape(-1), indices.to(gradient.device)
+        gradient = torch.zeros_like(flat).index_copy_(0, indices, flat[indices]).view(gradient.shape)
     return gradient if mask is None else mask.apply(gradient)
-
-
-def _only_at(gradient: Tensor, indices: Tensor) -> Tensor:
-    flat = gradient.reshape(-1)
-    return torch.zeros_like(flat).index_copy_(0, indices, flat[indices]).view(gradient.shape)

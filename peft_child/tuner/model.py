@@ -1,8 +1,8 @@
 """The PEFT tuner: injects layers, assigns random child networks, and meets PEFT's state-dict hooks.
 
-PEFT finds and replaces modules by name, one at a time. Here the configuration is resolved to parameters and their
-owners before that, with everything that can be wrong about it, so that PEFT's own loop only carries out the plan and a
-refused adapter leaves the model as it was.
+PEFT matches and replaces modules by name, one at a time. Before its loop starts, `_prepare_model` resolves the
+configuration to parameters and the modules that own them, and makes every check. The loop then only carries out this
+plan, so that an adapter that is refused leaves the model as it was.
 """
 
 from __future__ import annotations
@@ -10,22 +10,21 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import replace
+from typing import Any, NamedTuple, cast
 
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
+from peft_child.files.adapter_folder import WITHOUT_SELECTION
 from peft_child.tensors.combine import combine_named, density_of
 from peft_child.tensors.delta import SparseDelta, fresh_delta
 from peft_child.tensors.distributed import check_has_values
-from peft_child.tensors.gradient_mask import GradientMask
 from peft_child.tensors.topk import apportion, draw_random
 from peft_child.tuner.config import ChildTuningConfig
 from peft_child.tuner.injection import (
-    check_adapter_name,
     check_name_is_free,
     check_sizes,
     check_vocabulary,
@@ -35,7 +34,7 @@ from peft_child.tuner.injection import (
 )
 from peft_child.tuner.layer import ChildTuningLayer, child_tuning_layers
 from peft_child.tuner.state_dict import fit_state_dict, tensors_to_save
-from peft_child.tuner.targets import Owner, Target, all_linear, check_saved_whole, find_targets, names_parameter
+from peft_child.tuner.targets import Owner, Target, all_linear, find_targets, names_parameter
 
 
 def next_gradient_mask(model: nn.Module) -> None:
@@ -50,18 +49,17 @@ def next_gradient_mask(model: nn.Module) -> None:
         layer.count_step()
 
 
-@dataclass
-class _Plan:
+class _Plan(NamedTuple):
     """What one injection is to do.
 
     Attributes:
-        entries: Targets and owners by the name under which PEFT's loop comes across the owner.
-        layers: The Child-Tuning layers by the identity of their base layers.
-        counts: Sizes of the child networks to draw by name of the target, if they need no data.
+        entries: Targets and owners by module, under the name by which PEFT's loop comes to the module.
+        layers: The Child-Tuning layers of the model by base layer.
+        counts: If the child network needs no data, how many entries to draw, by name of the target.
     """
 
-    entries: dict[str, list[tuple[Target, Owner]]]
-    layers: dict[int, ChildTuningLayer]
+    entries: dict[str, dict[nn.Module, list[tuple[Target, Owner]]]]
+    layers: dict[nn.Module, ChildTuningLayer]
     counts: dict[str, int] | None
 
 
@@ -94,7 +92,6 @@ class ChildTuningModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As PEFT's; an adapter that is refused leaves nothing behind."""
         check_name_is_free(model, adapter_name)
-        self._injected = adapter_name
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
@@ -111,28 +108,27 @@ class ChildTuningModel(BaseTuner):
         """Plan the injection, and refuse it before anything has changed."""
         if isinstance(peft_config.target_modules, str) and peft_config.target_modules.lower() == "all-linear":
             peft_config.target_modules = all_linear(model, peft_config)
-        check_saved_whole(model, peft_config)
         targets = find_targets(model, peft_config)
-        check_adapter_name(self._injected, targets)
-        check_sizes(peft_config, targets)
+        numels = {target.name: target.parameter.numel() for target in targets}
+        check_sizes(peft_config.child_sizes or {}, numels)
         check_vocabulary(model, targets)
 
-        entries: dict[str, list[tuple[Target, Owner]]] = {}
+        entries: dict[str, dict[nn.Module, list[tuple[Target, Owner]]]] = {}
         for target in targets:
             for owner in target.owners:
-                entries.setdefault(owner.entry, []).append((target, owner))
+                by_module = entries.setdefault(owner.place.entry, {})
+                by_module.setdefault(owner.place.module, []).append((target, owner))
         counts = None
         if peft_config.variant in ("random", "task_free") and targets:
-            sizes = {target.name: target.parameter.numel() for target in targets}
-            counts = apportion(sizes, peft_config.child_size(sum(sizes.values())))
-        layers = {id(layer.base_layer): layer for layer in child_tuning_layers(model).values()}
+            counts = apportion(numels, peft_config.child_size(sum(numels.values())))
+        layers = {layer.base_layer: layer for layer in child_tuning_layers(model).values()}
         self._plan = _Plan(entries, layers, counts)
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
         if key in self._plan.entries:
             return True
         matched = check_target_module_exists(peft_config, key)
-        return False if matched else matched  # PEFT tells excluded modules from others
+        return False if matched else matched  # an object of PEFT that says "excluded", or None
 
     def _create_and_replace(
         self,
@@ -147,47 +143,36 @@ class ChildTuningModel(BaseTuner):
         """Wrap every module that is planned under the name `current_key`."""
         if current_key not in self._plan.entries:
             raise ValueError(f"The state dict names module '{current_key}', which the configuration does not target.")
-        by_module: dict[int, list[tuple[Target, Owner]]] = {}
-        for planned, owner in self._plan.entries[current_key]:
-            by_module.setdefault(id(owner.module), []).append((planned, owner))
-        for pairs in by_module.values():
-            layer = self._layer_around(pairs[0][1].module)
-            self._add_to_layer(layer, adapter_name, pairs, peft_config.gradient_mask())
+        for module, pairs in self._plan.entries[current_key].items():
+            if any(adapter_name == owner.parameter for _, owner in pairs):  # PEFT would confuse them in state dicts
+                raise ValueError(
+                    f"adapter_name must not be the name of a parameter of a targeted module, got '{adapter_name}'."
+                )
+            targets, ties = {}, {}
+            for planned, owner in pairs:
+                first = planned.owners[0]
+                if owner is first:
+                    targets[owner.parameter] = planned.name
+                else:
+                    ties[owner.parameter] = (self._layer_around(first.place.module), first.parameter)
+            layer = self._layer_around(module)
+            layer.add_adapter(adapter_name, targets, ties, peft_config.gradient_mask())
             self._fill(layer, adapter_name, peft_config)
 
     def _layer_around(self, module: nn.Module) -> ChildTuningLayer:
-        layer = self._plan.layers.get(id(module))
+        layer = self._plan.layers.get(module)
         if layer is None:
-            layer = self._plan.layers[id(module)] = ChildTuningLayer(module)
+            layer = self._plan.layers[module] = ChildTuningLayer(module)
             layer.train(module.training)
             replace_module(self.model, module, layer)
         return layer
-
-    def _add_to_layer(
-        self,
-        layer: ChildTuningLayer,
-        adapter_name: str,
-        pairs: list[tuple[Target, Owner]],
-        mask: GradientMask | None,
-    ) -> None:
-        targets, ties = {}, {}
-        for target, owner in pairs:
-            first = target.owners[0]
-            if owner == first:
-                targets[owner.parameter] = target.name
-            else:
-                ties[owner.parameter] = (self._layer_around(first.module), first.parameter)
-        layer.add_adapter(adapter_name, targets, ties, mask)
 
     def _fill(self, layer: ChildTuningLayer, adapter_name: str, config: ChildTuningConfig) -> None:
         """Give an adapter a child network that needs no data, or room for the one that will be loaded."""
         indices = self._indices_without_data(layer, adapter_name, config)
         if indices is not None:
-            children = {
-                name: fresh_delta(base, indices[name], config.init_weights)
-                for name, base in layer.base_parameters(adapter_name).items()
-                if name in indices
-            }
+            bases = layer.base_parameters(adapter_name)
+            children = {name: fresh_delta(bases[name], found, config.init_weights) for name, found in indices.items()}
             layer.set_child(adapter_name, children, trainable=False)
         if config.child_sizes is not None:
             layer.allocate(adapter_name, config.child_sizes, trainable=False)
@@ -197,14 +182,12 @@ class ChildTuningModel(BaseTuner):
     def _indices_without_data(
         self, layer: ChildTuningLayer, adapter_name: str, config: ChildTuningConfig
     ) -> dict[str, Tensor] | None:
-        """Flat indices by name of the target: drawn, or those of an adapter with this very configuration object.
-
-        With that TRL asks for a frozen copy of an adapter, as the reference model.
-        """
+        """Flat indices by name of the target, if they can be known before selection or loading."""
         counts = self._plan.counts
         if counts is not None:
             bases = layer.base_parameters(adapter_name).items()
             return {name: draw_random(name, base.numel(), counts[name], config.seed) for name, base in bases}
+        # TRL adds a second adapter with the same configuration object, as a frozen copy of the first: the reference.
         twins = [name for name, other in self.peft_config.items() if other is config and name != adapter_name]
         if not twins or not layer.has_adapter(twins[0]) or not layer.is_chosen(twins[0]):
             return None
@@ -214,8 +197,9 @@ class ChildTuningModel(BaseTuner):
         self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
     ) -> list[str]:
         """Parameters were planned and wrapped with the modules; PEFT only wants to know their names."""
-        owners = (owner for pairs in self._plan.entries.values() for _, owner in pairs)
-        return [owner.name for owner in owners if names_parameter(peft_config.target_parameters, owner.name)]
+        modules = [pairs for by_module in self._plan.entries.values() for pairs in by_module.values()]
+        names = [owner.name for pairs in modules for _, owner in pairs]
+        return [name for name in names if names_parameter(peft_config.target_parameters, name)]
 
     def _check_tied_modules(self, model: nn.Module, peft_config: Any) -> None:
         """Nothing to warn of: tied weights share one delta."""
@@ -224,16 +208,16 @@ class ChildTuningModel(BaseTuner):
         """Nothing to warn of: merging writes a tied weight once, for all its owners."""
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Deltas are float32 from the start, because small changes vanish in less; the user may ask for less."""
+        """Deltas start as float32, where small changes are not lost; without autocast they get the base's dtype."""
         if not autocast_adapter_dtype:
             for layer in child_tuning_layers(self.model).values():
                 layer.cast_deltas(adapter_name)
 
-    # Life
+    # Running and merging
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """PEFT enters this around forward and generate; other tuners choose adapters for each sample here."""
+        """PEFT enters this around forward and generate, for tuners that support an adapter per sample."""
         if kwargs.get("adapter_names") is not None:
             raise ValueError(
                 "Child-Tuning does not support adapter_names=, different adapters for the samples of one batch; "
@@ -266,14 +250,11 @@ class ChildTuningModel(BaseTuner):
             Whether there was something to merge.
         """
         self._check_known(adapter_names or [])
-        layers = child_tuning_layers(self.model).values()
-        wanted = {layer: layer.active_adapters if adapter_names is None else adapter_names for layer in layers}
-        left = {
-            layer: [name for name in names if layer.has_adapter(name) and name not in layer.merged_adapters]
-            for layer, names in wanted.items()
-        }
-        for layer, names in left.items():
-            layer.check_mergeable(names, safe_merge)
+        left = {}
+        for layer in child_tuning_layers(self.model).values():
+            names = layer.active_adapters if adapter_names is None else adapter_names
+            left[layer] = [name for name in names if layer.has_adapter(name) and name not in layer.merged_adapters]
+            layer.check_mergeable(left[layer], safe_merge)
         for layer, names in left.items():
             if names:
                 layer.merge(adapter_names=names)
@@ -320,9 +301,9 @@ class ChildTuningModel(BaseTuner):
             seed=seed,
         )
         combined = dict(combine)
-        config = cast(ChildTuningConfig, self.peft_config[adapters[0]])
         check_name_is_free(self.model, adapter_name)
-        self.peft_config[adapter_name] = config.for_names(list(combined), density_of(combined))
+        settings = WITHOUT_SELECTION | {"target_parameters": list(combined), "density": density_of(combined)}
+        self.peft_config[adapter_name] = replace(cast(ChildTuningConfig, self.peft_config[adapters[0]]), **settings)
         try:
             self.inject_adapter(self.model, adapter_name)
         except Exception:
@@ -346,7 +327,7 @@ class ChildTuningModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        """As PEFT's, which leaves layers inside other layers where they are."""
+        """As PEFT's, which would leave a layer that is inside another layer where it is."""
         layers = list(child_tuning_layers(self.model).values())
         if merge:
             self._merge(adapter_names, safe_merge)
@@ -379,12 +360,13 @@ class ChildTuningModel(BaseTuner):
         """
         layers = {f"{prefix}{name}.": layer for name, layer in child_tuning_layers(self).items()}
         for adapter in self.peft_config:
-            holders = {path: layer for path, layer in layers.items() if layer.targets_of(adapter)}
-            found = {path: layer.sizes_in(state_dict, path, adapter) for path, layer in holders.items()}
-            is_there = any(sizes for sizes, _ in found.values())
-            for path, layer in holders.items() if is_there else ():
-                if found[path][0] or f"{path}base_layer.{next(iter(layer.targets_of(adapter)))}" in state_dict:
-                    layer.make_room(adapter, *found[path])
+            found = {path: layer.sizes_in(state_dict, path, adapter) for path, layer in layers.items()}
+            if not any(sizes for sizes, _ in found.values()):
+                continue
+            for path, (sizes, dtypes) in found.items():
+                targets = [f"{path}base_layer.{parameter}" for parameter in layers[path].targets_of(adapter)]
+                if sizes or any(target in state_dict for target in targets):
+                    layers[path].make_room(adapter, sizes, dtypes)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     @classmethod

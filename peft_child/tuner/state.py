@@ -1,4 +1,4 @@
-"""The child networks of one targeted module: what is known of each adapter's, and the tensors that hold it."""
+"""The child networks of one targeted module: their tensors, and a record for each adapter."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from peft_child.tuner.unheld import expect_optimizer
 
 @dataclass
 class AdapterState:
-    """What is known of an adapter in one layer, besides its tensors.
+    """What a layer records of an adapter besides its tensors.
 
     Attributes:
         targets: The targeted parameters of the base layer, with their names in the whole model.
@@ -50,7 +50,7 @@ class LayerState(nn.Module, BaseTunerLayer):
         child_delta: By adapter and parameter, the trained change of the chosen entries, float32, shape `(k,)`.
         child_index: By adapter and parameter, the encoded flat indices of these entries, uint8.
         child_mask: By adapter and parameter, the packed mask of the delta's gradient, int64, if it is masked.
-        child_states: What else is known, by adapter.
+        child_states: By adapter, what no tensor holds.
         child_ties: Parameters of this layer whose tensor also belongs to an earlier layer, which holds its delta.
     """
 
@@ -88,7 +88,7 @@ class LayerState(nn.Module, BaseTunerLayer):
         self.child_states[adapter_name] = AdapterState(dict(targets), mask, chosen=not targets)
         self.child_ties.update(ties)
 
-    # What is known
+    # Reading
 
     @property
     def adapters(self) -> list[str]:
@@ -96,7 +96,7 @@ class LayerState(nn.Module, BaseTunerLayer):
         return list(self.child_states)
 
     def has_adapter(self, adapter_name: str) -> bool:
-        """Whether an adapter targets this layer, or a tensor tied to one of it."""
+        """Whether an adapter targets this layer, or one of its parameters through a tie."""
         return adapter_name in self.child_states
 
     def targets_of(self, adapter_name: str) -> dict[str, str]:
@@ -104,12 +104,12 @@ class LayerState(nn.Module, BaseTunerLayer):
         return self.child_states[adapter_name].targets if adapter_name in self.child_states else {}
 
     def targeted(self) -> list[str]:
-        """The parameters of the base layer that any adapter targets, those tied to another layer's included."""
+        """The parameters of the base layer that any adapter targets, here or through a tie."""
         targets = [key for state in self.child_states.values() for key in state.targets]
         return list(dict.fromkeys([*targets, *self.child_ties]))
 
     def is_chosen(self, adapter_name: str) -> bool:
-        """Whether there is no child network here that is still to be chosen or loaded."""
+        """Whether the adapter's child network has been chosen or loaded; true as well if the adapter is not here."""
         return adapter_name not in self.child_states or self.child_states[adapter_name].chosen
 
     def check_is_chosen(self, adapter_name: str, what: str) -> None:
@@ -166,7 +166,7 @@ class LayerState(nn.Module, BaseTunerLayer):
         return cast(nn.ParameterDict, self.child_delta._modules.get(adapter_name, {}))
 
     def _named_deltas(self, adapter_name: str) -> Iterator[tuple[str, str, nn.Parameter]]:
-        """Parameter, its name in the whole model, and delta."""
+        """Parameter, its name in the whole model, and its delta."""
         deltas = self._deltas(adapter_name)
         return ((key, name, deltas[key]) for key, name in self.targets_of(adapter_name).items() if key in deltas)
 
@@ -175,13 +175,10 @@ class LayerState(nn.Module, BaseTunerLayer):
         return self._indices(adapter_name, parameter).long()
 
     def _indices(self, adapter_name: str, parameter: str) -> Tensor:
-        """The indices as they are kept."""
-        if torch.compiler.is_dynamo_compiling():  # it cannot decode, nor ask whether something was loaded since
+        """As `indices`, int32 where that suffices."""
+        if torch.compiler.is_dynamo_compiling():  # it can neither decode nor see whether a buffer has changed
             _decode_now(self._number)
             return self.child_index.known(adapter_name, parameter)
-        return self._present(adapter_name, parameter)
-
-    def _present(self, adapter_name: str, parameter: str) -> Tensor:
         try:
             return self.child_index.present(adapter_name, parameter)
         except FormatError as error:
@@ -191,18 +188,16 @@ class LayerState(nn.Module, BaseTunerLayer):
     def children_of(self, parameter: str, adapter_names: Collection[str]) -> Iterator[Child]:
         """The children of some adapters in one parameter of the base layer, those of tied parameters included."""
         holder, held = self.child_ties.get(parameter, (self, parameter))
-        for adapter in holder.child_delta:  # in one order, so that the sum does not depend on that of the names
+        for adapter in holder.child_delta:  # not in the order of the names: rounding depends on the order of a sum
             if adapter in adapter_names and held in holder._deltas(adapter):
                 yield holder._child(adapter, held)
 
     def _child(self, adapter_name: str, parameter: str) -> Child:
-        delta, base = self._deltas(adapter_name)[parameter], self._base(parameter)
-        is_whole = delta.numel() == base.numel()
-        return Child(
-            delta,
-            None if is_whole else self._indices(adapter_name, parameter),
-            MaskUse(self._number, f"{adapter_name}.{parameter}") if self.is_masked(adapter_name, parameter) else None,
-        )
+        delta = self._deltas(adapter_name)[parameter]
+        is_whole = delta.numel() == self._base(parameter).numel()
+        indices = None if is_whole else self._indices(adapter_name, parameter)
+        is_masked = parameter in self.child_mask.of(adapter_name)
+        return Child(delta, indices, MaskUse(self._number, f"{adapter_name}.{parameter}") if is_masked else None)
 
     # Choosing and loading
 
@@ -219,7 +214,7 @@ class LayerState(nn.Module, BaseTunerLayer):
         for parameter, name in self.targets_of(adapter_name).items():
             child = children.get(name)
             if child is None or not child.indices.numel():
-                continue  # an empty delta would only trouble optimizers and sharding
+                continue  # FSDP2 cannot shard an empty delta
             base = self.base_parameter(parameter)
             data = encode(child.indices.cpu().numpy(), tuple(base.shape), fingerprint_of(base, child.indices))
             block = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(base.device)
@@ -231,8 +226,9 @@ class LayerState(nn.Module, BaseTunerLayer):
         self,
         adapter_name: str,
         sizes: Mapping[str, ChildSize],
-        trainable: bool,
         dtypes: Mapping[str, torch.dtype] | None = None,
+        *,
+        trainable: bool,
     ) -> None:
         """Make deltas and blocks of the given sizes, to be filled by a loader.
 
@@ -241,9 +237,10 @@ class LayerState(nn.Module, BaseTunerLayer):
         Args:
             adapter_name: An adapter of this layer.
             sizes: By name in the whole model, also of other layers, for the parameters with a child network.
-            trainable: Whether new deltas take gradients.
             dtypes: Dtypes of the deltas by name, float32 if not given.
+            trainable: Whether new deltas take gradients if the adapter is active.
         """
+        trainable = trainable and adapter_name in self.active_adapters and not self.disable_adapters
         own = {key: name for key, name in self.targets_of(adapter_name).items() if name in sizes}
         wanted = {name: (dtypes or {}).get(name, torch.float32) for name in own.values()}
         present = {name: delta.dtype for name, delta in self.named_deltas(adapter_name).items()}
@@ -254,11 +251,11 @@ class LayerState(nn.Module, BaseTunerLayer):
         for parameter, name in own.items():
             device = self.base_parameter(parameter).device
             block = torch.zeros(sizes[name].index_bytes, dtype=torch.uint8, device=device)
-            delta = torch.zeros(sizes[name].chosen, dtype=wanted[name], device=device)
-            self._put(adapter_name, parameter, _kept(before.get(parameter), delta), block, trainable)
+            values = torch.zeros(sizes[name].chosen, dtype=wanted[name], device=device)
+            self._put(adapter_name, parameter, _kept(before.get(parameter), values), block, trainable)
 
     def keep(self, adapter_name: str, chosen: Mapping[str, Tensor]) -> None:
-        """Keep a part of an adapter's child network here, no longer with masked gradients.
+        """Keep a part of an adapter's child network here, and drop its gradient mask.
 
         Args:
             adapter_name: An adapter of this layer.
@@ -273,7 +270,7 @@ class LayerState(nn.Module, BaseTunerLayer):
         self.set_child(adapter_name, kept, trainable)
 
     def await_file(self, adapter_name: str) -> None:
-        """Remember that the adapter was added for a file, until one is loaded."""
+        """Record that the adapter was added for a file, until one is loaded."""
         self.child_states[adapter_name].awaits_file = True
 
     def awaits_file(self, adapter_name: str) -> bool:
@@ -281,8 +278,7 @@ class LayerState(nn.Module, BaseTunerLayer):
         return adapter_name in self.child_states and self.child_states[adapter_name].awaits_file
 
     def _mark_chosen(self, adapter_name: str) -> None:
-        self.child_index.read_again(adapter_name)
-        self.child_mask.read_again(adapter_name)
+        self.read_again(adapter_name)
         state = self.child_states[adapter_name]
         state.chosen, state.awaits_file = True, False
 
@@ -303,7 +299,7 @@ class LayerState(nn.Module, BaseTunerLayer):
         self.child_index.of(adapter_name)[parameter] = block
         state.unsharded = is_sharded(self.base_parameter(parameter))
         if state.mask is not None:
-            self.child_mask.put(adapter_name, parameter, state.mask, block.device)
+            self.child_mask.of(adapter_name)[parameter] = state.mask.pack().to(block.device)
 
     def sizes_in(
         self, state_dict: Mapping[str, Any], prefix: str, adapter_name: str
@@ -336,8 +332,7 @@ class LayerState(nn.Module, BaseTunerLayer):
         if any(map(is_sharded, self._deltas(adapter_name).values())):
             return
         if not self.is_chosen(adapter_name) or self.sizes(adapter_name) != sizes:
-            is_active = adapter_name in self.active_adapters and not self.disable_adapters
-            self.allocate(adapter_name, sizes, is_active, dtypes)
+            self.allocate(adapter_name, sizes, dtypes, trainable=True)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         """As torch's; a child network that was chosen in another model gets room first."""
@@ -353,10 +348,6 @@ class LayerState(nn.Module, BaseTunerLayer):
         """Name in the whole model and present mask of a parameter, by `ADAPTER.PARAMETER`."""
         adapter, parameter = key.split(".")
         return self.targets_of(adapter)[parameter], self.gradient_mask(adapter, parameter)
-
-    def is_masked(self, adapter_name: str, parameter: str) -> bool:
-        """Whether the gradient of a delta is masked."""
-        return parameter in self.child_mask.of(adapter_name)
 
     def gradient_mask(self, adapter_name: str, parameter: str) -> GradientMask:
         """The present mask of the gradient of a delta."""
@@ -382,15 +373,15 @@ class LayerState(nn.Module, BaseTunerLayer):
 
     # Life
 
-    def read_again(self) -> None:
-        """Read indices and masks from their buffers again, after writes that autograd does not count."""
-        self.child_index.read_again()
-        self.child_mask.read_again()
+    def read_again(self, adapter_name: str | None = None) -> None:
+        """Forget what was read from the buffers, as after writes that autograd does not count."""
+        self.child_index.read_again(adapter_name)
+        self.child_mask.read_again(adapter_name)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """As PEFT's."""
         super().delete_adapter(adapter_name)
-        self.read_again()
+        self.read_again(adapter_name)
 
     def cast_deltas(self, adapter_name: str) -> None:
         """Give the deltas of an adapter the dtypes of their base parameters."""
@@ -427,5 +418,5 @@ def _decode_now(number: int) -> bool:
     layer = cast(LayerState, owner_of(number))
     for adapter in layer.child_index:
         for parameter in layer.child_index.of(adapter):
-            layer._present(adapter, parameter)
+            layer._indices(adapter, parameter)
     return True

@@ -1,6 +1,6 @@
-"""Between the layers of a model and an adapter file: what is saved, and how a loaded file is fitted to the layers.
+"""Saving and loading: turns the layers of a model into the tensors of an adapter file, and back.
 
-When loading, everything is checked before anything changes: a file that is damaged, or belongs to another base model,
+Loading checks everything before it changes anything: a file that is damaged, or that belongs to another base model,
 leaves the model as it was.
 """
 
@@ -25,21 +25,21 @@ from peft_child.files.adapter_tensors import (
     stamped,
 )
 from peft_child.tensors.codec import FormatError, with_delta_checksum
-from peft_child.tensors.delta import ChildSize, SparseDelta
+from peft_child.tensors.delta import ChildSize
 from peft_child.tensors.distributed import alike, whole
 from peft_child.tensors.gradient_mask import GradientMask
 from peft_child.tuner.config import ChildTuningConfig
 from peft_child.tuner.layer import ChildTuningLayer, child_tuning_layers
 
 
-# What torch puts around modules for activation checkpointing and FSDP1; state dicts know nothing of it.
+# Activation checkpointing and FSDP1 put these into module names, but not into the keys of state dicts.
 _WRAPPERS = ("_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 
 
 def tensors_to_save(
     model: nn.Module, config: ChildTuningConfig, adapter_name: str, state_dict: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The tensors of an adapter as its file has them, but for the adapter's name.
+    """The tensors of an adapter file, under names that still contain the adapter's.
 
     If the model is sharded over processes (FSDP2), every rank has to call this, and gets whole tensors.
 
@@ -59,7 +59,7 @@ def tensors_to_save(
         if layer.has_adapter(adapter_name):
             layer.check_is_chosen(adapter_name, "saving")
             sizes |= layer.sizes(adapter_name)
-    config.record_sizes(sizes)
+    config.present_sizes = sizes
     prefixes = tuple(f"{name}.child_" for name in layers)
     is_written = bool(state_dict)  # accelerate gives an empty one to the ranks that do not write
     selected = {key: whole(state_dict.pop(key)) for key in list(state_dict) if key.startswith(prefixes)}
@@ -127,14 +127,12 @@ def fit_state_dict(
     strange: list[str] = []
     mask = config.gradient_mask()
     for path, layer in layers.items():
-        own = {
-            parameter: (name, children.pop(name))
-            for parameter, name in layer.targets_of(adapter_name).items()
-            if name in children  # nothing was chosen in the others
-        }
-        strange += _made_elsewhere(layer, config, adapter_name, own)
         present = layer.named_deltas(adapter_name)
-        for parameter, (name, child) in own.items():
+        for parameter, name in layer.targets_of(adapter_name).items():
+            if name not in children:  # nothing was chosen there
+                continue
+            child = children.pop(name)
+            strange += [name] if _differs_from_base(layer, config, adapter_name, parameter, child) else []
             _check_mask(config, name, mask, child.mask)
             if mask is not None:
                 remapped[f"{path}.{MASK}.{adapter_name}.{parameter}"] = (child.mask or mask).pack()
@@ -142,58 +140,43 @@ def fit_state_dict(
             remapped[f"{path}.{DELTA}.{adapter_name}.{parameter}"] = alike(delta, present.get(name))
             remapped[f"{path}.{INDEX}.{adapter_name}.{parameter}"] = _unsealed(child.block)
             sizes[name], dtypes[name] = child.size(), delta.dtype
-    _check_complete(sizes, children)
-    if config.present_sizes() != sizes:
+    if children:
+        raise FormatError(f"'{next(iter(children))}' is no parameter that this adapter targets in this base model.")
+    if not sizes:
+        raise FormatError("The file holds no child network; it was saved before one was chosen.")
+    if config.present_sizes != sizes and config.variant != "extracted":
         bases = [base for layer in layers.values() for base in layer.base_parameters(adapter_name).values()]
-        _check_density(config, sum(base.numel() for base in bases), sizes)
+        _check_density(config, sum(base.numel() for base in bases), sum(size.chosen for size in sizes.values()))
     _check_base(config.check_base, strange, len(sizes))
     for layer in layers.values():
-        is_active = adapter_name in layer.active_adapters and not layer.disable_adapters
-        layer.allocate(adapter_name, sizes, is_active and not config.inference_mode, dtypes)
-    config.record_sizes(sizes)
+        layer.allocate(adapter_name, sizes, dtypes, trainable=not config.inference_mode)
+    config.present_sizes = sizes
     return remapped
 
 
-def _made_elsewhere(
-    layer: ChildTuningLayer, config: ChildTuningConfig, adapter_name: str, own: Mapping[str, tuple[str, StoredChild]]
-) -> list[str]:
-    """Names of a layer's child networks that were made on other base values; all are checked otherwise."""
-    strange = []
-    drawn: dict[str, SparseDelta] | None = None
-    for parameter, (name, child) in own.items():
-        base = layer.base_parameter(parameter)
-        check_numel(name, child, base)
-        indices = child.indices(name)
-        if not layer.merged and fingerprints_differ(child.header.fingerprint, fingerprint_of(base, indices)):
-            strange.append(name)
-        came_alone = child.size() != (config.present_sizes() or {}).get(name)  # without its configuration
-        if config.variant == "random" and came_alone:
-            drawn = layer.sparse_deltas(adapter_name) if drawn is None else drawn
-            _check_drawn(name, drawn.get(name), indices)
-    return strange
+def _differs_from_base(
+    layer: ChildTuningLayer, config: ChildTuningConfig, adapter_name: str, parameter: str, child: StoredChild
+) -> bool:
+    """Whether a child network was chosen on other base values, as far as is known; raises if it does not fit."""
+    name, base = layer.targets_of(adapter_name)[parameter], layer.base_parameter(parameter)
+    check_numel(name, child, base)
+    indices = child.indices(name)
+    came_alone = child.size() != (config.present_sizes or {}).get(name)  # without its configuration
+    if config.variant == "random" and came_alone and name in layer.named_deltas(adapter_name):
+        drawn = layer.indices(adapter_name, parameter)
+        if not drawn.is_meta and not drawn.cpu().equal(indices):
+            raise ValueError(
+                f"The random child network of '{name}' must be the one that was saved; it was drawn with another seed,"
+                " or by another version."
+            )
+    return not layer.merged and fingerprints_differ(child.header.fingerprint, fingerprint_of(base, indices))
 
 
-def _check_complete(sizes: dict[str, ChildSize], left: dict[str, StoredChild]) -> None:
-    if left:
-        raise FormatError(f"'{next(iter(left))}' is no parameter that this adapter targets in this base model.")
-    if not sizes:
-        raise FormatError("The file holds no child network; it was saved before one was chosen.")
-
-
-def _check_density(config: ChildTuningConfig, targeted: int, sizes: dict[str, ChildSize]) -> None:
-    chosen = sum(size.chosen for size in sizes.values())
-    if config.variant != "extracted" and chosen != config.child_size(targeted):
+def _check_density(config: ChildTuningConfig, targeted: int, chosen: int) -> None:
+    if chosen != config.child_size(targeted):
         raise ValueError(
             f"The saved child network must have the density of the configuration, {config.density}; it has {chosen} "
             f"of {targeted} entries."
-        )
-
-
-def _check_drawn(name: str, drawn: SparseDelta | None, indices: Tensor) -> None:
-    if drawn is not None and not drawn.indices.is_meta and not drawn.indices.cpu().equal(indices):
-        raise ValueError(
-            f"The random child network of '{name}' must be the one that was saved; it was drawn with another seed, or "
-            "by another version."
         )
 
 

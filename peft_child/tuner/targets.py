@@ -1,6 +1,6 @@
-"""Which parameters of a base model an adapter's configuration names, and which modules own them.
+"""Which parameters of a base model a configuration targets, and which modules own them.
 
-Names are those of the base model without any adapter, so that they mean the same for every adapter and in every file.
+Names are those in the base model without adapters, so that they are the same for every adapter and in every file.
 A tensor that several modules own (tied weights) is one target with several owners.
 """
 
@@ -19,37 +19,47 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.pytorch_utils import Conv1D
 
+from peft_child.tensors.distributed import is_sharded
 from peft_child.tensors.quantised import is_quantised
 from peft_child.tuner.config import ChildTuningConfig
 from peft_child.tuner.layer import ChildTuningLayer
 
 
-# What PEFT saves whole for a task, though it writes it into `modules_to_save` only after it has injected the adapter.
+# The heads that PEFT saves whole for a task. It adds them to `modules_to_save` only after injection.
 _HEADS = {TaskType.TOKEN_CLS: ("classifier", "score"), TaskType.QUESTION_ANS: ("qa_outputs",)}
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)  # read without being called
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-class Owner(NamedTuple):
-    """A module that owns a parameter.
+class ModulePlace(NamedTuple):
+    """A module of the base model, and what the configuration says of it.
 
     Attributes:
-        path: Name of the module in the base model.
+        path: Its name in the base model.
         module: The module itself, never an adapter layer.
-        parameter: Name of the parameter in the module.
-        entry: Name of the outermost module that already has an adapter layer around this one, or `path`.
+        entry: The name under which PEFT's loop comes to it: PEFT skips what is inside an adapter layer, so this is
+            the name of the outermost module around it that has a layer already, or else `path`.
+        named: True for targeted, None for excluded, False for neither; inherited from the closest module around it
+            that the configuration names.
     """
 
     path: str
     module: nn.Module
-    parameter: str
     entry: str
+    named: bool | None
+
+
+class Owner(NamedTuple):
+    """A module that owns a parameter, and the parameter's name there."""
+
+    place: ModulePlace
+    parameter: str
 
     @property
     def name(self) -> str:
         """Name of the parameter in the base model, at this owner."""
-        return f"{self.path}.{self.parameter}" if self.path else self.parameter
+        return f"{self.place.path}.{self.parameter}" if self.place.path else self.parameter
 
 
 class Target(NamedTuple):
@@ -72,8 +82,8 @@ class Target(NamedTuple):
 def find_targets(model: nn.Module, config: ChildTuningConfig) -> list[Target]:
     """Find the parameters that a configuration names.
 
-    A module that it names brings along the modules inside it; one that it excludes takes them away, and so does one
-    that is saved whole (`modules_to_save`, the head of the task type among them).
+    A module that it names includes the modules inside it. One that it excludes leaves them out, and so does one that
+    is saved whole (`modules_to_save`, with the head of the task type).
 
     Args:
         model: The base model, with or without adapter layers in it.
@@ -86,18 +96,17 @@ def find_targets(model: nn.Module, config: ChildTuningConfig) -> list[Target]:
         ValueError: If a target is not floating point, or packed without a way to unpack it; if it belongs to the
             top-level module, or is tied to a weight that is trained densely; or if an entry of `target_parameters`
             matches nothing.
+        TypeError: If a module cannot be saved whole; PEFT would raise it after it has changed the model.
     """
     found: dict[int, Target] = {}
     wanted: set[int] = set()
     seen: set[tuple[int, str]] = set()
     for place in _places(model, config):
-        if place.named:
-            _check_holds_weights(place)
+        _check_place(place, config)
         for key, parameter in place.module.named_parameters(recurse=False, remove_duplicate=False):
-            owner = Owner(place.path, place.module, key, place.entry)
+            owner = Owner(place, key)
             if place.named or (place.named is False and names_parameter(config.target_parameters, owner.name)):
                 _check_weight(parameter, owner)
-                _check_module(owner)
                 wanted.add(id(parameter))
             if (id(place.module), key) not in seen:  # else the same module under another name
                 seen.add((id(place.module), key))
@@ -134,40 +143,10 @@ def saved_whole(config: ChildTuningConfig) -> tuple[str, ...]:
     return (*(config.modules_to_save or ()), *heads)
 
 
-def check_saved_whole(model: nn.Module, config: ChildTuningConfig) -> None:
-    """Raise, as PEFT would after it has changed the model, a `TypeError` if a module cannot be saved whole."""
-    for name, module in model.named_modules():
-        if name.endswith(saved_whole(config)) and isinstance(module, _CONTAINERS):
-            raise TypeError(
-                f"modules_to_save cannot be applied to modules of type {type(module)}, such as '{name}'; name the "
-                "modules in it."
-            )
-
-
-# The modules of the base model
-
-
-class _Place(NamedTuple):
-    """A module of the base model and where it stands.
-
-    Attributes:
-        path: Its name in the base model.
-        module: The module itself, never an adapter layer.
-        entry: Name of the outermost module that already has an adapter layer around this one, or `path`.
-        named: What the configuration says of it, or of the closest module around it of which it says anything: True
-            for targeted, None for excluded, False for nothing at all.
-    """
-
-    path: str
-    module: nn.Module
-    entry: str
-    named: bool | None
-
-
-def _places(model: nn.Module, config: ChildTuningConfig) -> Iterator[_Place]:
+def _places(model: nn.Module, config: ChildTuningConfig) -> Iterator[ModulePlace]:
     """Every module of the base model under every name that it has, parents first; not those trained densely."""
 
-    def walk(module: nn.Module, path: str, entry: str | None, around: bool | None) -> Iterator[_Place]:
+    def walk(module: nn.Module, path: str, entry: str | None, around: bool | None) -> Iterator[ModulePlace]:
         if isinstance(module, AuxiliaryTrainingWrapper):
             return
         if isinstance(module, ChildTuningLayer):
@@ -179,7 +158,7 @@ def _places(model: nn.Module, config: ChildTuningConfig) -> Iterator[_Place]:
             )
         named = _names_module(config, path) if path else False
         named = around if named is False or around is None else named
-        yield _Place(path, module, path if entry is None else entry, named)
+        yield ModulePlace(path, module, path if entry is None else entry, named)
         for name, child in module._modules.items():
             if child is not None:
                 yield from walk(child, f"{path}.{name}" if path else name, entry, named)
@@ -197,8 +176,19 @@ def _names_module(config: ChildTuningConfig, path: str) -> bool | None:
 # Checks
 
 
+def _check_place(place: ModulePlace, config: ChildTuningConfig) -> None:
+    if isinstance(place.module, _CONTAINERS) and place.path.endswith(saved_whole(config)):
+        raise TypeError(
+            f"modules_to_save cannot be applied to modules of type {type(place.module)}, such as '{place.path}'; name "
+            "the modules in it."
+        )
+    for name, buffer in place.module.named_buffers(recurse=False):
+        if place.named and name in ("qweight", "W_q", "codebooks"):  # quantised layers without any parameter
+            _refuse(f"{place.path}.{name}", buffer)
+
+
 def _check_weight(parameter: nn.Parameter, owner: Owner) -> None:
-    if not owner.path:
+    if not owner.place.path:
         raise ValueError(
             f"Parameter '{owner.name}' belongs to the top-level module, which PEFT cannot replace; target parameters "
             "of modules inside it."
@@ -208,26 +198,15 @@ def _check_weight(parameter: nn.Parameter, owner: Owner) -> None:
             f"'{owner.name}' has the name of a method or attribute of the containers of deltas (nn.ParameterDict); "
             "Child-Tuning cannot target it."
         )
-    tensor: object = parameter
-    is_packed = is_traceable_wrapper_subclass(tensor) and type(tensor).__name__ != "DTensor"
-    is_packed = is_packed and not is_quantised(parameter)
-    if parameter.dtype not in WEIGHT_DTYPES or is_packed:
-        _refuse(owner.name, parameter)
-
-
-def _check_module(owner: Owner) -> None:
-    if isinstance(owner.module, _CONTAINERS):
+    if isinstance(owner.place.module, _CONTAINERS):
         raise ValueError(
-            f"'{owner.name}' is in a {type(owner.module).__name__}, which is read without being called; "
+            f"'{owner.name}' is in a {type(owner.place.module).__name__}, which is read without being called; "
             "Child-Tuning cannot target it."
         )
-
-
-def _check_holds_weights(place: _Place) -> None:
-    """Some quantised layers keep integers in buffers, where no parameter would be found to refuse."""
-    for name, buffer in place.module.named_buffers(recurse=False):
-        if name in ("qweight", "W_q", "codebooks"):
-            _refuse(f"{place.path}.{name}", buffer)
+    tensor: object = parameter
+    can_be_read = is_sharded(parameter) or is_quantised(parameter) or not is_traceable_wrapper_subclass(tensor)
+    if parameter.dtype not in WEIGHT_DTYPES or not can_be_read:
+        _refuse(owner.name, parameter)
 
 
 def _refuse(name: str, parameter: torch.Tensor) -> None:
@@ -251,7 +230,7 @@ def _check_dense_copies(model: nn.Module, config: ChildTuningConfig, targets: li
     for target in targets:
         is_dense = id(target.parameter) in dense
         for owner in target.owners:
-            if is_dense or any(re.match(expression, owner.path) for expression in expressions):
+            if is_dense or any(re.match(expression, owner.place.path) for expression in expressions):
                 raise ValueError(
                     f"'{owner.name}' is tied between a targeted module and one that is trained densely "
                     "(modules_to_save); a tensor can be only one of the two."
@@ -260,12 +239,7 @@ def _check_dense_copies(model: nn.Module, config: ChildTuningConfig, targets: li
 
 def _check_entries(target_parameters: Collection[str] | str | None, targets: list[Target]) -> None:
     names = [owner.name for target in targets for owner in target.owners]
-    entries: list[str | list[str]] = [[entry] for entry in target_parameters or ()]
-    if isinstance(target_parameters, str):
-        entries = [target_parameters]
-    for entry in entries:
-        if not any(names_parameter(entry, name) for name in names):
-            raise ValueError(
-                "target_parameters must each match a parameter of the base model; "
-                f"'{entry if isinstance(entry, str) else entry[0]}' matches none."
-            )
+    for entry in [target_parameters] if isinstance(target_parameters, str) else target_parameters or ():
+        pattern = entry if isinstance(target_parameters, str) else [entry]
+        if not any(names_parameter(pattern, name) for name in names):
+            raise ValueError(f"target_parameters must each match a parameter of the model; '{entry}' matches none.")

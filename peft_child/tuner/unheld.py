@@ -1,8 +1,8 @@
-"""The first optimizer step that leaves new deltas out raises: in no optimizer they would silently stay as they are.
+"""Raises at the first optimizer step if a new delta is in no optimizer: it would silently never be trained.
 
-An optimizer that was made before the child network was chosen, chosen again, thinned or loaded holds other parameters.
-torch tells of no optimizer before it steps, so those that exist are looked up in the garbage collector, which happens
-only if a new delta has a gradient and the optimizer that steps does not have it.
+This happens if the optimizer was made before the child network was chosen, chosen again, thinned or loaded. torch has
+no list of optimizers, so they are looked up in the garbage collector, but only if a new delta has a gradient and the
+optimizer that steps does not hold it.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 T = TypeVar("T")
 
-# By identity, deltas that no optimizer that stepped has held; and, by optimizer, those that are not of its model.
+# By id, the deltas that were in no optimizer that has stepped; and by optimizer, those known to be of other models.
 _NEW: WeakValueDictionary[int, nn.Parameter] = WeakValueDictionary()
 _OF_OTHERS: WeakKeyDictionary[Optimizer, set[int]] = WeakKeyDictionary()
 
 
 def expect_optimizer(delta: nn.Parameter) -> None:
-    """Let the first optimizer step on the model of a new delta raise if the delta is in no optimizer."""
+    """Raise at the first optimizer step on the model of a new delta if the delta is in no optimizer."""
     _start_watching()
     _NEW[id(delta)] = delta
 

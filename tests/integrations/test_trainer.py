@@ -65,7 +65,7 @@ def test_resuming_equals_the_uninterrupted_run(tmp_path, selected_before):
     trainer_for(resumed, tmp_path / "again").train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert_same(snapshot(resumed), snapshot(model))
     assert_same(child_of(resumed), child)
-    assert resumed.peft_config["default"].present_sizes() == model.peft_config["default"].present_sizes()
+    assert resumed.peft_config["default"].present_sizes == model.peft_config["default"].present_sizes
 
 
 @pytest.mark.parametrize(
