@@ -45,7 +45,7 @@ def steps_of(model):
         name: layer.gradient_mask("default", key).step
         for layer in child_tuning_layers(model).values()
         for key, name in layer.targets_of("default").items()
-        if layer.is_masked("default", key)
+        if key in layer.child_mask["default"]
     }
 
 
