@@ -5,6 +5,7 @@ import importlib
 import inspect
 import pkgutil
 from collections import Counter
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -176,6 +177,7 @@ def is_private(name):
     return name.startswith("_") and not name.endswith("__")
 
 
+@cache
 def own_names():
     """Private names that this package gives to things of its own."""
     found = set()

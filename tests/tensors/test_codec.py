@@ -51,6 +51,7 @@ def test_positions_beyond_32_bits():
     assert np.array_equal(decode(encode(indices, (2**21, 2**20))), indices)
 
 
+@pytest.mark.slow  # for what it imports
 def test_same_bytes_in_another_process():
     code = (
         "import numpy as np, zlib; from peft_child.tensors.codec import encode;"
