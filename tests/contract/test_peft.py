@@ -381,7 +381,7 @@ def test_combining_adapters_of_a_model(tmp_path):
         ((["default", "typo"], [1.0, 2.0], "x"), "There is no adapter 'typo'"),
         ((["default"], [1.0], "second"), "already has a Child-Tuning adapter named 'second'"),
         ((["default"], [1.0], "x", "svd"), "combination_type must be one of linear"),
-        ((["default"], [1.0], "x", "ties", 1.5), r"density must be in \(0, 1\], got 1.5"),
+        ((["default"], [1.0], "x", "ties", 1.5), r"density must be a number in \(0, 1\], got 1.5"),
     ],
 )
 def test_combinations_that_are_refused_change_nothing(arguments, message):

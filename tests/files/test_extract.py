@@ -73,7 +73,7 @@ def test_checkpoints_that_cannot_be_compared(tmp_path):
     save_file({**tensors, "step": torch.tensor([2])}, tmp_path / "second.safetensors")
     with pytest.raises(ValueError, match="'step' differs and is I64; only floating point changes can be kept"):
         extract_adapter(Checkpoint(tmp_path / "first.safetensors"), Checkpoint(tmp_path / "second.safetensors"))
-    with pytest.raises(ValueError, match=r"density must be in \(0, 1\], got 2"):
+    with pytest.raises(ValueError, match=r"density must be a number in \(0, 1\], got 2"):
         compare(tensors, density=2)
     with pytest.raises(ValueError, match=r"density=1e-09 of \d+ entries is an empty child network"):
         compare(tensors, density=1e-9)

@@ -134,7 +134,7 @@ def test_ties_averages_what_agrees_with_the_majority(majority, expected):
     ("arguments", "message"),
     [
         ({"combination_type": "svd"}, "combination_type must be one of linear, ties.*got 'svd'"),
-        ({"density": 0}, r"density must be in \(0, 1\], got 0"),
+        ({"density": 0}, r"density must be a number in \(0, 1\], got 0"),
         ({"majority_sign_method": "all"}, "majority_sign_method must be one of total, frequency, got 'all'"),
         ({"weights": [1.0]}, "Every delta needs one weight, got 2 deltas and 1 weights"),
     ],
