@@ -160,7 +160,7 @@ def test_accelerate_trains_as_one_process_with_the_whole_batch(tmp_path):
     alone = model_for("task_free")
     train(alone, DataLoader(Rows("bert"), batch_size=8))
     for name, value in snapshot(alone).items():
-        torch.testing.assert_close(first[name], value, rtol=0, atol=1e-6)
+        torch.testing.assert_close(first[name], value, rtol=0, atol=5e-6)  # Adam, and sums of halves, as above
 
 
 def buffers_in(model):
