@@ -152,13 +152,15 @@ class ChildTuningLayer(LayerState):
 
     def _composed(self, name: str) -> Tensor:
         self._check_no_replica()
+        if self._is_bare():
+            return self._base(name)
         composition, refusal = self._composition(name), None
         try:
             self._check_chosen()
             self._check_present(name, composition.base)
         except RuntimeError as error:  # to be raised only if something computes with the tensor
             refusal = error
-        if self._is_bare() or (not composition.children and refusal is None):
+        if not composition.children and refusal is None:
             return composition.base
         if refusal is not None or torch.is_grad_enabled():
             return ComposedOnUse(composition, refusal)

@@ -132,7 +132,8 @@ def fit_state_dict(
             if name not in children:  # nothing was chosen there
                 continue
             child = children.pop(name)
-            strange += [name] if _differs_from_base(layer, config, adapter_name, parameter, child) else []
+            if _differs_from_base(layer, config, adapter_name, parameter, child):
+                strange.append(name)
             _check_mask(config, name, mask, child.mask)
             if mask is not None:
                 remapped[f"{path}.{MASK}.{adapter_name}.{parameter}"] = (child.mask or mask).pack()
