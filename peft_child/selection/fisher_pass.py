@@ -119,8 +119,10 @@ class FisherPass:
     ) -> int:
         """Add the squared gradients of this rank's data, in step with the others; returns the number of losses."""
         loss = Loss(self.model, self.forward_fn, self.loss_fn)
-        at_once = not any(is_sharded(parameter) for parameter in self.model.parameters())
-        scorer = BatchScorer(loss, targets, sums, at_once)
+        scorer = None
+        if self.split_batches and not self._by_batch:
+            at_once = not any(is_sharded(parameter) for parameter in self.model.parameters())
+            scorer = BatchScorer(loss, targets, sums, at_once)
         device = next(iter(targets.values())).device
         left = [_share(self.num_examples, each) for each in range(world_size())]  # of each rank's data
         losses = 0
@@ -133,14 +135,14 @@ class FisherPass:
                     continue
                 kept = to_device(kept, device)
                 size = batch_size(kept) if self.split_batches else 1
-                if self.split_batches and not self._by_batch:
-                    kept, size = some_examples(kept, range(min(size, left[source])), size), min(size, left[source])
-                    scorer.add(kept, size, self.examples)
-                    losses += size
-                else:
+                if scorer is None:
                     with squaring(targets, sums, 1.0 if self._by_batch else None) as square:
                         square(loss.checked(kept, self.examples))
                     losses += 1
+                else:
+                    available, size = size, min(size, left[source])
+                    scorer.add(some_examples(kept, range(size), available), size, self.examples)
+                    losses += size
                 left[source] -= size
                 self.examples += size
                 bar.update(size)

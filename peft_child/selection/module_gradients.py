@@ -67,7 +67,7 @@ class Use:
 
 
 def has_formula(module: nn.Module, key: str) -> bool:
-    """Whether the gradients of a parameter need no second run of its module."""
+    """Whether the gradients of a parameter have a formula, or come from second runs that are cheap (convolutions)."""
     return _formula(module, key) is not None
 
 
