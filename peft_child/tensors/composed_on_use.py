@@ -84,12 +84,17 @@ class ComposedOnUse(_Composed):
         raise RuntimeError(f"A composed weight reached {func} without __torch_function__; use `weight.clone()` there.")
 
 
+_QUESTIONS = (
+    *("size", "stride", "dim", "numel", "element_size", "get_device", "is_contiguous", "is_floating_point"),
+    *("is_complex", "__len__"),
+)
+_PROPERTIES = (
+    *("dtype", "shape", "device", "layout", "ndim", "nbytes", "itemsize", "requires_grad"),
+    *("is_cpu", "is_cuda", "is_meta", "is_sparse", "is_quantized"),
+)
 _METADATA = {
-    *(getattr(torch.Tensor, name) for name in ("size", "stride", "dim", "numel", "element_size", "get_device")),
-    *(getattr(torch.Tensor, name) for name in ("is_contiguous", "is_floating_point", "is_complex", "__len__")),
-    *(getattr(torch.Tensor, name).__get__ for name in ("dtype", "shape", "device", "layout", "ndim", "nbytes")),
-    *(getattr(torch.Tensor, name).__get__ for name in ("itemsize", "requires_grad", "is_cpu", "is_cuda", "is_meta")),
-    *(getattr(torch.Tensor, name).__get__ for name in ("is_sparse", "is_quantized")),
+    *(getattr(torch.Tensor, name) for name in _QUESTIONS),
+    *(getattr(torch.Tensor, name).__get__ for name in _PROPERTIES),
 }
 _DETACH = {torch.Tensor.detach, torch.Tensor.data.__get__}  # type: ignore[attr-defined]
 
