@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from peft import get_peft_model
 
@@ -55,6 +57,15 @@ def move(model, scale=0.05, adapter_name="default"):
 @torch.no_grad()
 def logits(model, batch):
     return model.eval()(**batch).logits
+
+
+def in_threads(work, count):
+    """Run `work(0)`, `work(1)`, ... at the same time, each in a thread of its own."""
+    threads = [threading.Thread(target=work, args=(which,)) for which in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 def snapshot(model):

@@ -40,8 +40,6 @@ LONG = {
 
 # Private names of torch, peft and transformers by file, each with the reason why there is no public way.
 PRIVATE = {
-    "card/plot.py": {},
-    "cli/output.py": {},
     "integrations/hub.py": {"_hf_peft_config_loaded": "whether transformers' own adapter API saves an adapter"},
     "selection/batches.py": {"torch.utils._pytree": "tensors in nested batches; torch.utils has no public one"},
     "selection/capture.py": {
@@ -49,7 +47,7 @@ PRIVATE = {
         "torch.utils._pytree": "tensors in the arguments of a call",
     },
     "selection/module_gradients.py": {
-        "_parameters": "as above",
+        "_parameters": "the parameter of a second run, by key",
         "torch.utils._pytree": "tensors in the arguments of a call",
     },
     "tensors/compose.py": {
@@ -71,7 +69,6 @@ PRIVATE = {
         "_version": "whether something was written into a buffer",
         "peft.tuners._buffer_dict": "buffers by adapter that PEFT's state dicts know",
     },
-    "tuner/config.py": {},
     "tuner/injection.py": {
         "_ddp_params_and_buffers_to_ignore": "where DDP looks for buffers that it need not broadcast",
         "_modules": "a module in every place where another one stands",
@@ -110,7 +107,7 @@ PRIVATE = {
         "_move_adapter_to_device_of_base_layer": "overridden: deltas keep their precision",
         "_parameters": "parameters that the base layer itself owns, by key",
     },
-    "tuner/state_dict.py": {"_parameters": "as above"},
+    "tuner/state_dict.py": {"_parameters": "base weights in a state dict, by key"},
     "tuner/targets.py": {
         "_ExcludedModule": "what PEFT's matching returns for excluded modules",
         "_modules": "children under every name that they have",

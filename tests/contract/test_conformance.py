@@ -16,6 +16,7 @@ from ..helpers import (
     child_of,
     chosen_model,
     config_for,
+    in_threads,
     logits,
     move,
     snapshot,
@@ -233,8 +234,6 @@ def test_two_models_on_one_base():
 
 
 def test_two_threads_on_one_model():
-    import threading
-
     model = chosen_model("llama")
     move(model)
     batches = [batch_of("llama", seed) for seed in range(2)]
@@ -249,11 +248,7 @@ def test_two_threads_on_one_model():
                 if not torch.equal(model(**batches[which]).logits, expected[which]):
                     wrong.append(which)
 
-    threads = [threading.Thread(target=work, args=(which,)) for which in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, 2)
     assert not wrong
     model(**batches[0]).loss.backward()
     assert_same(gradients(model), gradient)

@@ -1,11 +1,11 @@
-import threading
-
 import pytest
 import torch
 from torch import nn
 
 from peft_child.tensors.compose import Child, Composition, call_composed, lock_of
 from peft_child.tensors.composed_on_use import ComposedOnUse
+
+from ..helpers import in_threads
 
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -162,11 +162,7 @@ def test_threads_with_children_of_their_own_do_not_meet():
             if not torch.equal(result, expected[which]):
                 wrong.append(which)
 
-    threads = [threading.Thread(target=work, args=(which,)) for which in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, 3)
     assert not wrong
     assert layer.weight is weight
 
