@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_child.selection.batches import some_examples
+from peft_child.selection.batches import rows_of_example, some_examples
 from peft_child.selection.capture import CannotCaptureError, Owners
 from peft_child.selection.example_gradients import Part, add_squares
 from peft_child.selection.loss import Loss
@@ -91,7 +91,7 @@ class BatchScorer:
         weights = self._reduction.weights(batch, size)
         if weights is None or not self._layouts:
             return False
-        with self._owners.capture(size) as capture:
+        with self._owners.capture(size, rows_of_example(batch, size)) as capture:
             loss = self._loss_at_once(batch)
             if loss is None or not capture.layouts <= self._layouts:
                 return False
@@ -145,7 +145,7 @@ class BatchScorer:
         for index, number in enumerate(numbers):
             example = some_examples(batch, [index], size)
             losses += self._add_one_by_one(example, [number], partial(_note_norm, alone, index))
-        with self._owners.capture(size) as capture:
+        with self._owners.capture(size, rows_of_example(batch, size)) as capture:
             loss = self._loss_at_once(batch)
             if loss is None:
                 return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -41,6 +42,17 @@ def batch_size(batch: Any) -> int:
             f"{shapes}. Use a dataloader whose batches are single examples, and split_batches=False."
         )
     return size
+
+
+def rows_of_example(batch: Any, size: int) -> set[int]:
+    """Numbers of rows that an example can have in a tensor that a model made of a batch: one, or one for each token.
+
+    Other numbers say nothing: where a model leaves padding out, they can be the average of examples that differ.
+    """
+    shapes = [
+        leaf.shape for leaf in tree_leaves(_plain(batch)) if isinstance(leaf, Tensor) and leaf.shape[:1] == (size,)
+    ]
+    return {1, *(math.prod(shape[1:end]) for shape in shapes for end in range(2, len(shape) + 1))}
 
 
 def check_batch(batch: Any) -> None:

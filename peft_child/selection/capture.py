@@ -6,7 +6,7 @@ back. The parameters themselves need no gradients, so none is computed for the b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -54,9 +54,14 @@ class Owners:
         return weights, ", ".join(sorted(kinds))
 
     @contextmanager
-    def capture(self, examples: int) -> Iterator[Capture]:
-        """Hook the modules for a forward and a backward pass of a batch of so many examples."""
-        capture = Capture(self, examples)
+    def capture(self, examples: int, rows: Collection[int]) -> Iterator[Capture]:
+        """Hook the modules for a forward and a backward pass of a batch.
+
+        Args:
+            examples: Number of its examples.
+            rows: Numbers of rows that one of them can have in the output of a module.
+        """
+        capture = Capture(self, examples, rows)
         with ExitStack() as stack:
             for parameter in self.targets.values():
                 parameter.requires_grad_(False)
@@ -74,9 +79,10 @@ class Capture:
         layouts: How the inputs of the modules are divided among the examples.
     """
 
-    def __init__(self, owners: Owners, examples: int) -> None:
+    def __init__(self, owners: Owners, examples: int, rows: Collection[int]) -> None:
         self._owners = owners
         self._examples = examples
+        self._rows = rows
         self._anchor = torch.zeros((), requires_grad=True)
         self._uses: dict[str, list[Use]] = {}
         self._done: set[str] = set()
@@ -88,13 +94,14 @@ class Capture:
         if not torch.is_grad_enabled():
             return None
         length = len(output) if isinstance(output, Tensor) and output.dim() else 0
-        if not length or (length > 1 and length % self._examples):
+        shared = length == 1 < self._examples
+        each, left = divmod(length, self._examples)
+        if not shared and (left or each not in self._rows):
             shape = tuple(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"
             raise CannotCaptureError(
-                f"a {type(module).__name__} should return one tensor, with a part for each of {self._examples} "
-                f"examples in its first dimension, and returns {shape}"
+                f"a {type(module).__name__} should return one tensor, in whose first dimension each of "
+                f"{self._examples} examples has one row or one for each token, and returns {shape}"
             )
-        shared = length == 1 < self._examples
         if shared:
             output = output.repeat(self._examples, *[1] * (output.dim() - 1))
         inputs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))

@@ -209,6 +209,56 @@ def test_modules_that_appear_later_are_compared_as_well(caplog):
     assert not reasons(caplog)
 
 
+class WithoutPadding(nn.Module):
+    """Computes real tokens only, as encoders without padding do."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.linear = nn.Embedding(20, 6), nn.Linear(6, 3)
+
+    def forward(self, ids, mask, labels):
+        found = torch.zeros(*ids.shape, 3)
+        found[mask] = self.linear(self.embedding(ids[mask]))
+        means = (found.sum(1) / mask.sum(1, keepdim=True)).square()
+        return SimpleNamespace(loss=F.cross_entropy(means, labels))
+
+
+def of_lengths(*lengths, width=6):
+    mask = torch.arange(width) < torch.tensor(lengths).unsqueeze(1)
+    return {"ids": torch.randint(20, mask.shape), "mask": mask, "labels": torch.randint(3, mask.shape[:1])}
+
+
+def test_a_model_that_leaves_padding_out(caplog):
+    """The tokens of the later batches can be divided evenly among the examples, but not by example."""
+    model = adapted(WithoutPadding(), target_modules=["embedding", "linear"])
+    full, even, uneven = of_lengths(6, 6, 6, 6), of_lengths(4, 4, 4, 4), of_lengths(2, 6, 3, 5)
+    check(model, [full, full], passes_at_once([full, full]))
+    assert not reasons(caplog)
+    check(model, [even, uneven, uneven], 13)
+    check(model, [full, uneven, uneven], 3 + 1 + 8 + 1)
+    assert all("one row or one for each token" in reason for reason in reasons(caplog))
+
+
+def test_examples_that_go_to_different_modules(caplog):
+    class Routed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = nn.ModuleList([nn.Linear(6, 3), nn.Linear(6, 3)])
+
+        def forward(self, x, kind, labels):
+            found = torch.zeros(len(x), 4, 3)
+            for number, expert in enumerate(self.experts):
+                chosen = kind == number
+                if chosen.any():
+                    found[chosen] = expert(x[chosen].flatten(0, 1)).unflatten(0, (-1, 4))
+            return SimpleNamespace(loss=F.mse_loss(found, labels))
+
+    model = adapted(Routed(), target_modules=["experts.0", "experts.1"])
+    kinds = [[0, 0, 0, 0], [0, 1, 0, 1], [1, 1, 1, 0]]
+    check(model, [{**floats(4, 4, 6), "kind": torch.tensor(kind)} for kind in kinds], 3 + 1 + 1 + 8)
+    assert "one row or one for each token" in reasons(caplog)[0]
+
+
 @pytest.mark.parametrize("number", [1, 2, 4, 7, 8])
 def test_num_examples_cuts_batches(number):
     model = get_peft_model(build("bert"), config_for("bert"))
