@@ -295,7 +295,7 @@ class LayerState(nn.Module, BaseTunerLayer):
     def _put(self, adapter_name: str, parameter: str, delta: nn.Parameter, block: Tensor, trainable: bool) -> None:
         state = self.child_states[adapter_name]
         self._deltas(adapter_name)[parameter] = delta.requires_grad_(trainable)
-        expect_optimizer(delta)
+        expect_optimizer(delta, self.base_layer)
         self.child_index.of(adapter_name)[parameter] = block
         state.unsharded = is_sharded(self.base_parameter(parameter))
         if state.mask is not None:

@@ -19,15 +19,23 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 T = TypeVar("T")
 
-# By id, the deltas that were in no optimizer that has stepped; and by optimizer, those known to be of other models.
+# By id, the deltas that were in no optimizer that has stepped; by base layer, all that it has had, as far as they are
+# held somewhere; and by optimizer, those known to be of other models.
 _NEW: WeakValueDictionary[int, nn.Parameter] = WeakValueDictionary()
+_OF_BASE: WeakKeyDictionary[nn.Module, WeakValueDictionary[int, nn.Parameter]] = WeakKeyDictionary()
 _OF_OTHERS: WeakKeyDictionary[Optimizer, set[int]] = WeakKeyDictionary()
 
 
-def expect_optimizer(delta: nn.Parameter) -> None:
-    """Raise at the first optimizer step on the model of a new delta if the delta is in no optimizer."""
+def expect_optimizer(delta: nn.Parameter, base_layer: nn.Module) -> None:
+    """Raise at the first optimizer step on the model of a new delta if the delta is in no optimizer.
+
+    Args:
+        delta: The new delta.
+        base_layer: The module that it belongs to. An optimizer that holds an earlier delta of it trains this model.
+    """
     _start_watching()
     _NEW[id(delta)] = delta
+    _OF_BASE.setdefault(base_layer, WeakValueDictionary())[id(delta)] = delta
 
 
 def _check(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -39,17 +47,25 @@ def _check(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         return
     for other in _living(Optimizer):
         lost -= _parameters_of(other)
-    for model in _living(nn.Module):
-        parameters = dict(model.named_parameters())
-        ids = {id(parameter) for parameter in parameters.values()}
-        if lost & ids and stepped & ids:
-            names = [name for name, parameter in parameters.items() if id(parameter) in lost]
-            raise RuntimeError(
-                f"{len(names)} deltas of a child network are in no optimizer and would not be trained, such as "
-                f"'{names[0]}': they were made after the optimizer. Make the optimizer after the child network has "
-                "been chosen, thinned or loaded; or freeze the deltas (requires_grad_(False))."
-            )
+    unheld = max((_unheld(model, lost, stepped) for model in _living(nn.Module)), key=len, default=[])
+    if unheld:
+        raise RuntimeError(
+            f"{len(unheld)} deltas of a child network are in no optimizer and would not be trained, such as "
+            f"'{unheld[0]}': they were made after the optimizer. Make the optimizer after the child network has been "
+            "chosen, thinned or loaded; or freeze the deltas (requires_grad_(False))."
+        )
     _OF_OTHERS[optimizer] = lost
+
+
+def _unheld(model: nn.Module, lost: set[int], stepped: set[int]) -> list[str]:
+    """Names of the deltas of a model that are in no optimizer, if the one that steps trains this model."""
+    parameters = dict(model.named_parameters())
+    ids = {id(parameter) for parameter in parameters.values()}
+    if not lost & ids:
+        return []
+    earlier = {key for module in model.modules() for key in _OF_BASE.get(module, ())}
+    names = (name for name, parameter in parameters.items() if id(parameter) in lost)
+    return list(names) if stepped & (ids | earlier) else []
 
 
 def _parameters_of(optimizer: Optimizer) -> set[int]:

@@ -41,6 +41,39 @@ def test_an_optimizer_made_before_thinning_raises():
         optimizer.step()
 
 
+def chosen_again(model):
+    model.peft_config["default"].density = 0.02
+    select_child_network(model, [batch_of("llama")], progress_bar=False)
+    return model
+
+
+def thinned(model):
+    keep_largest(model, 0.02)
+    return model
+
+
+def deleted(model):
+    model.delete_adapter("default")
+    model.add_adapter("default", config_for("llama"))
+    model.set_adapter("default")
+    return chosen_again(model)
+
+
+def unloaded(model):
+    return chosen_model("llama", model.unload())
+
+
+@pytest.mark.parametrize("again", [chosen_again, thinned, deleted, unloaded])
+def test_an_optimizer_that_holds_only_the_deltas_of_before_raises(again):
+    model = chosen_model("llama")
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model = again(model)
+    model(**batch_of("llama")).loss.backward()
+    count = sum(".child_delta." in name for name, _ in model.named_parameters())
+    with pytest.raises(RuntimeError, match=rf"^{count} deltas.* such as '(base_model\.)?model\."):
+        optimizer.step()
+
+
 def test_choosing_the_same_sizes_again_keeps_the_parameters_that_an_optimizer_holds():
     model = chosen_model("bert")
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
