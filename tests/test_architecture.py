@@ -62,6 +62,7 @@ PRIVATE = {
         "_C": "torch functions without the subclass, to ask for metadata",
         "_disabled_torch_function_impl": "a subclass that torch's fast paths take for a tensor",
         "_make_wrapper_subclass": "a tensor that has metadata and no memory",
+        "_version": "whether a function has written to a tensor",
         "torch.utils._pytree": "our tensors in the arguments of a torch function",
     },
     "tuner/buffers.py": {

@@ -51,6 +51,8 @@ class Composition(NamedTuple):
     def tensor(self) -> Tensor:
         """The composed tensor, shape and dtype of the base, differentiable in the base and in every delta."""
         deltas, indices, masks = zip(*self.children, strict=True)
+        if is_traced():  # a TorchScript program holds no Python functions
+            return _composed(dense(self.base), deltas, indices)
         composed: Tensor = _Compose.apply(self.base, indices, masks, *deltas)  # type: ignore[no-untyped-call]
         return composed
 
@@ -69,6 +71,12 @@ class Composition(NamedTuple):
         """Counts of the in-place changes that autograd knows of, to notice one between forward and backward."""
         tensors = (self.base, *(child.delta for child in self.children))
         return tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)
+
+
+def is_traced() -> bool:
+    """Whether `torch.jit.trace` records what is computed now."""
+    found: bool = torch.jit.is_tracing()  # type: ignore[no-untyped-call,attr-defined]
+    return found
 
 
 class _Compose(torch.autograd.Function):

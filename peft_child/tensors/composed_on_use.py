@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from peft_child.tensors.compose import Composition, composed_again_in_backward
 
@@ -23,22 +25,31 @@ class _Composed(torch.Tensor):
 
     _is_param = True  # what `isinstance(weight, nn.Parameter)` looks at
     composition: Composition
+    _itself: weakref.ref[Tensor]  # makes `torch.utils.swap_tensors` refuse it
+    refusal: RuntimeError | None = None  # for who computes with it, if it cannot be composed
 
-    def _refuse(self, *_: Any) -> Any:
+    def _refuse(self, *_: Any, **__: Any) -> Any:
         raise RuntimeError(READ_ONLY)
 
     grad_fn = property(_refuse)  # a module asks that would register it as its own
 
+    def __iter__(self) -> Iterator[Tensor]:
+        """The rows; torch would give them out without asking `__torch_function__`."""
+        return iter(self.unbind())
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        """The values, or why there are none."""
+        return f"{type(self).__name__}({self.refusal or self.composition.detached().tensor()})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        """A frozen parameter with the same values; the child network stays where it is."""
+        if self.refusal is not None:
+            raise self.refusal
+        return nn.Parameter(self.composition.detached().tensor(), requires_grad=False)
+
 
 class ComposedOnUse(_Composed):
-    """A composed weight as a parent module sees it: asking for shape or dtype is free, computing composes it.
-
-    Attributes:
-        composition: What it stands for.
-        refusal: The error for who computes with it, if it cannot be composed.
-    """
-
-    refusal: RuntimeError | None
+    """A composed weight as a parent module sees it: asking for shape or dtype is free, computing composes it."""
 
     @staticmethod
     def __new__(cls, composition: Composition, refusal: RuntimeError | None = None) -> ComposedOnUse:
@@ -48,6 +59,7 @@ class ComposedOnUse(_Composed):
             cls, base.shape, dtype=base.dtype, device=base.device, requires_grad=composition.requires_grad()
         )
         self.composition, self.refusal = composition, refusal
+        self._itself = weakref.ref(self)
         return self
 
     @classmethod
@@ -62,7 +74,7 @@ class ComposedOnUse(_Composed):
                 return func(*args, **kwargs)
         if func in _DETACH and isinstance(first, cls):
             return cls(first.composition.detached(), first.refusal)
-        if isinstance(kwargs.get("out"), cls) or (isinstance(first, cls) and _writes(func)):
+        if isinstance(kwargs.get("out"), cls) or (isinstance(first, cls) and func.__name__ in _REFUSED):
             raise RuntimeError(READ_ONLY)
         composed: list[tuple[Composition, Tensor]] = []
 
@@ -74,7 +86,7 @@ class ComposedOnUse(_Composed):
 
         args, kwargs = tree_map_only(cls, compose, (args, kwargs))
         with composed_again_in_backward(composed):
-            return func(*args, **kwargs)
+            return _unwritten(func, args, kwargs, [tensor for _, tensor in composed])
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -97,14 +109,48 @@ _METADATA = {
     *(getattr(torch.Tensor, name).__get__ for name in _PROPERTIES),
 }
 _DETACH = {torch.Tensor.detach, torch.Tensor.data.__get__}  # type: ignore[attr-defined]
+_REFUSED = {  # what changes its first argument, or keeps something for it
+    *("__set__", "__setitem__", "register_hook", "register_post_accumulate_grad_hook", "retain_grad"),
+    *(name for name in dir(torch.Tensor) if name.endswith("_") and not name.endswith("__")),
+    *(name for name in dir(torch.Tensor) if name.startswith("__i") and hasattr(torch.Tensor, f"__{name[3:]}")),
+}
 
 
-def _writes(func: Callable[..., Any]) -> bool:
-    """Whether a function changes its first argument, or keeps something for it."""
-    name = func.__name__
-    if name.endswith("__"):
-        return name.startswith(("__i", "__set")) and name not in {"__index__", "__int__", "__invert__"}
-    return name.endswith("_") or name in {"register_hook", "retain_grad"}
+def _unwritten(func: Callable[..., Any], args: Any, kwargs: Any, composed: Sequence[Tensor]) -> Any:
+    """Call a function with composed tensors; an error if it writes to them, or if somebody writes to its result."""
+    before = [_changes(tensor) for tensor in composed]
+    result = func(*args, **kwargs)
+    if before != [_changes(tensor) for tensor in composed]:
+        raise RuntimeError(READ_ONLY)
+    if isinstance(result, np.ndarray):
+        result.flags.writeable = False
+    storages = {tensor.untyped_storage().data_ptr() for tensor in composed}
+
+    def read_only(tensor: Tensor) -> Tensor:
+        is_view = tensor.layout == torch.strided and tensor.untyped_storage().data_ptr() in storages
+        return tensor.as_subclass(_View) if is_view else tensor
+
+    return tree_map_only(Tensor, read_only, result)
+
+
+def _changes(tensor: Tensor) -> int:
+    """Count of its changes in place."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+class _View(torch.Tensor):
+    """A view of a composed tensor, which cannot be written either."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Call the function unless it writes; weights that are not composed yet come first."""
+        if any(issubclass(kind, ComposedOnUse) for kind in types):
+            return NotImplemented
+        views = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, cls)]
+        with torch._C.DisableTorchFunctionSubclass():
+            return _unwritten(func, args, kwargs or {}, views)
 
 
 class ComposedToRead(_Composed):
@@ -121,6 +167,7 @@ class ComposedToRead(_Composed):
         with torch.inference_mode():
             self = composition.tensor().as_subclass(cls)
         self.composition = composition
+        self._itself = weakref.ref(self)
         return self
 
     def detach(self) -> ComposedToRead:
@@ -128,3 +175,14 @@ class ComposedToRead(_Composed):
         return self
 
     data = property(detach, _Composed._refuse)
+    grad = property(lambda _: None, _Composed._refuse)
+
+    def numpy(self, **options: Any) -> Any:
+        """As torch's, and read-only as well."""
+        array = super().numpy(**options)
+        array.flags.writeable = False
+        return array
+
+
+for name in _REFUSED - {"__set__"}:  # in inference mode, torch would change it
+    setattr(ComposedToRead, name, _Composed._refuse)

@@ -16,7 +16,7 @@ import torch
 from peft.tuners.tuners_utils import _get_in_out_features, check_adapters_to_merge
 from torch import Tensor, nn
 
-from peft_child.tensors.compose import Child, Composition, call_composed, lock_of
+from peft_child.tensors.compose import Child, Composition, call_composed, is_traced, lock_of
 from peft_child.tensors.composed_on_use import ComposedOnUse, ComposedToRead
 from peft_child.tensors.distributed import check_has_values, is_sharded
 from peft_child.tensors.quantised import is_quantised
@@ -144,7 +144,7 @@ class ChildTuningLayer(LayerState):
             value = getattr(self.base_layer, name)
             is_method = ismethod(value) and value.__self__ is self.base_layer
             return (lambda *args, **kwargs: self._call(value, args, kwargs)) if is_method else value
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or is_traced():  # they take plain tensors only
             composition = self._compositions().get(name)
             return getattr(self.base_layer, name) if composition is None else composition.tensor()
         with lock_of(self.base_layer):

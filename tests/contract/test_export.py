@@ -1,8 +1,12 @@
 """Exported programs compute what the model computes, with the adapter beside the base or merged into it."""
 
+import io
+
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
+
+from peft_child import ChildTuningConfig
 
 from ..helpers import batch_of, build, chosen_model, logits, move
 
@@ -45,7 +49,28 @@ def test_a_traced_model_computes_the_same(merged):
     model = Logits(trained_model("bert", merged)).eval()
     tokens = inputs_of("bert")["input_ids"]
     expected = model(tokens)
-    assert torch.equal(torch.jit.trace(model, (tokens,), check_trace=False)(tokens), expected)
+    assert torch.equal(saved_and_loaded(torch.jit.trace(model, (tokens,), check_trace=False))(tokens), expected)
+
+
+def saved_and_loaded(program):
+    file = io.BytesIO()
+    torch.jit.save(program, file)
+    file.seek(0)
+    return torch.jit.load(file)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("grad", [True, False])
+def test_layers_of_torch_that_hand_weights_to_kernels_can_be_traced(grad):
+    base = torch.nn.Sequential(torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True))
+    config = ChildTuningConfig(variant="random", density=0.3, target_modules=["linear1", "linear2", "out_proj"])
+    model = get_peft_model(base, config).eval()
+    move(model)
+    x = torch.randn(2, 5, 8)
+    with torch.set_grad_enabled(grad):
+        expected = base(x)
+        program = saved_and_loaded(torch.jit.trace(base, (x,), check_trace=False))
+        assert torch.equal(program(x), expected)
 
 
 @pytest.mark.filterwarnings("ignore")

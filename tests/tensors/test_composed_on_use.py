@@ -1,7 +1,10 @@
 """The weight of a wrapped layer as others see it: its shape, its values, and nothing written that is lost."""
 
+import copy
+
 import pytest
 import torch
+import torch.nn.functional as F
 from peft import get_peft_model
 from torch import nn
 
@@ -72,19 +75,79 @@ WRITES = {
     "in-place operator": lambda layer: layer.weight.__iadd__(1),
     "out": lambda layer: torch.add(torch.zeros(1), 1, out=layer.weight.data),
     "initialise": lambda layer: nn.init.kaiming_uniform_(layer.weight),
+    "gradient": lambda layer: setattr(layer.weight, "grad", torch.zeros_like(layer.base_layer.weight)),
+    "numpy": lambda layer: layer.weight.detach().numpy().__setitem__(0, 1.0),
+    "swapped": lambda layer: torch.utils.swap_tensors(layer.weight, nn.Parameter(torch.zeros(6, 6))),
     "registered elsewhere": lambda layer: setattr(nn.Linear(6, 6), "weight", layer.weight),
     "assigned": lambda layer: setattr(layer, "weight", nn.Parameter(torch.zeros_like(layer.base_layer.weight))),
 }
 
 
-@pytest.mark.parametrize("grad", [True, False])
-@pytest.mark.parametrize("way", WRITES)
-def test_no_value_is_written_and_lost(way, grad):
+INTO_VIEWS = {
+    "row": lambda layer: layer.weight[0].fill_(0),
+    "row of data": lambda layer: layer.weight.data[0].zero_(),
+    "transposed": lambda layer: layer.weight.T.fill_(1),
+    "flat": lambda layer: layer.weight.view(-1).zero_(),
+    "part": lambda layer: layer.weight.data.chunk(2)[0].zero_(),
+    "view of a view": lambda layer: layer.weight.data[0][1:].zero_(),
+    "item of a view": lambda layer: layer.weight.data.T.__setitem__(0, 1.0),
+    "rows": lambda layer: next(iter(layer.weight.data)).zero_(),
+    "list": lambda layer: torch._foreach_zero_([layer.weight]),
+    "positional inplace": lambda layer: F.relu(layer.weight, True),
+}
+REFUSED = r"composed|nference|unload\(\)|read-only|swap"
+
+
+def check_refused(write, mode):
     model = adapted()
     before = snapshot(model)
-    with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match=r"composed|nference|unload\(\)"):
-        WRITES[way](layer_of(model))
+    with mode, pytest.raises((RuntimeError, ValueError), match=REFUSED):
+        write(layer_of(model))
     assert all(torch.equal(value, before[key]) for key, value in snapshot(model).items())
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("way", WRITES | INTO_VIEWS)
+def test_no_value_is_written_and_lost(way, grad):
+    check_refused((WRITES | INTO_VIEWS)[way], torch.set_grad_enabled(grad))
+
+
+@pytest.mark.parametrize("way", [way for way in WRITES if way != "out"])
+def test_no_value_is_written_and_lost_in_inference_mode(way):
+    check_refused(WRITES[way], torch.inference_mode())
+
+
+def test_what_is_computed_from_a_weight_can_be_written():
+    weight = layer_of(adapted()).weight
+    for computed in (weight.detach().clone(), weight + 0, weight.T @ weight, weight.detach().T + 1):
+        assert type(computed) is torch.Tensor
+        computed.detach().zero_()
+
+
+def test_views_of_a_weight_carry_its_gradient():
+    layer = layer_of(adapted())
+    (layer.weight.T[0] * 2).sum().backward()
+    delta, indices = next(iter(layer.child_delta["default"].values())), layer.indices("default", "weight")
+    assert torch.equal(delta.grad, 2.0 * (indices % layer.base_layer.weight.shape[1] == 0))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_copy_of_a_weight_is_a_parameter_of_its_own(grad):
+    layer = layer_of(adapted())
+    with torch.set_grad_enabled(grad):
+        found = copy.deepcopy(layer.weight)
+        assert torch.equal(found, layer.weight)
+    assert type(found) is nn.Parameter
+    found.data.zero_()
+    assert layer.weight.count_nonzero() > 0
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_weight_can_be_printed(grad):
+    layer = layer_of(adapted())
+    with torch.set_grad_enabled(grad):
+        assert str((layer.weight + 0).detach()) in repr(layer.weight)
+    assert "has not been chosen" in repr(layer_of(adapted(chosen=False).train()).weight)
 
 
 @pytest.mark.parametrize("way", ["freeze", "hook"])
