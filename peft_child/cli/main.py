@@ -112,7 +112,11 @@ def inspect(
     ] = None,
     force: Force = False,
 ) -> None:
-    """Show what an adapter holds: its child network by tensor, layer and module, its settings and its base model."""
+    """Show what an adapter holds: its child network by tensor, layer and module, its settings and its base model.
+
+    Targeted tensors in which nothing was chosen are not in the file. So the density of the total can be above that of
+    the settings, which counts them.
+    """
     _check_file(plot, force)
     folder = locate_adapter(adapter, revision, subfolder=subfolder)
     _check_apart(plot, folder)
@@ -143,7 +147,7 @@ def compare(
     """Compare the child networks of two or more adapters of one base model, pair by pair.
 
     Jaccard: entries that both have chosen, over entries that either has; 1 for equal child networks. Times chance:
-    shared entries, over what two random child networks of these sizes would share.
+    shared entries, over what two random child networks of these sizes would share, in the tensors that either changes.
     """
     _check_file(plot, force)
     if len(adapters) < 2:

@@ -82,7 +82,7 @@ def _error_text(error: BaseException) -> str:
 def counts(adapter: SparseAdapter) -> str:
     """How many entries an adapter from a folder changes, for a sentence."""
     whole = total_size(adapter.sizes.values())
-    return f"{whole.chosen:,} of {whole.numel:,} entries in {len(adapter.sizes)} tensors"
+    return f"{whole.chosen:,} of the {whole.numel:,} entries of {len(adapter.sizes)} tensors"
 
 
 def print_json(content: Mapping[str, Any]) -> None:

@@ -65,10 +65,19 @@ def check_batch(batch: Any) -> None:
         or not any(isinstance(leaf, Tensor) for leaf in tree_leaves(dict(batch)))
     ):
         raise ValueError(
-            f"Batches must be mappings of tensors with a row for each example, got a {type(batch).__name__} without. "
+            f"Batches must be mappings of tensors with a row for each example, got {_described(batch)}. "
             "Of a dataset or a list of rows make DataLoader(rows, batch_size=8, collate_fn=data_collator), such as "
             "with DataCollatorWithPadding(tokenizer); for other batches pass a forward_fn."
         )
+
+
+def _described(batch: Any) -> str:
+    if not isinstance(batch, Mapping):
+        return f"a {type(batch).__name__}"
+    kinds = {
+        key: tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__ for key, leaf in batch.items()
+    }
+    return "{" + ", ".join(f"{key}: {kind}" for key, kind in kinds.items()) + "}"
 
 
 def labelled(batch: Any) -> list[int] | None:

@@ -52,7 +52,8 @@ def keep_largest(model: nn.Module, density: float, *, adapter_name: str = "defau
         How much was kept; printing it gives one line.
 
     Raises:
-        ValueError: If the density is out of range, or above that of the adapter, or a change is not finite.
+        ValueError: If the density is out of range or above that of the adapter, nothing was trained, or a change is
+            not finite.
     """
     config, layers, targets = adapter_of(model, adapter_name)
     for name, parameter in targets.items():
@@ -70,6 +71,8 @@ def keep_largest(model: nn.Module, density: float, *, adapter_name: str = "defau
     for name, delta in changed.items():
         if not delta.isfinite().all():
             raise ValueError(f"Changes must be finite; those of '{name}' hold another value.")
+    if not any(bool(delta.any()) for delta in changed.values()):
+        raise ValueError(f"Adapter '{adapter_name}' has not been trained: none of its entries has changed.")
     chosen = select_largest({name: delta.abs().float() for name, delta in changed.items()}, size)
 
     squares = [0.0, 0.0]
@@ -82,4 +85,4 @@ def keep_largest(model: nn.Module, density: float, *, adapter_name: str = "defau
     for layer in layers:
         layer.keep(adapter_name, chosen)
     cast(dict[str, ChildTuningConfig], model.peft_config)[adapter_name] = kept
-    return Kept(size, trained, (squares[0] / squares[1]) ** 0.5 if squares[1] else 1.0, dropped)
+    return Kept(size, trained, (squares[0] / squares[1]) ** 0.5, dropped)

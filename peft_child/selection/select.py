@@ -226,7 +226,11 @@ def adapter_of(model: nn.Module, adapter_name: str) -> Adapter:
         raise ValueError(f"The model has no Child-Tuning adapter named '{adapter_name}'; see get_peft_model.")
     layers = list(child_tuning_layers(model, adapter_name).values())
     if any(adapter_name not in layer.active_adapters for layer in layers):
-        raise ValueError(f"Adapter '{adapter_name}' is not active; call model.set_adapter('{adapter_name}') first.")
+        active = ", ".join(layers[0].active_adapters) or "none"
+        raise ValueError(
+            f"Adapter '{adapter_name}' is not active ({active} is): pass adapter_name= for another one, or call "
+            f"model.set_adapter('{adapter_name}') first."
+        )
     merged = [name for layer in child_tuning_layers(model).values() for name in layer.merged_adapters]
     if merged:
         raise ValueError(f"Adapter '{merged[0]}' is merged into the base model; call model.unmerge_adapter() first.")

@@ -29,6 +29,7 @@ class ChildPeftType(str, enum.Enum):
 
 
 VARIANTS = ("task_driven", "random", "task_free", "extracted")
+_OF_THE_PAPER = {"CT_D": "task_driven", "CT_F": "task_free"}
 FISHER = ("per_example", "authors")
 DELTA_DTYPE_NAMES = ("float32", "bfloat16", "float16")
 CHECK_BASE = ("warn", "error", "off")
@@ -134,6 +135,8 @@ class ChildTuningConfig(PeftConfig):
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = ChildPeftType.PEFT_CHILD
         self._check_numbers()
+        if self.variant in _OF_THE_PAPER:
+            raise ValueError(f"variant='{self.variant}' is called '{_OF_THE_PAPER[self.variant]}' here.")
         _check_choice("variant", self.variant, VARIANTS)
         _check_choice("fisher", self.fisher, FISHER)
         _check_choice("delta_dtype", self.delta_dtype, DELTA_DTYPE_NAMES)

@@ -167,7 +167,7 @@ class ChildTuningLayer(LayerState):
         return ComposedToRead(composition)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """As torch's; the attributes of the base layer are set there, but for a parameter with a child network."""
+        """As torch's; parameters of the base layer are set there, but for those with a child network."""
         base_layer = self.__dict__.get("_modules", {}).get("base_layer")
         if base_layer is None or name not in base_layer._parameters:
             super().__setattr__(name, value)

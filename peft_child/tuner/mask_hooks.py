@@ -124,9 +124,10 @@ def mask_gradients(
 
 
 def _named(parameters: Iterable[Tensor] | Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    if isinstance(parameters, (Tensor, Mapping)):
+    if isinstance(parameters, (Tensor, Mapping)) or not isinstance(parameters, Iterable):
         raise ValueError(
-            f"mask_gradients needs parameters, or pairs of name and parameter, got a {type(parameters).__name__}."
+            "mask_gradients needs parameters, or pairs of name and parameter such as model.named_parameters(), got a "
+            f"{type(parameters).__name__}."
         )
     named: dict[str, Tensor] = {}
     for position, item in enumerate(parameters):

@@ -213,6 +213,16 @@ class ChildTuningModel(BaseTuner):
             for layer in child_tuning_layers(self.model).values():
                 layer.cast_deltas(adapter_name)
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model's; refused before anything has changed if an adapter targets what would be resized."""
+        for module in (self.model.get_input_embeddings(), self.model.get_output_embeddings()):
+            if isinstance(module, ChildTuningLayer):
+                raise ValueError(
+                    f"The {type(module.base_layer).__name__} to be resized has a child network, which belongs to its "
+                    "present size: resize the base model before the adapter is added, or leave the module out."
+                )
+        return self.model.resize_token_embeddings(*args, **kwargs)
+
     # Running and merging
 
     @contextmanager

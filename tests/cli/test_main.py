@@ -257,7 +257,7 @@ def test_merge_and_patch(files, tmp_path):
     export_patch(adapter, base, tmp_path / "expected.safetensors")
     printed = output_of("patch", files / "chosen", files / "base", tmp_path / "patch.safetensors")
     assert content(tmp_path / "patch.safetensors") == content(tmp_path / "expected.safetensors")
-    assert printed.startswith("wrote 1,306 of 3,328 entries in 10 tensors to ")
+    assert printed.startswith("wrote 1,306 of the 3,328 entries of 10 tensors to ")
 
 
 def test_combine(files, tmp_path):
@@ -280,7 +280,7 @@ def test_combine(files, tmp_path):
 
 
 def test_verify(files):
-    counts = "1,306 of 3,328 entries in 10 tensors"
+    counts = "1,306 of the 3,328 entries of 10 tensors"
     assert output_of("verify", files / "chosen") == f"ok: {counts}\n"
     found = output_of("verify", files / "chosen", "--base", files / "base")
     assert found == f"ok: {counts}, made on {files / 'base'}\n"

@@ -7,7 +7,7 @@ from transformers import LlamaForCausalLM
 
 from peft_child import ChildTuningConfig
 
-from ..helpers import batch_of, logits, move
+from ..helpers import assert_same, batch_of, logits, move, snapshot
 from ..problems import tiny_llama
 
 
@@ -55,6 +55,23 @@ def test_embeddings_that_are_saved_whole_may_have_grown(tmp_path):
     model.save_pretrained(tmp_path / "adapter")
     loaded = PeftModel.from_pretrained(models[1], tmp_path / "adapter")
     assert torch.equal(logits(loaded, batch_of("llama")), logits(model, batch_of("llama")))
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_what_has_a_child_network_is_not_resized(target):
+    base = tiny_llama()
+    model = get_peft_model(base, config(target_modules=[target]))
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"resized has a child network.*: resize the base model before"):
+        model.resize_token_embeddings(60)
+    assert_same(snapshot(model), before)
+    assert base.config.vocab_size == 50
+
+
+def test_what_has_no_child_network_is_resized():
+    model = get_peft_model(tiny_llama(), config())
+    assert model.resize_token_embeddings(60, mean_resizing=False).num_embeddings == 60
+    assert logits(model, batch_of("llama")).shape[-1] == 60
 
 
 def test_embeddings_that_are_not_targeted_may_have_grown(grown):

@@ -217,7 +217,7 @@ MESSAGES = {
     "no data": r"at least one example, got none. \(rank 1 of 2\)",
     "failing example": r"^IndexError: index out of range in self \(rank 1 of 2\)",
     "failing everywhere": r"^IndexError: index out of range in self \(rank 0, 1 of 2\)",
-    "strange batch": r"a row for each example, got a str without.*collate_fn=data_collator.* \(rank 1 of 2\)",
+    "strange batch": r"a row for each example, got a str\. .*collate_fn=data_collator.* \(rank 1 of 2\)",
     "density": "Every process must have the same density; got 0.3 on rank 0, 0.2 on rank 1.",
     "fisher": "Every process must have the same fisher; got 'per_example' on rank 0, 'authors' on rank 1.",
     "targets": r"the same digest of the targeted parameters' names and shapes; got '\w{12}' on rank 0, ",

@@ -79,4 +79,9 @@ def test_keeping_what_is_not_there(density, message):
     assert_same(snapshot(model), before)
 
 
+def test_keeping_the_largest_changes_of_an_untrained_adapter():
+    with pytest.raises(ValueError, match="'default' has not been trained"):
+        keep_largest(chosen_model("linear"), 0.1)
+
+
 # Without an adapter

@@ -1,5 +1,7 @@
 """The Fisher pass on data as people have it: truncated examples, losses over batches, and rows that are no batches."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -84,18 +86,19 @@ ROWS = [{"input_ids": [1, 2, 3], "attention_mask": [1, 1, 1], "labels": 1}] * 4
 
 
 @pytest.mark.parametrize(
-    "data",
+    ("data", "got"),
     [
-        ROWS,
-        datasets.Dataset.from_list(ROWS),
-        datasets.Dataset.from_list(ROWS).with_format("torch"),
-        batch_of("bert"),
-        "glue/mrpc",
+        (ROWS, "{input_ids: list, attention_mask: list, labels: int}"),
+        (datasets.Dataset.from_list(ROWS), "{input_ids: list, attention_mask: list, labels: int}"),
+        (datasets.Dataset.from_list(ROWS).with_format("torch"), "{input_ids: (3,), attention_mask: (3,), labels: ()}"),
+        (batch_of("bert"), "a str"),
+        ("glue/mrpc", "a str"),
     ],
     ids=["rows", "dataset", "torch rows", "one batch", "name"],
 )
-def test_what_is_no_dataloader_names_the_line_that_makes_one(data):
-    with pytest.raises(ValueError, match=r"DataLoader\(rows, batch_size=8, collate_fn=data_collator\)"):
+def test_what_is_no_dataloader_names_the_line_that_makes_one(data, got):
+    line = r"DataLoader\(rows, batch_size=8, collate_fn=data_collator\)"
+    with pytest.raises(ValueError, match=rf"got {re.escape(got)}\. .*{line}"):
         fisher("bert", data)
 
 

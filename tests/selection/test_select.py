@@ -92,7 +92,7 @@ def test_scoring_a_second_adapter_ignores_the_first():
     select_child_network(model, scores=expected)
     move(model)
     model.add_adapter("second", config_for("linear"))
-    with pytest.raises(ValueError, match=r"'second' is not active; call model.set_adapter\('second'\)"):
+    with pytest.raises(ValueError, match=r"'second' is not active \(default is\): pass adapter_name= .*, or"):
         scored(model, [batch], adapter_name="second")
     model.set_adapter("second")
     assert_same(scored(model, [batch], adapter_name="second"), expected)

@@ -16,6 +16,7 @@ def test_density_out_of_range(density):
     ("changes", "message"),
     [
         ({"variant": "d"}, "variant must be one of 'task_driven', 'random', 'task_free', 'extracted', got 'd'"),
+        ({"variant": "CT_F"}, "variant='CT_F' is called 'task_free' here"),
         ({"variant": "task_free", "gradient_density": 0.5}, "for variant='task_free' set density instead, got .*=0.5"),
         ({"gradient_density": 0}, r"gradient_density must be a number in \(0, 1\], got 0"),
         ({"resample_every": 0}, "resample_every must be a positive integer, got 0"),

@@ -106,6 +106,7 @@ def test_hooks_live_without_their_handle():
     ("parameters", "message"),
     [
         (lambda model: model.body[0].weight, "got a Parameter"),
+        (lambda model: model, r"such as model.named_parameters\(\), got a Regression"),
         (lambda model: dict(model.named_parameters()), "got a dict"),
         (lambda model: [("a", model.body[0].weight), ("a", model.body[2].weight)], "'a' or its tensor comes twice"),
         (lambda model: [("a", model.body[0].weight), ("b", model.body[0].weight)], "'b' or its tensor comes twice"),

@@ -8,7 +8,7 @@ from transformers import Trainer, TrainingArguments
 from peft_child import keep_largest, select_child_network
 from peft_child.tuner.layer import child_tuning_layers
 
-from ..helpers import assert_same, child_of, chosen_model, config_for, snapshot, train
+from ..helpers import assert_same, child_of, chosen_model, config_for, move, snapshot, train
 from ..problems import batch_of, build
 
 
@@ -48,6 +48,7 @@ def chosen_again(model):
 
 
 def thinned(model):
+    move(model)
     keep_largest(model, 0.02)
     return model
 
