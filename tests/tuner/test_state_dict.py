@@ -2,14 +2,17 @@
 
 import copy
 import re
+from pathlib import Path
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 
 from peft_child.tensors.codec import FormatError
 from peft_child.tuner.layer import child_tuning_layers
 
+from ..files.test_adapter_tensors import read_independently
 from ..helpers import assert_same, child_of, chosen_model, config_for, logits, move, snapshot, train
 from ..problems import PROBLEMS, batch_of, build
 
@@ -127,3 +130,25 @@ def test_a_state_dict_that_is_damaged_changes_nothing(change):
     with pytest.raises(FormatError, match=f"'{name}'"):
         loaded.load_state_dict(state)
     assert_same(before, snapshot(loaded))
+
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "models"
+
+
+@pytest.mark.parametrize("name", sorted(folder.name for folder in GOLDEN.iterdir()))
+def test_adapters_that_earlier_versions_saved_load_as_ever(name):
+    """Saved by the code before the package had folders; read here by the page on the format alone."""
+    tensors = load_file(GOLDEN / name / "adapter_model.safetensors")
+    expected = build("bert")
+    weights = expected.state_dict()
+    for key, value in tensors.items():
+        plain = key.removeprefix("base_model.model.")
+        if ".child_" not in key:
+            weights[plain].copy_(value)
+    for key, (indices, values) in read_independently(GOLDEN / name / "adapter_model.safetensors").items():
+        weights[key].view(-1)[torch.tensor(indices)] += torch.tensor(values)
+    model = PeftModel.from_pretrained(build("bert"), GOLDEN / name, is_trainable=True)
+    assert torch.equal(logits(model, batch_of("bert")), logits(expected, batch_of("bert")))
+    masks = {key for key in tensors if ".child_mask." in key}
+    assert bool(masks) == (name != "task_driven")
+    assert masks <= {key.replace(".default", "") for key in model.state_dict()}
