@@ -1,7 +1,7 @@
 """Counts the optimizer steps that gradient masks depend on, with hooks that torch calls around every optimizer's step.
 
-The owners of masks are known to the whole process, under numbers: torch's hooks are as well, and compiled programs can
-hold a number, but no object.
+What is global here has to be: compiled programs can hold the number of an object, but not the object itself, and torch
+calls its hooks for all optimizers of the process. The hooks are made when the first mask is.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class MaskUse(NamedTuple):
     """The mask of an owner, looked up when a gradient arrives.
 
     Attributes:
-        owner: As `watch` numbered it.
+        owner: Its number.
         key: The owner's key of the tensor.
     """
 
@@ -50,7 +50,8 @@ class MaskUse(NamedTuple):
         return _mask_gradient(gradient, self.owner, self.key)
 
 
-_OWNERS: WeakValueDictionary[int, MaskOwner] = WeakValueDictionary()
+_OWNERS: WeakValueDictionary[int, MaskOwner] = WeakValueDictionary()  # by number
+_COUNTING: WeakValueDictionary[int, MaskOwner] = WeakValueDictionary()  # those of them that have masks
 _NUMBERS = itertools.count()
 
 
@@ -77,10 +78,10 @@ class _Step:
         if id(optimizer) in self.open:
             del self.open[self.open.index(id(optimizer)) :]
         found_inf = getattr(optimizer, "found_inf", None)  # a fused optimizer under GradScaler skips it by itself
-        if not _OWNERS or (found_inf is not None and bool(found_inf)):
+        if not _COUNTING or (found_inf is not None and bool(found_inf)):
             return
         stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        for owner in list(_OWNERS.values()):
+        for owner in list(_COUNTING.values()):
             owner.count_step(stepped - self.counted)
         self.counted |= stepped
 
@@ -88,17 +89,22 @@ class _Step:
 _STEP = _Step()
 
 
-def watch(owner: MaskOwner) -> int:
-    """Let an owner count optimizer steps from now on, as long as it lives; returns its number."""
-    _start_watching()
+def numbered(owner: MaskOwner) -> int:
+    """Give an owner a number, by which it can be found as long as it lives."""
     number = next(_NUMBERS)
     _OWNERS[number] = owner
     return number
 
 
 def owner_of(number: int) -> MaskOwner:
-    """The owner that `watch` gave a number."""
+    """The owner with a number."""
     return _OWNERS[number]
+
+
+def count_steps(number: int) -> None:
+    """Let an owner that has masks count the optimizer steps from now on."""
+    _register_hooks()
+    _COUNTING[number] = _OWNERS[number]
 
 
 def _mask_gradient(gradient: Tensor, owner: int, key: str) -> Tensor:
@@ -120,6 +126,6 @@ _operator.register_fake(lambda gradient, owner, key: torch.empty_like(gradient))
 
 
 @cache
-def _start_watching() -> None:
+def _register_hooks() -> None:
     register_optimizer_step_pre_hook(_STEP.begin)
     register_optimizer_step_post_hook(_STEP.end)

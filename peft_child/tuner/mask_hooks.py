@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from peft_child.tensors.gradient_mask import GradientMask
-from peft_child.tensors.mask_steps import MaskUse, watch
+from peft_child.tensors.mask_steps import MaskUse, count_steps, numbered
 
 
 class GradientMaskHandle:
@@ -23,7 +23,8 @@ class GradientMaskHandle:
         self._by_name = dict(parameters)
         self._masks = dict.fromkeys(parameters, mask)
         self._handles = []
-        number = watch(self)
+        number = numbered(self)
+        count_steps(number)
         for name, parameter in parameters.items():
             use = MaskUse(number, name) if mask.density < 1 else None
             self._handles.append(parameter.register_hook(partial(_masked, self, child.get(name), use)))

@@ -16,7 +16,7 @@ from peft_child.tensors.compose import Child, lock_of
 from peft_child.tensors.delta import ChildSize, SparseDelta
 from peft_child.tensors.distributed import check_whole, is_sharded
 from peft_child.tensors.gradient_mask import GradientMask
-from peft_child.tensors.mask_steps import MaskUse, owner_of, watch
+from peft_child.tensors.mask_steps import MaskUse, count_steps, numbered, owner_of
 from peft_child.tuner.buffers import IndexBuffers, MaskBuffers
 from peft_child.tuner.unheld import expect_optimizer
 
@@ -65,7 +65,7 @@ class LayerState(nn.Module, BaseTunerLayer):
         self.child_mask = MaskBuffers()
         self.child_states: dict[str, AdapterState] = {}
         self.child_ties: dict[str, tuple[LayerState, str]] = {}
-        self._number = watch(self)
+        self._number = numbered(self)
 
     def add_adapter(
         self,
@@ -87,6 +87,8 @@ class LayerState(nn.Module, BaseTunerLayer):
         self.child_mask.add_adapter(adapter_name)
         self.child_states[adapter_name] = AdapterState(dict(targets), mask, chosen=not targets)
         self.child_ties.update(ties)
+        if mask is not None:
+            count_steps(self._number)
 
     # Reading
 
@@ -398,7 +400,9 @@ class LayerState(nn.Module, BaseTunerLayer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """As torch's."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._number = watch(self)
+        self._number = numbered(self)
+        if self._masked():
+            count_steps(self._number)
 
 
 def _kept(delta: nn.Parameter | None, values: Tensor) -> nn.Parameter:
