@@ -4,6 +4,7 @@ import ast
 import importlib
 import inspect
 import pkgutil
+import re
 from collections import Counter
 from functools import cache
 from graphlib import TopologicalSorter
@@ -276,3 +277,19 @@ def test_public_names_are_documented():
         assert not documentation.startswith(f"{name}("), f"{name} has only what NamedTuple or dataclass wrote"
         if name[0].islower() or name.endswith("Config"):
             assert name in readme
+
+
+DOCS = ROOT.parent / "docs"
+
+
+def test_the_picture_and_the_page_show_the_modules_that_there_are():
+    shown = (DOCS / "architecture.svg").read_text()
+    page = (DOCS / "architecture.md").read_text() + (ROOT.parent / "CONTRIBUTING.md").read_text()
+    assert all(
+        f">{source.stem}<" in shown for source in SOURCES if source.parent != ROOT and source.stem != "__init__"
+    )
+    code = "\n".join(source.read_text() for source in SOURCES)
+    for name in re.findall(r"`([\w./]+)`", page):
+        assert (
+            any((ROOT.parent / folder / name).exists() for folder in ("", "peft_child")) or name.split(".")[-1] in code
+        )
