@@ -369,11 +369,14 @@ class ChildTuningModel(BaseTuner):
         In a state dict of the whole model, a layer without a child network is one in which nothing was chosen.
         """
         layers = {f"{prefix}{name}.": layer for name, layer in child_tuning_layers(self).items()}
-        for adapter in self.peft_config:
-            found = {path: layer.sizes_in(state_dict, path, adapter) for path, layer in layers.items()}
-            if not any(sizes for sizes, _ in found.values()):
+        found = {
+            adapter: {path: layer.sizes_in(state_dict, path, adapter) for path, layer in layers.items()}
+            for adapter in self.peft_config
+        }
+        for adapter, by_path in found.items():
+            if not any(sizes for sizes, _ in by_path.values()):
                 continue
-            for path, (sizes, dtypes) in found.items():
+            for path, (sizes, dtypes) in by_path.items():
                 targets = [f"{path}base_layer.{parameter}" for parameter in layers[path].targets_of(adapter)]
                 if sizes or any(target in state_dict for target in targets):
                     layers[path].make_room(adapter, sizes, dtypes)

@@ -132,6 +132,20 @@ def test_a_state_dict_that_is_damaged_changes_nothing(change):
     assert_same(before, snapshot(loaded))
 
 
+def test_a_state_dict_that_is_damaged_in_one_adapter_changes_no_other():
+    def with_two(density):
+        model = trained("bert", variant="random", density=density)
+        model.add_adapter("second", config_for("bert", variant="random", density=density))
+        return model
+
+    state, loaded = with_two(0.1).state_dict(), with_two(0.2)
+    flipped(state, next(key for key in state if ".child_index.second." in key))
+    before = snapshot(loaded)
+    with pytest.raises(FormatError):
+        loaded.load_state_dict(state)
+    assert_same(before, snapshot(loaded))
+
+
 GOLDEN = Path(__file__).parents[1] / "golden" / "models"
 
 
