@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
 from peft_child.files.adapter_tensors import KINDS, MASK
 from peft_child.tensors.delta import ChildSize
-from peft_child.tuner.layer import child_tuning_layers
+from peft_child.tuner.layer import ChildTuningLayer, child_tuning_layers
 from peft_child.tuner.targets import Target
 
 
@@ -62,21 +62,33 @@ def check_vocabulary(model: nn.Module, targets: list[Target]) -> None:
         )
 
 
-def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put `new` in every place of the model where `old` stands, but not inside `new` itself."""
-    for module in list(model.modules()):
-        if module is not new:
-            for name, child in module._modules.items():
-                if child is old:
-                    module._modules[name] = new
+Places = dict[nn.Module, list[tuple[nn.Module, str]]]
+
+
+def places_of(model: nn.Module) -> Places:
+    """By module, every module that it is a child of, and its name there."""
+    places: Places = {}
+    for module in model.modules():
+        for name, child in module._modules.items():
+            if child is not None:
+                places.setdefault(child, []).append((module, name))
+    return places
+
+
+def unwrap(model: nn.Module, layers: Iterable[ChildTuningLayer]) -> None:
+    """Put the base layers back in every place of the model where these layers stand."""
+    places = places_of(model)
+    for layer in layers:
+        for parent, name in places[layer]:
+            parent._modules[name] = layer.base_layer
 
 
 def remove_adapter(model: nn.Module, adapter_name: str) -> None:
     """Delete an adapter from the layers of a model, and unwrap the layers that have no other."""
-    for layer in child_tuning_layers(model, adapter_name).values():
+    layers = child_tuning_layers(model, adapter_name).values()
+    for layer in layers:
         layer.delete_adapter(adapter_name)
-        if not layer.adapters:
-            replace_module(model, layer, layer.base_layer)
+    unwrap(model, (layer for layer in layers if not layer.adapters))
 
 
 def keep_buffers_from_ddp(model: nn.Module) -> None:
