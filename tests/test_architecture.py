@@ -269,6 +269,15 @@ def test_folders_and_files_are_small():
     assert long == LONG.keys()
 
 
+def test_every_module_has_a_test_file_of_its_name():
+    tests = ROOT.parent / "tests"
+    modules = [source for source in SOURCES if source.parent != ROOT and source.stem != "__init__"]
+    missing = [
+        path_of(source) for source in modules if not (tests / source.parent.name / f"test_{source.name}").exists()
+    ]
+    assert not missing
+
+
 def test_public_names_are_documented():
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     for name in peft_child.__all__:

@@ -31,7 +31,7 @@ class Loss(NamedTuple):
     loss_fn: Forward | None
 
     def unchecked(self, batch: Any) -> Any:
-        """The loss of a batch, or whatever is there instead; None if nothing is."""
+        """The raw loss output for a batch, or None."""
         output = self.model(**batch) if self.forward_fn is None else self.forward_fn(self.model, batch)
         return _loss_in(output) if self.loss_fn is None else self.loss_fn(output, batch)
 

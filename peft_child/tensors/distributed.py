@@ -1,7 +1,7 @@
-"""What processes that train one model together (torch.distributed) tell each other.
+"""Exchanges between the ranks that train one model (torch.distributed), in which errors travel as well.
 
-Every rank reaches every exchange, also one whose own part of the work failed: it brings its error, and all ranks raise
-it. So none waits for another that has given up. Without torch.distributed, or in one process, nothing is exchanged.
+A rank that fails still takes part in the next exchange: it sends its error, and all ranks raise it. So none waits for
+ever. Without torch.distributed, or in one process, nothing is exchanged.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ _NONE = object()
 
 
 class _Failure(NamedTuple):
-    """What is told of an exception; exceptions themselves cannot always be sent."""
+    """Kind and message of an exception, which cannot always be pickled itself."""
 
     kind: type[ValueError | RuntimeError]
     message: str
 
 
 class _FailedElsewhereError(Exception):
-    """Another rank failed in the middle of the work; this one knows of it, and has told all."""
+    """Another rank failed in the middle of the work, and this one has taken part in the exchange that says so."""
 
     def __init__(self, answers: list[Any]) -> None:
         super().__init__()
@@ -82,8 +82,7 @@ def on_every_rank(work: Callable[[], T]) -> T:
 def in_step(items: Iterable[T], has_enough: Callable[[int], bool], shared: bool) -> Iterator[tuple[int, T]]:
     """This rank's items, each taken when all ranks take one, so that all know at once if one fails.
 
-    It keeps step also for iterables that communicate themselves, as some dataloaders do: who has enough goes on taking
-    items until all are done.
+    Some dataloaders communicate between ranks themselves. So ranks that have enough keep iterating until all are done.
 
     Args:
         items: The items of this rank; the numbers of items may differ.
@@ -166,8 +165,8 @@ def check_can_add(device: torch.device) -> None:
     """Raise a `ValueError` if tensors of this device cannot be added over the ranks."""
     if device.type == "cpu" and world_size() > 1 and distributed.get_backend() == "nccl":
         raise ValueError(
-            "The processes talk through nccl, which takes tensors on GPUs only: move the model to its GPU before its "
-            "child network is chosen, or initialise torch.distributed with 'cpu:gloo,cuda:nccl'."
+            "The process group's backend is nccl, which takes tensors on GPUs only: move the model to its GPU before "
+            "its child network is chosen, or initialise torch.distributed with 'cpu:gloo,cuda:nccl'."
         )
 
 

@@ -73,7 +73,7 @@ def _check_placement(name: str, score: Any) -> None:
 
 
 def _add_counts(device: torch.device, counts: Tensor) -> None:
-    """Add counts over the ranks, on the device that their processes talk about."""
+    """Add counts over the ranks, on the process group's device."""
     moved = counts.to(device)
     add_over_ranks(moved)
     counts.copy_(moved)

@@ -62,25 +62,30 @@ def check_vocabulary(model: nn.Module, targets: list[Target]) -> None:
         )
 
 
-Places = dict[nn.Module, list[tuple[nn.Module, str]]]
+Parents = dict[nn.Module, list[tuple[nn.Module, str]]]
 
 
-def places_of(model: nn.Module) -> Places:
+def parents_of(model: nn.Module) -> Parents:
     """By module, every module that it is a child of, and its name there."""
-    places: Places = {}
+    parents: Parents = {}
     for module in model.modules():
         for name, child in module._modules.items():
             if child is not None:
-                places.setdefault(child, []).append((module, name))
-    return places
+                parents.setdefault(child, []).append((module, name))
+    return parents
+
+
+def replace_everywhere(parents: Parents, old: nn.Module, new: nn.Module) -> None:
+    """Put a module in every place where another one stood when `parents_of` was called."""
+    for parent, name in parents[old]:
+        parent._modules[name] = new
 
 
 def unwrap(model: nn.Module, layers: Iterable[ChildTuningLayer]) -> None:
     """Put the base layers back in every place of the model where these layers stand."""
-    places = places_of(model)
+    parents = parents_of(model)
     for layer in layers:
-        for parent, name in places[layer]:
-            parent._modules[name] = layer.base_layer
+        replace_everywhere(parents, layer, layer.base_layer)
 
 
 def remove_adapter(model: nn.Module, adapter_name: str) -> None:

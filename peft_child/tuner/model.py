@@ -25,13 +25,14 @@ from peft_child.tensors.distributed import check_has_values
 from peft_child.tensors.topk import apportion, draw_random
 from peft_child.tuner.config import ChildTuningConfig
 from peft_child.tuner.injection import (
-    Places,
+    Parents,
     check_name_is_free,
     check_sizes,
     check_vocabulary,
     keep_buffers_from_ddp,
-    places_of,
+    parents_of,
     remove_adapter,
+    replace_everywhere,
     unwrap,
 )
 from peft_child.tuner.layer import ChildTuningLayer, child_tuning_layers
@@ -57,13 +58,13 @@ class _Plan(NamedTuple):
     Attributes:
         entries: Targets and owners by module, under the name by which PEFT's loop comes to the module.
         layers: The Child-Tuning layers of the model by base layer.
-        places: By module, every module that it is a child of, and its name there.
+        parents: By module, every module that it is a child of, and its name there.
         counts: If the child network needs no data, how many entries to draw, by name of the target.
     """
 
     entries: dict[str, dict[nn.Module, list[tuple[Target, Owner]]]]
     layers: dict[nn.Module, ChildTuningLayer]
-    places: Places
+    parents: Parents
     counts: dict[str, int] | None
 
 
@@ -126,7 +127,7 @@ class ChildTuningModel(BaseTuner):
         if peft_config.variant in ("random", "task_free") and targets:
             counts = apportion(numels, peft_config.child_size(sum(numels.values())))
         layers = {layer.base_layer: layer for layer in child_tuning_layers(model).values()}
-        self._plan = _Plan(entries, layers, places_of(model), counts)
+        self._plan = _Plan(entries, layers, parents_of(model), counts)
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
         if key in self._plan.entries:
@@ -168,8 +169,7 @@ class ChildTuningModel(BaseTuner):
         if layer is None:
             layer = self._plan.layers[module] = ChildTuningLayer(module)
             layer.train(module.training)
-            for parent, name in self._plan.places[module]:
-                parent._modules[name] = layer
+            replace_everywhere(self._plan.parents, module, layer)
         return layer
 
     def _fill(self, layer: ChildTuningLayer, adapter_name: str, config: ChildTuningConfig) -> None:

@@ -229,7 +229,7 @@ MESSAGES = {
     "neither": r"needs either a dataloader or scores, got both or neither. \(rank 1 of 2\)",
     "scores": "Every process must have the same scores; these would choose different child networks.",
     "missing score": r"exactly one tensor for each.*2 are missing: .*query.bias'.* \(rank 1 of 2\)",
-    "nccl": "The processes talk through nccl, which takes tensors on GPUs only: move the model to its GPU before",
+    "nccl": "backend is nccl, which takes tensors on GPUs only: move the model to its GPU before",
     "head": "the same digest of the densely trained weights .set the same seed before a new head is made.; got ",
 }
 

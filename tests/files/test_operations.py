@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from peft_child.files.adapter_folder import read_adapter, write_adapter
-from peft_child.files.checkpoint import Checkpoint, replacing
+from peft_child.files.checkpoint import Checkpoint
 from peft_child.files.combination import combine_adapters
 from peft_child.files.extract import extract_adapter
 from peft_child.files.merge import export_patch, merge_checkpoint
@@ -46,28 +46,6 @@ def saved_adapter(base, folder, **changes):
     move(child, adapter_name="default")
     child.save_pretrained(folder)
     return child
-
-
-def test_nothing_is_replaced_without_force_and_never_by_halves(tmp_path):
-    target = tmp_path / "target"
-    target.mkdir()
-    (target / "old").write_text("old")
-    with pytest.raises(FileExistsError, match="exists already; pass force"), replacing(target, force=False):
-        pass
-
-    def fail():
-        with replacing(target, force=True) as temporary:
-            temporary.mkdir()
-            raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        fail()
-    assert [path.name for path in tmp_path.iterdir()] == ["target"]
-    with replacing(target, force=True) as temporary:
-        temporary.mkdir()
-        (temporary / "new").write_text("new")
-    assert [path.name for path in target.iterdir()] == ["new"]
-    assert [path.name for path in tmp_path.iterdir()] == ["target"]
 
 
 MEASURED = """

@@ -7,7 +7,7 @@ from peft import get_peft_model
 from torch import nn
 
 from peft_child import ChildTuningConfig
-from peft_child.tuner.injection import places_of
+from peft_child.tuner.injection import parents_of
 from peft_child.tuner.layer import child_tuning_layers
 
 
@@ -43,7 +43,7 @@ def test_a_module_in_several_places_is_wrapped_and_unwrapped_in_all():
     base = nn.ModuleDict({"first": nn.Linear(3, 3), "inner": nn.Sequential(nn.Linear(3, 3))})
     base["again"] = base["inner"][0]
     shared = base["again"]
-    assert [name for _, name in places_of(base)[shared]] == ["again", "0"]
+    assert [name for _, name in parents_of(base)[shared]] == ["again", "0"]
     model = get_peft_model(base, ChildTuningConfig(variant="random", density=0.5, target_modules=["again"]))
     (layer,) = child_tuning_layers(model).values()
     assert base["again"] is base["inner"][0] is layer

@@ -1,0 +1,81 @@
+"""Base models that have to be loaded, since their checkpoints have other names."""
+
+import json
+import shutil
+
+import pytest
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertModel,
+    LlamaForCausalLM,
+    LlamaModel,
+)
+
+from peft_child.files.adapter_folder import CONFIG_NAME
+
+from ..files.test_operations import bits, tensors_of
+from ..helpers import assert_same, chosen_model, move
+from ..problems import build, tiny_bert, tiny_llama
+from .commands import error_of, output_of
+
+
+def fused(folder):
+    """Each expert has tensors of its own in the checkpoint; all of them together are one in the model."""
+    build("mixtral").save_pretrained(folder)
+    return chosen_model("mixtral", AutoModelForCausalLM.from_pretrained(folder), task_type="CAUSAL_LM")
+
+
+def without_head(folder):
+    """The checkpoint's names lack the prefix of the model's."""
+    LlamaModel(tiny_llama(tie_word_embeddings=True).config).save_pretrained(folder)
+    return chosen_model("llama", LlamaForCausalLM.from_pretrained(folder))
+
+
+def with_new_head(folder):
+    """The head is in the adapter alone."""
+    BertModel(tiny_bert().config).save_pretrained(folder)
+    return chosen_model("bert", AutoModelForSequenceClassification.from_pretrained(folder))
+
+
+@pytest.mark.parametrize("make", [fused, without_head, with_new_head])
+def test_merge_loads_the_model_where_names_differ(tmp_path, make):
+    model = make(tmp_path / "base")
+    (tmp_path / "base/tokenizer.txt").write_text("beside the weights")
+    move(model)
+    model.save_pretrained(tmp_path / "child")
+    note = "note: the checkpoint has other names than the model, so the whole model is loaded to {} it.\n"
+    output_of("verify", tmp_path / "child", "--base", tmp_path / "base", messages=note.format("check"))
+    output_of("merge", tmp_path / "child", tmp_path / "base", tmp_path / "merged", messages=note.format("merge"))
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path / "expected")
+    assert_same(bits(tensors_of(tmp_path / "merged")), bits(tensors_of(tmp_path / "expected")))
+    assert (tmp_path / "merged/tokenizer.txt").read_text() == "beside the weights"
+    settings = json.loads((tmp_path / "merged/config.json").read_text())
+    assert settings["architectures"] == [type(merged).__name__]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_head_that_nobody_has_is_not_made_up(tmp_path):
+    LlamaModel(tiny_llama().config).save_pretrained(tmp_path / "base")
+    model = chosen_model("llama", LlamaForCausalLM.from_pretrained(tmp_path / "base"))
+    model.save_pretrained(tmp_path / "child")
+    message = error_of("merge", tmp_path / "child", tmp_path / "base", tmp_path / "merged")
+    assert "lacks 'lm_head.weight' (1 tensors in all), and the adapter does not have it" in message
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_model_that_cannot_be_loaded(files, tmp_path):
+    build("bert").save_pretrained(tmp_path / "bert")
+    for base, problem in (
+        (tmp_path / "bert", "does not fit"),
+        (tmp_path / "bert/model.safetensors", "must be a folder with 'config.json'"),
+    ):
+        assert problem in error_of("merge", files / "chosen", base, tmp_path / "merged")
+        assert problem in error_of("verify", files / "chosen", "--base", base)
+    shutil.copytree(files / "chosen", tmp_path / "child")
+    settings = json.loads((tmp_path / "child" / CONFIG_NAME).read_text())
+    settings.update(task_type=None, auto_mapping={"base_model_class": "Trainer", "parent_library": "os"})
+    (tmp_path / "child" / CONFIG_NAME).write_text(json.dumps(settings))
+    message = error_of("merge", tmp_path / "child", tmp_path / "bert", tmp_path / "merged")
+    assert "transformers has no model class 'Trainer'" in message
