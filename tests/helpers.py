@@ -13,8 +13,12 @@ from peft_child.tuner.layer import child_tuning_layers
 from .problems import PROBLEMS, batch_of, build
 
 
+DEFAULTS = {"density": 0.3, "granularity": "entry"}  # see `granularity` in conftest.py
+
+
 def config_for(name, **changes):
-    return ChildTuningConfig(**{"density": 0.3, **PROBLEMS[name].targets, **changes})
+    defaults = DEFAULTS | ({"granularity": "entry"} if changes.get("variant") == "task_free" else {})
+    return ChildTuningConfig(**{**defaults, **PROBLEMS[name].targets, **changes})
 
 
 def chosen_model(name, base=None, **changes):

@@ -120,7 +120,7 @@ def _read_delta(file: Path, name: str, keys: Mapping[str, str], size: ChildSize)
             f"of it, the file {list(child.size())}."
         )
     shape = (child.header.numel // child.header.width, child.header.width)
-    return SparseDelta(shape, child.indices(name), child.delta, child.header.fingerprint)
+    return SparseDelta(shape, child.indices(name), child.delta, child.header.fingerprint, child.layout())
 
 
 def _check_method(folder: Path, settings: object) -> None:
@@ -167,7 +167,7 @@ def _write_deltas(
 
 def _write_delta(weights: TensorWriter, name: str, delta: SparseDelta) -> ChildSize:
     path, _, parameter = name.rpartition(".")
-    block = encode(delta.indices.cpu().numpy(), delta.shape, delta.fingerprint)
+    block = encode(delta.indices.cpu().numpy(), delta.shape, delta.fingerprint, delta.layout)
     pair = {
         f"{PREFIX}{path}.{DELTA}.{parameter}": delta.values,
         f"{PREFIX}{path}.{INDEX}.{parameter}": torch.frombuffer(bytearray(block), dtype=torch.uint8),

@@ -12,11 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from peft_child.tensors.channels import ChannelLayout
 from peft_child.tensors.codec import (
     HEADER_SIZE,
     FormatError,
     Header,
     decode,
+    decode_channels,
     read_header,
     unchecked_header,
     with_delta_checksum,
@@ -65,6 +67,11 @@ class StoredChild(NamedTuple):
             return torch.from_numpy(decode(self.block.cpu().numpy().data))
         except FormatError as error:
             raise FormatError(f"The child of '{name}' cannot be loaded. {error}") from error
+
+    def layout(self) -> ChannelLayout | None:
+        """How input channels lie in the tensor, if the child network consists of whole ones."""
+        channels = decode_channels(self.block.cpu().numpy().data)
+        return None if channels is None else channels[0]
 
 
 def read_children(tensors: Mapping[str, Tensor]) -> tuple[dict[str, StoredChild], dict[str, Tensor]]:

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from peft_child.selection.batches import rows_of_example, some_examples
 from peft_child.selection.capture import CannotCaptureError, Owners
-from peft_child.selection.example_gradients import Part, add_squares
+from peft_child.selection.example_gradients import Part, add_channel_squares, add_squares
 from peft_child.selection.loss import Loss
 from peft_child.selection.reduction import Comparison, Reduction
 from peft_child.selection.squares import squaring
+from peft_child.tensors.channels import ChannelLayout
 
 
 _COMPARED = 2  # examples that are scored both ways
@@ -34,19 +35,26 @@ class BatchScorer:
     Args:
         loss: How to get the loss of a batch from the model, in which the targets alone require gradients.
         targets: Parameters by name, none of them sharded.
-        scores: Where to add, by name.
+        scores: Where to add, by name: in the shape of the parameter, or a number for each of its channels.
+        layouts: How input channels lie in the targets, by name; empty if single entries are scored.
         at_once: Whether whole batches may be tried.
     """
 
     def __init__(
-        self, loss: Loss, targets: Mapping[str, nn.Parameter], scores: Mapping[str, Tensor], at_once: bool
+        self,
+        loss: Loss,
+        targets: Mapping[str, nn.Parameter],
+        scores: Mapping[str, Tensor],
+        layouts: Mapping[str, ChannelLayout],
+        at_once: bool,
     ) -> None:
         self._loss = loss
         self._targets = targets
         self._scores = scores
+        self._layouts = layouts
         self._owners = Owners(loss.model, targets)
         self._reduction = Reduction()
-        self._layouts: set[tuple[Any, ...]] = set()  # those that a comparison has shown to be right
+        self._divisions: set[tuple[Any, ...]] = set()  # those that a comparison has shown to be right
         self._at_once = at_once
 
     def add(self, batch: Any, size: int, first: int) -> None:
@@ -61,7 +69,7 @@ class BatchScorer:
         while len(numbers) > 1 and self._at_once:
             if self._add_at_once(batch, len(numbers)):
                 return
-            if not self._layouts:
+            if not self._divisions:
                 self._consider_modules()
             if self._at_once:
                 batch, numbers = self._compare_some(batch, numbers)
@@ -79,7 +87,7 @@ class BatchScorer:
     ) -> list[float]:
         """Score examples by the definition; returns their losses."""
         losses = []
-        with squaring(self._targets, self._scores, observe=observe) as square:
+        with squaring(self._targets, self._scores, layouts=self._layouts, observe=observe) as square:
             for index, number in enumerate(numbers):
                 loss = self._loss.checked(some_examples(batch, [index], len(numbers)), number)
                 losses.append(loss.item())
@@ -89,11 +97,11 @@ class BatchScorer:
     def _add_at_once(self, batch: Any, size: int) -> bool:
         """Score all examples together, unless something about the batch is not known to be right."""
         weights = self._reduction.weights(batch, size)
-        if weights is None or not self._layouts:
+        if weights is None or not self._divisions:
             return False
         with self._owners.capture(size, rows_of_example(batch, size)) as capture:
             loss = self._loss_at_once(batch)
-            if loss is None or not capture.layouts <= self._layouts:
+            if loss is None or not capture.divisions <= self._divisions:
                 return False
             scale = 1 / max(weights)  # as large as the gradients of single examples, which low precision can hold
             factors = [1 / (weight * scale) ** 2 for weight in weights]
@@ -101,7 +109,11 @@ class BatchScorer:
         return True
 
     def _add_squares(self, factors: list[float], name: str, parts: Sequence[Part]) -> None:
-        add_squares(self._scores[name], parts, factors, self._targets[name].device)
+        device = self._targets[name].device
+        if self._layouts:
+            add_channel_squares(self._scores[name], self._layouts[name], parts, factors, device)
+        else:
+            add_squares(self._scores[name], parts, factors, device)
 
     def _loss_at_once(self, batch: Any) -> Tensor | None:
         """The loss of a batch with a graph to what is captured, or None if the batch has to be taken apart."""
@@ -169,14 +181,19 @@ class BatchScorer:
         )
         if problem is not None:
             self._go_one_by_one(problem)
-        self._layouts |= capture.layouts
+        self._divisions |= capture.divisions
 
     def _note_norms(self, norms: dict[str, Tensor], name: str, parts: Sequence[Part]) -> None:
         size = len(norms[name])
         target = self._targets[name]
         for index in range(size):
-            squares = torch.zeros(target.shape, device=target.device)
-            add_squares(squares, parts, [float(index == other) for other in range(size)], target.device)
+            alone = [float(index == other) for other in range(size)]
+            if self._layouts:
+                squares = torch.zeros(self._layouts[name].number, device=target.device)
+                add_channel_squares(squares, self._layouts[name], parts, alone, target.device)
+            else:
+                squares = torch.zeros(target.shape, device=target.device)
+                add_squares(squares, parts, alone, target.device)
             norms[name][index] = squares.sum(dtype=torch.float64)
 
 

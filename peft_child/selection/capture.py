@@ -76,7 +76,7 @@ class Capture:
     """What is captured of one batch.
 
     Attributes:
-        layouts: How the inputs of the modules are divided among the examples.
+        divisions: How the inputs of the modules are divided among the examples.
     """
 
     def __init__(self, owners: Owners, examples: int, rows: Collection[int]) -> None:
@@ -87,7 +87,7 @@ class Capture:
         self._uses: dict[str, list[Use]] = {}
         self._done: set[str] = set()
         self._sink: Sink | None = None
-        self.layouts: set[tuple[Any, ...]] = set()
+        self.divisions: set[tuple[Any, ...]] = set()
 
     def keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Hook: keep the input of a module, and let its output tell when its gradient comes back."""
@@ -106,7 +106,7 @@ class Capture:
             output = output.repeat(self._examples, *[1] * (output.dim() - 1))
         inputs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
         use = Use(module, inputs, self._examples, shared, length)
-        self.layouts.add(use.layout())
+        self.divisions.add(use.division())
         for name in self._owners.keys[module].values():
             self._uses.setdefault(name, []).append(use)
         if output.requires_grad:

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from peft_child.tensors.channels import ChannelLayout
+
 
 _TILE = 2**19  # entries of one example's gradient that stay in a processor's cache with their scores
 _DEVICE_TILE = 2**26  # entries of all examples' gradients that other devices hold at a time
@@ -140,6 +142,53 @@ def add_squares(score: Tensor, parts: Sequence[Part], weights: Sequence[float], 
         score.add_(room.to(score.device))
 
 
+def add_channel_squares(
+    score: Tensor, layout: ChannelLayout, parts: Sequence[Part], weights: Sequence[float], device: torch.device
+) -> None:
+    """As `add_squares`, summed over the entries of each input channel, without any gradient of a whole matrix.
+
+    With inputs x and output gradients d of an example's tokens, the sum over column j of the squares of `d.T @ x` is
+    `x_j.T @ (d @ d.T) @ x_j`.
+
+    Args:
+        score: Float32, shape `(number of channels,)`, on any device.
+        layout: How the channels lie in the parameter.
+        parts: As in `add_squares`.
+        weights: As in `add_squares`.
+        device: As in `add_squares`.
+    """
+    found = torch.zeros_like(score, device=device)
+    only = parts[0] if len(parts) == 1 else None
+    if layout.outer == 1 and all(isinstance(part, Rows) for part in parts):
+        rows, factors, sums = _summed_rows(found, [part for part in parts if isinstance(part, Rows)], weights)
+        found.index_add_(0, rows, sums.square_().sum(1).mul_(factors))
+        score.add_(found.to(score.device))
+        return
+    for example, weight in enumerate(weights):
+        if not weight:
+            continue
+        if isinstance(only, Product):
+            found.add_(_channel_squares(only, layout, example), alpha=weight)
+            continue
+        one = slice(example, example + 1)
+        gradient = parts[0].of(one, slice(None))
+        for part in parts[1:]:
+            gradient = gradient + part.of(one, slice(None))
+        found.add_(layout.sums(gradient[0].float().square()), alpha=weight)
+    score.add_(found.to(score.device))
+
+
+def _channel_squares(part: Product, layout: ChannelLayout, example: int) -> Tensor:
+    """Sums over the channels of the squared gradient of one example, the cheaper way."""
+    tokens = part.tokens[example]
+    left, right = part.left[example, tokens].float(), part.right[example, tokens].float()
+    if layout.outer == 1:  # channels are rows
+        left, right = right, left
+    if len(left) * (left.shape[1] + right.shape[1]) < layout.numel:
+        return (left @ left.T @ right).mul_(right).sum(0)
+    return (left.T @ right).square_().sum(0)
+
+
 def _add_tiles(score: Tensor, parts: Sequence[Part], weights: Sequence[float]) -> None:
     """Compute gradients tile by tile: of one example at a time on a processor, of all on other devices."""
     at_once = 1 if score.device.type == "cpu" or any(isinstance(part, Each) for part in parts) else len(weights)
@@ -175,16 +224,21 @@ def _add_outer(score: Tensor, part: Product, weights: Sequence[float]) -> None:
     score.addmm_((left * left.new_tensor(weights).unsqueeze(1)).T, right)
 
 
-def _add_rows(score: Tensor, parts: Sequence[Rows], weights: Sequence[float]) -> None:
+def _add_rows(room: Tensor, parts: Sequence[Rows], weights: Sequence[float]) -> None:
     """Only the rows that an example uses."""
+    rows, factors, sums = _summed_rows(room, parts, weights)
+    room.index_add_(0, rows, sums.square_().mul_(factors.unsqueeze(1)))
+
+
+def _summed_rows(room: Tensor, parts: Sequence[Rows], weights: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
+    """For each row that an example uses: its number, the weight of the example, and the gradient of the row."""
     ids = torch.cat([part.ids for part in parts], 1)
     values = torch.cat([part.values for part in parts], 1)
-    keys = ids + len(score) * torch.arange(len(ids), device=ids.device).unsqueeze(1)  # tell the examples apart
+    keys = ids + len(room) * torch.arange(len(ids), device=ids.device).unsqueeze(1)  # tell the examples apart
     unique, positions = keys.unique(return_inverse=True)
-    sums = torch.zeros(len(unique), values.shape[-1], device=score.device)
+    sums = torch.zeros(len(unique), values.shape[-1], device=room.device)
     sums.index_add_(0, positions.flatten(), values.flatten(0, 1).float())
-    factors = sums.new_tensor(weights)[unique // len(score)]
-    score.index_add_(0, unique % len(score), sums.square_().mul_(factors.unsqueeze(1)))
+    return unique % len(room), sums.new_tensor(weights)[unique // len(room)], sums
 
 
 def _weighed(weights: Sequence[float], gradients: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from peft_child.selection.batch_scorer import BatchScorer
 from peft_child.selection.batches import batch_size, check_batch, labelled, some_examples, to_device
 from peft_child.selection.loss import Forward, Loss
 from peft_child.selection.squares import average, squaring
+from peft_child.tensors.channels import ChannelLayout
 from peft_child.tensors.distributed import (
     check_can_add,
     gathered,
@@ -39,6 +40,7 @@ class FisherPass:
     """One pass over the data; the settings are those of `estimate_fisher`.
 
     Attributes:
+        layouts: How input channels lie in the targets, by name; empty if single entries are scored.
         fisher: 'per_example', or 'authors' to score batches as they come, with dropout and clipping.
         examples: Number of examples that were scored; in the end those of all ranks together.
         skipped: Number of examples without a label, likewise; the mean of their loss is one of nothing.
@@ -46,6 +48,7 @@ class FisherPass:
 
     model: nn.Module
     fisher: str
+    layouts: Mapping[str, ChannelLayout]
     num_examples: int | None = None
     forward_fn: Forward | None = None
     loss_fn: Forward | None = None
@@ -61,7 +64,7 @@ class FisherPass:
         return self.fisher == "authors"
 
     def scores(self, dataloader: Iterable[Any], targets: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-        """Fisher information of the targets, float32, in their shapes."""
+        """Fisher information of the targets, float32: in their shapes, or the sum of each of their channels."""
         shared = any(is_sharded(parameter) for parameter in targets.values())  # then all ranks score all examples
         self._check(targets, shared)
         with _scoring(self.model, targets.values(), training=self._by_batch):
@@ -101,6 +104,8 @@ class FisherPass:
         if not shared:
             device = next(iter(targets.values())).device
             check_can_add(torch.device("cpu" if self.score_folder else self.score_device or device))
+        elif self.layouts:
+            raise ValueError("Input channels are chosen before a model is sharded (fully_shard), not after it.")
         elif not (self.score_device is self.score_folder is None):
             raise ValueError(
                 "Scores of a sharded model stay with its shards; leave out score_device and score_folder."
@@ -108,10 +113,13 @@ class FisherPass:
 
     def _zeros(self, name: str, parameter: Tensor) -> Tensor:
         """Where to add up the scores of a parameter; by default beside it, and sharded as it is."""
+        shape = torch.Size([self.layouts[name].number]) if self.layouts else parameter.shape
         if self.score_folder is not None:
-            return _mapped_zeros(Path(self.score_folder), name, parameter.shape)
+            return _mapped_zeros(Path(self.score_folder), name, shape)
         if self.score_device is not None:
-            return torch.zeros(parameter.shape, device=self.score_device)
+            return torch.zeros(shape, device=self.score_device)
+        if self.layouts:
+            return torch.zeros(shape, device=parameter.device)
         return torch.zeros_like(parameter, dtype=torch.float32, memory_format=torch.contiguous_format)
 
     def _add_squares(
@@ -122,7 +130,7 @@ class FisherPass:
         scorer = None
         if self.split_batches and not self._by_batch:
             at_once = not any(is_sharded(parameter) for parameter in self.model.parameters())
-            scorer = BatchScorer(loss, targets, sums, at_once)
+            scorer = BatchScorer(loss, targets, sums, self.layouts, at_once)
         device = next(iter(targets.values())).device
         left = [_share(self.num_examples, each) for each in range(world_size())]  # of each rank's data
         losses = 0
@@ -136,7 +144,7 @@ class FisherPass:
                 kept = to_device(kept, device)
                 size = batch_size(kept) if self.split_batches else 1
                 if scorer is None:
-                    with squaring(targets, sums, 1.0 if self._by_batch else None) as square:
+                    with squaring(targets, sums, 1.0 if self._by_batch else None, self.layouts) as square:
                         square(loss.checked(kept, self.examples))
                     losses += 1
                 else:

@@ -45,7 +45,7 @@ class Use:
         """What this call adds to the gradient of one of the module's parameters, for each example."""
         return (_formula(self.module, key) or _of_second_runs)(self, key)
 
-    def layout(self) -> tuple[Any, ...]:
+    def division(self) -> tuple[Any, ...]:
         """What of this call decides how its input is divided among the examples."""
         leaves = tree_flatten(self.inputs)[0]
         dims = [(leaf.dim(), self.is_divided(leaf)) if isinstance(leaf, Tensor) else None for leaf in leaves]

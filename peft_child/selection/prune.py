@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from peft_child.files.adapter_folder import WITHOUT_MASK
 from peft_child.selection.select import adapter_of
+from peft_child.tensors.channels import ChannelLayout, choose_channels
+from peft_child.tensors.delta import SparseDelta
 from peft_child.tensors.distributed import check_whole
 from peft_child.tensors.topk import select_largest
 from peft_child.tuner.config import ChildTuningConfig
@@ -45,7 +49,8 @@ def keep_largest(model: nn.Module, density: float, *, adapter_name: str = "defau
 
     Args:
         model: A model with a trained Child-Tuning adapter.
-        density: Share of the targeted entries to keep, in (0, 1]; exactly `round(density * n)` of n.
+        density: Share of the targeted entries to keep, in (0, 1]; exactly `round(density * n)` of n, or as many whole
+            input channels as fit into that, those with the largest mean squared change first.
         adapter_name: The adapter; it must be active.
 
     Returns:
@@ -55,7 +60,7 @@ def keep_largest(model: nn.Module, density: float, *, adapter_name: str = "defau
         ValueError: If the density is out of range or above that of the adapter, nothing was trained, or a change is
             not finite.
     """
-    config, layers, targets = adapter_of(model, adapter_name)
+    config, layers, targets, layouts = adapter_of(model, adapter_name)
     for name, parameter in targets.items():
         check_whole(name, parameter, "save the adapter, and keep its largest changes in one process")
     for layer in layers:
@@ -73,7 +78,12 @@ def keep_largest(model: nn.Module, density: float, *, adapter_name: str = "defau
             raise ValueError(f"Changes must be finite; those of '{name}' hold another value.")
     if not any(bool(delta.any()) for delta in changed.values()):
         raise ValueError(f"Adapter '{adapter_name}' has not been trained: none of its entries has changed.")
-    chosen = select_largest({name: delta.abs().float() for name, delta in changed.items()}, size)
+    if layouts:
+        deltas = {name: delta for layer in layers for name, delta in layer.sparse_deltas(adapter_name).items()}
+        chosen = _largest_channels(deltas, layouts, size)
+        size = sum(map(len, chosen.values()))
+    else:
+        chosen = select_largest({name: delta.abs().float() for name, delta in changed.items()}, size)
 
     squares = [0.0, 0.0]
     dropped = 0.0
@@ -86,3 +96,17 @@ def keep_largest(model: nn.Module, density: float, *, adapter_name: str = "defau
         layer.keep(adapter_name, chosen)
     cast(dict[str, ChildTuningConfig], model.peft_config)[adapter_name] = kept
     return Kept(size, trained, (squares[0] / squares[1]) ** 0.5, dropped)
+
+
+def _largest_channels(
+    deltas: Mapping[str, SparseDelta], layouts: Mapping[str, ChannelLayout], size: int
+) -> dict[str, Tensor]:
+    """Which values of each delta belong to the channels that moved most, by their mean squared change."""
+    ranks, squares, trained = {}, {}, {}
+    for name, delta in deltas.items():
+        found, ranks[name] = layouts[name].channel_of(delta.indices).unique(return_inverse=True)
+        trained[name] = ChannelLayout(1, layouts[name].size, len(found), 1)
+        squares[name] = torch.zeros(len(found), device=ranks[name].device)
+        squares[name].index_add_(0, ranks[name], delta.values.detach().float().square())
+    chosen = choose_channels(squares, trained, size)
+    return {name: torch.isin(rank, chosen[name].to(rank.device)).nonzero().flatten() for name, rank in ranks.items()}

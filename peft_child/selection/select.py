@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from peft_child.selection.fisher_pass import FisherPass
 from peft_child.selection.loss import OVER_BATCHES, Forward
+from peft_child.tensors.channels import ChannelLayout, choose_channels
 from peft_child.tensors.delta import fresh_delta
 from peft_child.tensors.distributed import (
     check_equal,
@@ -31,6 +32,7 @@ from peft_child.tensors.lazy import Lazy
 from peft_child.tensors.sharded_topk import select_largest_of_shards
 from peft_child.tensors.topk import select_largest
 from peft_child.tuner.config import ChildTuningConfig
+from peft_child.tuner.granularity import INPUT_CHANNEL
 from peft_child.tuner.layer import ChildTuningLayer, child_tuning_layers
 
 
@@ -107,28 +109,34 @@ def select_child_network(
         RuntimeError: If the adapter's child network has been trained already.
     """
     ready = on_every_rank(partial(_ready_scores, dataloader, scores))
-    config, layers, targets = on_every_rank(partial(_selectable, model, adapter_name))
+    config, layers, targets, layouts = on_every_rank(partial(_selectable, model, adapter_name))
     source = "ready scores" if dataloader is None else "data"
     _check_same_settings(model, config, targets, {"source": source, "num_examples": num_examples})
     found, examples, skipped = ready, None, 0
     if dataloader is not None:
         settings = num_examples, forward_fn, loss_fn, split_batches, progress_bar, score_device, score_folder
-        fisher_pass = FisherPass(model, config.fisher, *settings)
+        fisher_pass = FisherPass(model, config.fisher, layouts, *settings)
         found = fisher_pass.scores(dataloader, targets)
         examples, skipped = fisher_pass.examples, fisher_pass.skipped
-    on_every_rank(partial(_check_scores, found, targets))
+    on_every_rank(partial(_check_scores, found, targets, layouts))
     targeted = sum(parameter.numel() for parameter in targets.values())
-    chosen = _choose(found, targets, config.child_size(targeted))
+    chosen = _choose(found, targets, layouts, config.child_size(targeted))
     if len(set(gathered(digest(chosen)))) > 1:
         raise ValueError("Every process must have the same scores; these would choose different child networks.")
 
+    def positions(name: str) -> Tensor:
+        return layouts[name].positions(chosen[name]) if layouts else chosen[name]
+
     configs = cast(dict[str, ChildTuningConfig], model.peft_config)
     configs[adapter_name] = replace(config, fisher_examples=examples)  # the user may have other models with this one
-    children = Lazy(targets, lambda name: fresh_delta(targets[name], chosen[name], config.init_weights))
+    children = Lazy(
+        targets, lambda name: fresh_delta(targets[name], positions(name), config.init_weights, layouts.get(name))
+    )
     for layer in layers:
         layer.set_child(adapter_name, children, trainable=not config.inference_mode)
     dense = sum(parameter.numel() for _, parameter in _dense_parameters(model))
-    return ChildNetwork(sum(map(len, chosen.values())), targeted, dense, skipped)
+    size = sum(len(found) * (layouts[name].size if layouts else 1) for name, found in chosen.items())
+    return ChildNetwork(size, targeted, dense, skipped)
 
 
 def estimate_fisher(
@@ -199,18 +207,26 @@ def estimate_fisher(
         ValueError: If there are no examples, or none on one rank; an example has no loss or one that is not finite;
             tensors of a batch disagree about its size; or ranks differ in their settings.
     """
-    config, _, targets = on_every_rank(partial(adapter_of, model, adapter_name))
+    config, _, targets, layouts = on_every_rank(partial(adapter_of, model, adapter_name))
     _check_same_settings(model, config, targets, {"num_examples": num_examples})
     settings = num_examples, forward_fn, loss_fn, split_batches, progress_bar, score_device, score_folder
-    return FisherPass(model, config.fisher, *settings).scores(dataloader, targets)
+    return FisherPass(model, config.fisher, layouts, *settings).scores(dataloader, targets)
 
 
 class Adapter(NamedTuple):
-    """An adapter as it is chosen: its settings, its layers, and its targeted parameters by name."""
+    """An adapter as it is chosen.
+
+    Attributes:
+        config: Its settings.
+        layers: Its layers.
+        targets: Its targeted parameters by name.
+        layouts: How input channels lie in them, by name; empty if single entries are chosen.
+    """
 
     config: ChildTuningConfig
     layers: list[ChildTuningLayer]
     targets: dict[str, nn.Parameter]
+    layouts: dict[str, ChannelLayout]
 
 
 def adapter_of(model: nn.Module, adapter_name: str) -> Adapter:
@@ -234,7 +250,10 @@ def adapter_of(model: nn.Module, adapter_name: str) -> Adapter:
     merged = [name for layer in child_tuning_layers(model).values() for name in layer.merged_adapters]
     if merged:
         raise ValueError(f"Adapter '{merged[0]}' is merged into the base model; call model.unmerge_adapter() first.")
-    return Adapter(config, layers, _targets(layers, adapter_name))
+    layouts = {}
+    if config.granularity == INPUT_CHANNEL:
+        layouts = {name: layout for layer in layers for name, layout in layer.layouts(adapter_name).items()}
+    return Adapter(config, layers, _targets(layers, adapter_name), layouts)
 
 
 def _selectable(model: nn.Module, adapter_name: str) -> Adapter:
@@ -262,6 +281,7 @@ def _check_same_settings(
         {
             "density": config.density,
             "fisher": config.fisher,
+            "granularity": config.granularity,
             **others,
             "number of targeted parameters": len(targets),
             "digest of the targeted parameters' names and shapes": hashlib.sha256(shapes.encode()).hexdigest()[:12],
@@ -284,10 +304,14 @@ def _ready_scores(dataloader: Iterable[Any] | None, scores: Scores | str | Path 
     return load_file(scores) if isinstance(scores, (str, Path)) else scores or {}
 
 
-def _choose(scores: Scores, targets: Mapping[str, nn.Parameter], size: int) -> dict[str, Tensor]:
-    """Indices of the child network by name."""
+def _choose(
+    scores: Scores, targets: Mapping[str, nn.Parameter], layouts: Mapping[str, ChannelLayout], size: int
+) -> dict[str, Tensor]:
+    """The child network by name: flat indices, or numbers of channels."""
     ordered = {name: scores[name] for name in targets}
-    if any(is_sharded(score) for score in ordered.values()):
+    if layouts:
+        chosen = on_every_rank(partial(choose_channels, ordered, layouts, size))
+    elif any(is_sharded(score) for score in ordered.values()):
         chosen = select_largest_of_shards(ordered, size)
     else:
         chosen = on_every_rank(partial(select_largest, ordered, size))
@@ -311,7 +335,7 @@ def _check_untrained(adapter_name: str, layers: list[ChildTuningLayer]) -> None:
         )
 
 
-def _check_scores(scores: Scores, targets: Mapping[str, nn.Parameter]) -> None:
+def _check_scores(scores: Scores, targets: Mapping[str, nn.Parameter], layouts: Mapping[str, ChannelLayout]) -> None:
     for kind, names in (
         ("are missing", targets.keys() - scores.keys()),
         ("are extra", scores.keys() - targets.keys()),
@@ -322,8 +346,9 @@ def _check_scores(scores: Scores, targets: Mapping[str, nn.Parameter]) -> None:
                 f"scores must have exactly one tensor for each targeted parameter; {len(names)} {kind}: {some}."
             )
     for name, parameter in targets.items():
-        if scores[name].shape != parameter.shape:
+        shape = (layouts[name].number,) if layouts else tuple(parameter.shape)
+        if tuple(scores[name].shape) != shape:
+            kind = "be one for each input channel" if layouts else "have the shapes of their parameters"
             raise ValueError(
-                f"Scores must have the shapes of their parameters; those of '{name}' have {tuple(scores[name].shape)},"
-                f" the parameter has {tuple(parameter.shape)}."
+                f"Scores must {kind}; those of '{name}' have the shape {tuple(scores[name].shape)}, and need {shape}."
             )

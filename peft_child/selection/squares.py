@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from peft_child.tensors.channels import ChannelLayout
 from peft_child.tensors.distributed import add_over_ranks, gathered, on_every_rank, own_part, whole
 
 
@@ -20,6 +21,7 @@ def squaring(
     parameters: Mapping[str, nn.Parameter],
     sums: Mapping[str, Tensor],
     max_norm: float | None = None,
+    layouts: Mapping[str, ChannelLayout] | None = None,
     observe: Callable[[str, Tensor], None] | None = None,
 ) -> Iterator[Callable[[Tensor], None]]:
     """For a while, square each gradient of the parameters as it arrives, add it to the sums and drop it.
@@ -28,6 +30,7 @@ def squaring(
         parameters: Leaves that require gradients, by name. Their `.grad` must be None, and is None again afterwards.
         sums: Where to add the squares, by name: float32, in the shape of the parameter, on any device.
         max_norm: Clip each parameter's gradient to this L2 norm before squaring, as the authors' code does.
+        layouts: If given, add the sums over the entries of each input channel instead, shape `(number of channels,)`.
         observe: Called with the name and the gradient in float32 of every parameter that a loss reaches.
 
     Yields:
@@ -50,10 +53,7 @@ def squaring(
             gradient = gradient * (max_norm / (whole(gradient.norm()) + 1e-6)).clamp(max=1.0)
         if observe is not None:
             observe(name, gradient)
-        if gradient.device == sums[name].device:
-            sums[name].addcmul_(gradient, gradient)
-        else:
-            sums[name].add_(gradient.square().to(sums[name].device))
+        _add_square(sums[name], gradient, layouts[name] if layouts else None)
 
     def square(loss: Tensor) -> None:
         arrived.clear()
@@ -70,6 +70,15 @@ def squaring(
             handle.remove()
         for parameter in parameters.values():
             parameter.grad = None
+
+
+def _add_square(score: Tensor, gradient: Tensor, layout: ChannelLayout | None) -> None:
+    if layout is not None:
+        score.add_(layout.sums(gradient.square()).to(score.device))
+    elif gradient.device == score.device:
+        score.addcmul_(gradient, gradient)
+    else:
+        score.add_(gradient.square().to(score.device))
 
 
 def arrived_in_parts(name: str) -> RuntimeError:

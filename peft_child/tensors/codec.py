@@ -17,14 +17,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from peft_child.tensors.channels import ChannelLayout
+
 
 MAGIC = b"PCHI"
 VERSION = 1
-BITMAP, GAPS, ALL = 1, 2, 3
+BITMAP, GAPS, ALL, CHANNELS = 1, 2, 3, 4
 ROWS, COLUMNS = 0, 1
 
 _HEADER = struct.Struct("<4sBBBxQQQIII")  # magic, version, the fields of Header, and a CRC-32 of everything else
 _CHECKSUM = struct.Struct("<I")
+_LAYOUT = struct.Struct("<QQQQ")  # the fields of ChannelLayout
 HEADER_SIZE = _HEADER.size
 _SPARSE = 12  # gaps below one position in so many
 _PROBE = 1 << 16  # bytes that decide how to compress
@@ -41,7 +44,7 @@ class Header(NamedTuple):
     """What a block says of itself.
 
     Attributes:
-        encoding: How the positions are written, `BITMAP` or `GAPS`, or `ALL` if there is nothing to write.
+        encoding: How the positions are written, `BITMAP`, `GAPS` or `CHANNELS`, or `ALL` if there is nothing to write.
         order: The order that they are written in, `ROWS` or `COLUMNS`.
         numel: Number of entries of the tensor.
         width: Entries of a row; a divisor of `numel`.
@@ -59,13 +62,16 @@ class Header(NamedTuple):
     delta_checksum: int
 
 
-def encode(indices: Indices, shape: tuple[int, ...], fingerprint: int = 0) -> bytes:
+def encode(
+    indices: Indices, shape: tuple[int, ...], fingerprint: int = 0, layout: ChannelLayout | None = None
+) -> bytes:
     """Write the strictly increasing flat positions of a child network in a tensor.
 
     Args:
         indices: Row-major positions, int64, shape `(k,)`, strictly increasing, within the tensor, at least one.
         shape: Shape of the tensor.
         fingerprint: Of the base values at these positions, 32 bits; 0 if unknown.
+        layout: If the child network consists of whole input channels, how they lie in the tensor.
 
     Returns:
         The block. Equal input gives equal bytes.
@@ -78,6 +84,10 @@ def encode(indices: Indices, shape: tuple[int, ...], fingerprint: int = 0) -> by
     _check_indices(indices, numel, ValueError)
     if indices.size == numel:
         return _sealed(Header(ALL, ROWS, numel, width, numel, fingerprint, 0), b"")
+    if layout is not None:
+        chosen = layout.holding(torch.from_numpy(indices)).numpy()
+        payload = zlib.compress(_LAYOUT.pack(*layout) + _planes(np.diff(chosen, prepend=-1) - 1), 9)
+        return _sealed(Header(CHANNELS, ROWS, numel, width, indices.size, fingerprint, 0), payload)
     encoding = GAPS if _SPARSE * indices.size < numel else BITMAP
     write = _write_gaps if encoding == GAPS else _write_bitmap
     orders = [ROWS] if width in (1, numel) else [ROWS, COLUMNS]
@@ -123,7 +133,7 @@ def read_header(block: Block) -> Header:
     if zlib.crc32(block[_HEADER.size :], zlib.crc32(head)) != checksum or head[7]:
         raise FormatError("The checksum of the child index block does not match its content.")
     header = Header(*fields)
-    if header.encoding not in (BITMAP, GAPS, ALL) or header.order not in (ROWS, COLUMNS):
+    if header.encoding not in (BITMAP, GAPS, ALL, CHANNELS) or header.order not in (ROWS, COLUMNS):
         raise FormatError(f"Unknown encoding {header.encoding} or order {header.order} of a child index block.")
     if not 1 <= header.size <= header.numel < 1 << 63:
         raise FormatError(
@@ -146,7 +156,7 @@ def decode(block: Block) -> Indices:
         FormatError: If the block is not what `encode` writes.
     """
     header = read_header(block)
-    read = {BITMAP: _read_bitmap, GAPS: _read_gaps, ALL: _read_all}[header.encoding]
+    read = {BITMAP: _read_bitmap, GAPS: _read_gaps, ALL: _read_all, CHANNELS: _read_channels}[header.encoding]
     indices = read(block[_HEADER.size :], header)
     if indices.size != header.size:
         raise FormatError(f"A child index block says {header.size} positions and holds {indices.size}.")
@@ -217,28 +227,69 @@ def _transposed(bits: npt.NDArray[np.bool_], width: int) -> npt.NDArray[np.bool_
 def _write_gaps(indices: Indices, numel: int, width: int, order: int) -> bytes:
     """Gaps less one, with bytes of equal weight side by side: the high ones are mostly zero and cost nothing."""
     positions = np.sort(indices % width * (numel // width) + indices // width) if order == COLUMNS else indices
-    gaps = np.diff(positions, prepend=-1) - 1
+    return _planes(np.diff(positions, prepend=-1) - 1)
+
+
+def _planes(gaps: Indices) -> bytes:
+    """Numbers with bytes of equal weight side by side, as many of each as the largest one needs."""
     weights = max(1, (int(gaps.max()).bit_length() + 7) // 8)
     planes = gaps.astype("<u8").view(np.uint8).reshape(-1, 8)[:, :weights]
     return np.ascontiguousarray(planes.T).tobytes()
 
 
 def _read_gaps(payload: Block, header: Header) -> Indices:
-    data = _decompress(payload, 8 * header.size, exact=False)
-    weights = len(data) // header.size
-    if not weights or weights * header.size != len(data):
-        raise FormatError(f"Gaps of {header.size} positions take 1 to 8 bytes each, got {len(data)} bytes in all.")
-    planes = np.zeros((header.size, 8), dtype=np.uint8)
-    planes[:, :weights] = np.frombuffer(data, dtype=np.uint8).reshape(weights, header.size).T
-    gaps = planes.view("<u8").reshape(-1)
-    if gaps.max() >= header.numel:  # so that the sum below cannot overflow unnoticed
-        raise FormatError(f"A gap of a child index block must be less than {header.numel}, got {gaps.max()}.")
-    positions = np.cumsum(gaps.astype(np.int64) + 1) - 1
+    positions = _increasing(_decompress(payload, 8 * header.size, exact=False), header.size, header.numel)
     if header.order == COLUMNS:
         height = header.numel // header.width
         _check_indices(positions, header.numel, FormatError)
         positions = np.sort(positions % height * header.width + positions // height)
     return positions
+
+
+def _increasing(data: bytes, count: int, limit: int) -> Indices:
+    """As many numbers below a limit from their gaps less one, in planes of bytes."""
+    weights = len(data) // count
+    if not weights or weights > 8 or weights * count != len(data):
+        raise FormatError(f"Gaps of {count} positions take 1 to 8 bytes each, got {len(data)} bytes in all.")
+    planes = np.zeros((count, 8), dtype=np.uint8)
+    planes[:, :weights] = np.frombuffer(data, dtype=np.uint8).reshape(weights, count).T
+    gaps = planes.view("<u8").reshape(-1)
+    if gaps.max() >= limit:  # so that the sum below cannot overflow unnoticed
+        raise FormatError(f"A gap of a child index block must be less than {limit}, got {gaps.max()}.")
+    return np.cumsum(gaps.astype(np.int64) + 1) - 1
+
+
+# Channels
+
+
+def decode_channels(block: Block) -> tuple[ChannelLayout, Indices] | None:
+    """The layout and the numbers of the channels in a block; None if it is not written as channels.
+
+    Raises:
+        FormatError: If the block is not what `encode` writes.
+    """
+    header = read_header(block)
+    return _channels(block[_HEADER.size :], header) if header.encoding == CHANNELS else None
+
+
+def _channels(payload: Block, header: Header) -> tuple[ChannelLayout, Indices]:
+    data = _decompress(payload, _LAYOUT.size + 8 * header.size, exact=False)
+    if len(data) < _LAYOUT.size:
+        raise FormatError(f"A list of channels starts with {_LAYOUT.size} bytes of layout, got {len(data)}.")
+    layout = ChannelLayout(*_LAYOUT.unpack_from(data))
+    if layout.numel != header.numel:  # also if a field is 0
+        raise FormatError(f"Channels of the layout {tuple(layout)} do not fit a tensor of {header.numel} entries.")
+    count, left = divmod(header.size, layout.size)
+    if left or header.order != ROWS:
+        raise FormatError(f"{header.size} positions are no whole channels of {layout.size} in the order of rows.")
+    chosen = _increasing(data[_LAYOUT.size :], count, layout.number)
+    _check_indices(chosen, layout.number, FormatError)
+    return layout, chosen
+
+
+def _read_channels(payload: Block, header: Header) -> Indices:
+    layout, chosen = _channels(payload, header)
+    return layout.positions(torch.from_numpy(chosen)).numpy()
 
 
 def _read_all(payload: Block, header: Header) -> Indices:

@@ -69,7 +69,9 @@ def combine_deltas(
         combined = rows[0]
         for row in rows[1:]:
             combined = combined + row
-    return SparseDelta(deltas[0].shape, union, combined, same[0] if same else 0)
+    layouts = {delta.layout for delta in kept}
+    layout = layouts.pop() if len(layouts) == 1 else None
+    return SparseDelta(deltas[0].shape, union, combined, same[0] if same else 0, layout)
 
 
 def combine_named(
@@ -144,6 +146,11 @@ def _thin(delta: SparseDelta, combination_type: str, density: float, generator: 
     count = round(density * delta.indices.numel())
     if combination_type == "linear" or count == delta.indices.numel():
         return delta
+    if delta.layout is not None:
+        raise ValueError(
+            f"A density of {density} would cut the input channels of a child network: combine such adapters at a "
+            "density of 1.0, or keep their largest channels before (keep_largest)."
+        )
     if not count:
         return delta._replace(indices=delta.indices[:0], values=delta.values[:0], fingerprint=0)
     if combination_type.startswith("dare"):

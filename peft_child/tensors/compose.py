@@ -17,9 +17,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from peft_child.tensors.channels import Channels
 from peft_child.tensors.delta import rounded_sum
 from peft_child.tensors.mask_steps import MaskUse
 from peft_child.tensors.quantised import dense
+
+
+Index = Tensor | Channels | None
 
 
 class Child(NamedTuple):
@@ -27,13 +31,13 @@ class Child(NamedTuple):
 
     Attributes:
         delta: Change of the chosen entries, float, shape `(k,)`.
-        indices: Flat row-major positions of the chosen entries, int32 or int64, shape `(k,)`, strictly increasing;
-            None for all entries of the tensor.
+        indices: Flat row-major positions of the chosen entries, int32 or int64, shape `(k,)`, strictly increasing; or
+            the input channels that they are; None for all entries of the tensor.
         mask: The mask of the delta's gradient, if it has one.
     """
 
     delta: Tensor
-    indices: Tensor | None
+    indices: Index
     mask: MaskUse | None = None
 
 
@@ -67,6 +71,20 @@ class Composition(NamedTuple):
         tensors = (self.base, *(child.delta for child in self.children))
         return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
+    def unchanged(self, versions: tuple[int, ...]) -> Tensor:
+        """The composed tensor without gradients, as it was when `versions` were read.
+
+        Raises:
+            RuntimeError: If something was changed in place since then.
+        """
+        if self.versions() != versions:
+            raise RuntimeError(
+                "A base weight or child_delta was changed in place between forward and backward; "
+                "run forward again after the change."
+            )
+        with torch.no_grad():
+            return self.tensor()
+
     def versions(self) -> tuple[int, ...]:
         """Counts of the in-place changes that autograd knows of, to notice one between forward and backward."""
         tensors = (self.base, *(child.delta for child in self.children))
@@ -82,7 +100,7 @@ def is_traced() -> bool:
 class _Compose(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, base: Tensor, indices: tuple[Tensor | None, ...], masks: tuple[MaskUse | None, ...], *deltas: Tensor
+        ctx: Any, base: Tensor, indices: tuple[Index, ...], masks: tuple[MaskUse | None, ...], *deltas: Tensor
     ) -> Tensor:
         ctx.masks = masks
         ctx.indices = indices  # constants: `save_for_backward` would let offloading hooks copy them at every step
@@ -104,13 +122,22 @@ class _Compose(torch.autograd.Function):
         return gradient if ctx.needs_input_grad[0] else None, None, None, *gathered
 
 
-def _of_delta(gradient: Tensor, indices: Tensor | None, mask: MaskUse | None, dtype: torch.dtype) -> Tensor:
+def positions_of(index: Tensor | Channels) -> Tensor:
+    """Flat positions, int64, shape `(k,)`."""
+    return index.positions() if isinstance(index, Channels) else index.long()
+
+
+def _of_delta(gradient: Tensor, indices: Index, mask: MaskUse | None, dtype: torch.dtype) -> Tensor:
     """What the gradient of a tensor, flat, is for a delta."""
-    gathered = (gradient if indices is None else gradient.index_select(0, indices)).to(dtype)
+    if isinstance(indices, Channels):
+        gradient = indices.of(gradient).index_select(1, indices.chosen).view(-1)
+    elif indices is not None:
+        gradient = gradient.index_select(0, indices)
+    gathered = gradient.to(dtype)
     return gathered if mask is None else mask.apply(gathered)
 
 
-def _composed(base: Tensor, deltas: Sequence[Tensor], indices: Sequence[Tensor | None]) -> Tensor:
+def _composed(base: Tensor, deltas: Sequence[Tensor], indices: Sequence[Index]) -> Tensor:
     """A contiguous copy of `base` with the deltas added in at least float32 and rounded once to its dtype."""
     precise = torch.promote_types(base.dtype, torch.float32)
     for delta in deltas:
@@ -120,6 +147,8 @@ def _composed(base: Tensor, deltas: Sequence[Tensor], indices: Sequence[Tensor |
         for delta, index in zip(deltas, indices, strict=True):
             if index is None:
                 total.view(-1).add_(delta)
+            elif isinstance(index, Channels):
+                index.of(total).index_add_(1, index.chosen, index.of_delta(delta.to(precise)))
             else:
                 total.view(-1).index_add_(0, index, delta.to(precise))
         return total.to(base.dtype)
@@ -127,6 +156,10 @@ def _composed(base: Tensor, deltas: Sequence[Tensor], indices: Sequence[Tensor |
     if index is None:
         return rounded_sum(base.reshape(-1), delta).view(base.shape)
     total = base.clone(memory_format=torch.contiguous_format)  # only the chosen entries need the wider type
+    if isinstance(index, Channels):
+        before = index.of(total).index_select(1, index.chosen)
+        index.of(total).index_copy_(1, index.chosen, rounded_sum(before, index.of_delta(delta)))
+        return total
     total.view(-1).index_copy_(0, index.long(), rounded_sum(total.view(-1).index_select(0, index), delta))
     return total
 
@@ -193,13 +226,7 @@ class _Recipe(NamedTuple):
     offset: int
 
     def tensor(self) -> Tensor:
-        if self.composition.versions() != self.versions:
-            raise RuntimeError(
-                "A base weight or child_delta was changed in place between forward and backward; "
-                "run forward again after the change."
-            )
-        with torch.no_grad():
-            return self.composition.tensor().as_strided(self.size, self.stride, self.offset)
+        return self.composition.unchanged(self.versions).as_strided(self.size, self.stride, self.offset)
 
 
 @contextmanager

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from peft_child.tensors.channels import ChannelLayout
+
 
 Progress = Callable[[Sequence[str], str], Iterable[str]]  # wraps a loop over names, with a title
 
@@ -55,12 +57,14 @@ class SparseDelta(NamedTuple):
         indices: Flat row-major positions, int64, shape `(k,)`, strictly increasing.
         values: What is added there, floating point, shape `(k,)`; zeros belong to the child network as well.
         fingerprint: Of the base values at the positions, 32 bits; 0 if unknown.
+        layout: If they are those of whole input channels, how channels lie in the tensor.
     """
 
     shape: tuple[int, ...]
     indices: Tensor
     values: Tensor
     fingerprint: int = 0
+    layout: ChannelLayout | None = None
 
     @property
     def numel(self) -> int:
@@ -107,10 +111,12 @@ def check_share(name: str, share: object) -> None:
         raise ValueError(f"{name} must be a number in (0, 1], got {share!r}.")
 
 
-def fresh_delta(tensor: Tensor, indices: Tensor, init_weights: bool = True) -> SparseDelta:
+def fresh_delta(
+    tensor: Tensor, indices: Tensor, init_weights: bool = True, layout: ChannelLayout | None = None
+) -> SparseDelta:
     """A delta to be trained, float32: of zeros, or of small random values if `init_weights` is False."""
     values = torch.zeros(indices.numel()) if init_weights else torch.randn(indices.numel()) * 0.02
-    return SparseDelta(tuple(tensor.shape), indices, values)
+    return SparseDelta(tuple(tensor.shape), indices, values, layout=layout)
 
 
 def rounded_sum(base: Tensor, change: Tensor) -> Tensor:

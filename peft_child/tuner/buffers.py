@@ -12,7 +12,8 @@ import torch
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
-from peft_child.tensors.codec import decode
+from peft_child.tensors.channels import Channels
+from peft_child.tensors.codec import decode, decode_channels
 from peft_child.tensors.gradient_mask import GradientMask
 
 
@@ -73,20 +74,28 @@ class _ReadBuffers(nn.ModuleDict, Generic[T]):
         return {**self.__dict__, "_known": {}}
 
 
-class IndexBuffers(_ReadBuffers[Tensor]):
-    """Encoded flat indices, uint8; read as int32 or, where they do not fit, int64, on the device of the buffer.
+class IndexBuffers(_ReadBuffers[Tensor | Channels]):
+    """Encoded positions, uint8; read as int32 or, where they do not fit, int64, or as channels of one group.
 
-    Reading raises a `FormatError` if a block is damaged.
+    What is read is on the device of the buffer. Reading raises a `FormatError` if a block is damaged.
     """
 
-    def remember(self, adapter_name: str, parameter: str, value: Tensor) -> None:
-        """Keep the indices that the buffer holds now."""
-        fit = not value.numel() or int(value[-1]) <= torch.iinfo(torch.int32).max
-        value = (value.int() if fit else value).to(self.of(adapter_name)[parameter].device)
+    def remember(self, adapter_name: str, parameter: str, value: Tensor | Channels) -> None:
+        """Keep the positions that the buffer holds now."""
+        device = self.of(adapter_name)[parameter].device
+        if isinstance(value, Channels):
+            value = value._replace(chosen=value.chosen.to(device))
+        else:
+            fit = not value.numel() or int(value[-1]) <= torch.iinfo(torch.int32).max
+            value = (value.int() if fit else value).to(device)
         super().remember(adapter_name, parameter, value)
 
-    def _read(self, buffer: Tensor) -> Tensor:
-        return torch.from_numpy(decode(buffer.cpu().numpy().data))
+    def _read(self, buffer: Tensor) -> Tensor | Channels:
+        block = buffer.cpu().numpy().data
+        channels = decode_channels(block)
+        if channels is not None and channels[0].groups == 1:
+            return Channels(channels[0], torch.from_numpy(channels[1]))
+        return torch.from_numpy(decode(block))
 
 
 class MaskBuffers(_ReadBuffers[GradientMask]):

@@ -14,6 +14,7 @@ from peft import PeftConfig
 from peft_child.card.model_card import complete_card
 from peft_child.tensors.delta import ChildSize, check_share
 from peft_child.tensors.gradient_mask import GradientMask
+from peft_child.tuner.granularity import GRANULARITIES
 
 
 T = TypeVar("T")
@@ -71,6 +72,13 @@ class ChildTuningConfig(PeftConfig):
         1.0,
         "Task-free Child-Tuning on top of a fixed child network: the probability, in (0, 1], with which each of its "
         "entries keeps its gradient at an optimizer step, scaled by its inverse. 1.0 keeps all.",
+    )
+    granularity: str = _setting(
+        "entry",
+        "What is chosen: 'entry', single weights; or 'input_channel', all weights of a module that read one input "
+        "feature (the columns of a linear weight, the rows of an embedding, a whole bias). Channels train as fast as "
+        "a LoRA and are chosen without scores of single weights. Whole channels are chosen, those with the largest "
+        "mean Fisher information first, until the next would exceed round(density * n) entries.",
     )
     resample_every: int = _setting(
         1, "Optimizer steps after which the random gradient mask is drawn anew, a positive integer."
@@ -138,6 +146,7 @@ class ChildTuningConfig(PeftConfig):
         if self.variant in _OF_THE_PAPER:
             raise ValueError(f"variant='{self.variant}' is called '{_OF_THE_PAPER[self.variant]}' here.")
         _check_choice("variant", self.variant, VARIANTS)
+        _check_choice("granularity", self.granularity, GRANULARITIES)
         _check_choice("fisher", self.fisher, FISHER)
         _check_choice("delta_dtype", self.delta_dtype, DELTA_DTYPE_NAMES)
         _check_choice("check_base", self.check_base, CHECK_BASE)
@@ -145,6 +154,10 @@ class ChildTuningConfig(PeftConfig):
             raise ValueError(
                 f"gradient_density is for a fixed child network; for variant='task_free' set density instead, got "
                 f"gradient_density={self.gradient_density!r}."
+            )
+        if self.variant == "task_free" and self.granularity != "entry":
+            raise ValueError(
+                f"variant='task_free' masks single entries; granularity must be 'entry', got {self.granularity!r}."
             )
         for name in ("target_modules", "target_parameters", "exclude_modules", "modules_to_save", "layers_pattern"):
             _check_names(name, getattr(self, name), allow_text=name != "modules_to_save")

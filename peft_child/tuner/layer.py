@@ -16,7 +16,8 @@ import torch
 from peft.tuners.tuners_utils import _get_in_out_features, check_adapters_to_merge
 from torch import Tensor, nn
 
-from peft_child.tensors.compose import Child, Composition, call_composed, is_traced, lock_of
+from peft_child.tensors.channel_linear import call_channels, can_call_channels
+from peft_child.tensors.compose import Child, Composition, call_composed, is_traced, lock_of, positions_of
 from peft_child.tensors.composed_on_use import ComposedOnUse, ComposedToRead
 from peft_child.tensors.distributed import check_has_values, is_sharded
 from peft_child.tensors.quantised import is_quantised
@@ -64,7 +65,17 @@ class ChildTuningLayer(LayerState):
                     f"A {type(self.base_layer).__name__} checkpoints its own activations, and would compute them "
                     "again without its child network: target the modules inside it, or turn checkpointing off."
                 )
+            weight = compositions.get("weight")
+            if weight is not None and len(args) == 1 and not kwargs and self._is_by_channels(call, weight):
+                bias = compositions.get("bias")
+                own: Tensor | None = self.base_layer._parameters["bias"]
+                return call_channels(args[0], weight, own if bias is None else bias.tensor())
             return call_composed(self.base_layer, compositions, call, args, kwargs)
+
+    def _is_by_channels(self, call: Callable[..., Any], weight: Composition) -> bool:
+        # A compiler decides for itself what it keeps for backward, and a traced program holds no Python functions.
+        is_seen = torch.compiler.is_compiling() or is_traced()
+        return call is self.base_layer and not is_seen and can_call_channels(self.base_layer, weight)
 
     def _locked(self) -> AbstractContextManager[Any]:
         # Another thread may have its own tensors in the base layer. Compilers cannot trace a lock.
@@ -285,7 +296,7 @@ def _features(module: nn.Module) -> tuple[int | None, int | None]:
 
 def _union(children: tuple[Child, ...]) -> Tensor | None:
     """Positions of all children, some of them repeatedly, or None for all entries."""
-    indices = [child.indices.long() for child in children if child.indices is not None]
+    indices = [positions_of(child.indices) for child in children if child.indices is not None]
     return torch.cat(indices) if len(indices) == len(children) else None
 
 

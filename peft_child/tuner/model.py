@@ -13,17 +13,20 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
+import torch
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
 from peft_child.files.adapter_folder import WITHOUT_SELECTION
+from peft_child.tensors.channels import choose_channels
 from peft_child.tensors.combine import combine_named, density_of
 from peft_child.tensors.delta import SparseDelta, fresh_delta
 from peft_child.tensors.distributed import check_has_values
-from peft_child.tensors.topk import apportion, draw_random
+from peft_child.tensors.topk import apportion, draw_random, seeded
 from peft_child.tuner.config import ChildTuningConfig
+from peft_child.tuner.granularity import INPUT_CHANNEL, layout_of
 from peft_child.tuner.injection import (
     Parents,
     check_name_is_free,
@@ -60,12 +63,25 @@ class _Plan(NamedTuple):
         layers: The Child-Tuning layers of the model by base layer.
         parents: By module, every module that it is a child of, and its name there.
         counts: If the child network needs no data, how many entries to draw, by name of the target.
+        channels: Or else the input channels that were drawn, by name of the target.
     """
 
     entries: dict[str, dict[nn.Module, list[tuple[Target, Owner]]]]
     layers: dict[nn.Module, ChildTuningLayer]
     parents: Parents
     counts: dict[str, int] | None
+    channels: dict[str, Tensor] | None
+
+
+def _draw_channels(targets: list[Target], size: int, seed: int) -> dict[str, Tensor]:
+    """Random input channels by name of the target, the same in every process."""
+    owners = {target.name: target.owners[0] for target in targets}
+    layouts = {
+        target.name: layout_of(owners[target.name].place.module, owners[target.name].parameter, target.parameter)
+        for target in targets
+    }
+    scores = {name: torch.rand(layout.number, generator=seeded(name, seed)) for name, layout in layouts.items()}
+    return choose_channels({name: score * layouts[name].size for name, score in scores.items()}, layouts, size)
 
 
 class ChildTuningModel(BaseTuner):
@@ -123,11 +139,15 @@ class ChildTuningModel(BaseTuner):
             for owner in target.owners:
                 by_module = entries.setdefault(owner.place.entry, {})
                 by_module.setdefault(owner.place.module, []).append((target, owner))
-        counts = None
+        counts = channels = None
         if peft_config.variant in ("random", "task_free") and targets:
-            counts = apportion(numels, peft_config.child_size(sum(numels.values())))
+            size = peft_config.child_size(sum(numels.values()))
+            if peft_config.granularity == INPUT_CHANNEL:
+                channels = _draw_channels(targets, size, peft_config.seed)
+            else:
+                counts = apportion(numels, size)
         layers = {layer.base_layer: layer for layer in child_tuning_layers(model).values()}
-        self._plan = _Plan(entries, layers, parents_of(model), counts)
+        self._plan = _Plan(entries, layers, parents_of(model), counts, channels)
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
         if key in self._plan.entries:
@@ -174,29 +194,35 @@ class ChildTuningModel(BaseTuner):
 
     def _fill(self, layer: ChildTuningLayer, adapter_name: str, config: ChildTuningConfig) -> None:
         """Give an adapter a child network that needs no data, or room for the one that will be loaded."""
-        indices = self._indices_without_data(layer, adapter_name, config)
-        if indices is not None:
-            bases = layer.base_parameters(adapter_name)
-            children = {name: fresh_delta(bases[name], found, config.init_weights) for name, found in indices.items()}
+        children = self._children_without_data(layer, adapter_name, config)
+        if children is not None:
             layer.set_child(adapter_name, children, trainable=False)
         if config.child_sizes is not None:
             layer.allocate(adapter_name, config.child_sizes, trainable=False)
         if config.child_sizes is not None or config.inference_mode:
             layer.await_file(adapter_name)
 
-    def _indices_without_data(
+    def _children_without_data(
         self, layer: ChildTuningLayer, adapter_name: str, config: ChildTuningConfig
-    ) -> dict[str, Tensor] | None:
-        """Flat indices by name of the target, if they can be known before selection or loading."""
-        counts = self._plan.counts
+    ) -> dict[str, SparseDelta] | None:
+        """Fresh deltas by name of the target, if their entries can be known before selection or loading."""
+        bases = layer.base_parameters(adapter_name)
+        counts, channels, init = self._plan.counts, self._plan.channels, config.init_weights
         if counts is not None:
-            bases = layer.base_parameters(adapter_name).items()
-            return {name: draw_random(name, base.numel(), counts[name], config.seed) for name, base in bases}
+            drawn = {name: draw_random(name, base.numel(), counts[name], config.seed) for name, base in bases.items()}
+            return {name: fresh_delta(base, drawn[name], init) for name, base in bases.items()}
+        if channels is not None:
+            layouts = layer.layouts(adapter_name)
+            return {
+                name: fresh_delta(base, layouts[name].positions(channels[name]), init, layouts[name])
+                for name, base in bases.items()
+            }
         # TRL adds a second adapter with the same configuration object, as a frozen copy of the first: the reference.
         twins = [name for name, other in self.peft_config.items() if other is config and name != adapter_name]
         if not twins or not layer.has_adapter(twins[0]) or not layer.is_chosen(twins[0]):
             return None
-        return {name: delta.indices for name, delta in layer.sparse_deltas(twins[0]).items()}
+        deltas = layer.sparse_deltas(twins[0])
+        return {name: fresh_delta(bases[name], delta.indices, init, delta.layout) for name, delta in deltas.items()}
 
     def _inject_parameters(
         self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool

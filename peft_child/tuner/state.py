@@ -11,13 +11,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from peft_child.files.adapter_tensors import KINDS, MASK, check_numel, checked_child, fingerprint_of, precise_dtype
-from peft_child.tensors.codec import FormatError, encode
-from peft_child.tensors.compose import Child, lock_of
+from peft_child.tensors.channels import ChannelLayout, Channels
+from peft_child.tensors.codec import FormatError, decode_channels, encode
+from peft_child.tensors.compose import Child, lock_of, positions_of
 from peft_child.tensors.delta import ChildSize, SparseDelta
 from peft_child.tensors.distributed import check_whole, is_sharded
 from peft_child.tensors.gradient_mask import GradientMask
 from peft_child.tensors.mask_steps import MaskUse, count_steps, numbered, owner_of
 from peft_child.tuner.buffers import IndexBuffers, MaskBuffers
+from peft_child.tuner.granularity import layout_of
 from peft_child.tuner.unheld import expect_optimizer
 
 
@@ -140,6 +142,13 @@ class LayerState(nn.Module, BaseTunerLayer):
         """The parameters that an adapter targets here by name in the whole model, never composed."""
         return {name: self.base_parameter(key) for key, name in self.targets_of(adapter_name).items()}
 
+    def layouts(self, adapter_name: str) -> dict[str, ChannelLayout]:
+        """How input channels lie in the parameters that an adapter targets here, by name in the whole model."""
+        bases = {key: self.base_parameter(key) for key in self.targets_of(adapter_name)}
+        return {
+            self.targets_of(adapter_name)[key]: layout_of(self.base_layer, key, base) for key, base in bases.items()
+        }
+
     def sizes(self, adapter_name: str) -> dict[str, ChildSize]:
         """Sizes of the adapter's child networks here by name in the whole model."""
         blocks = self.child_index.of(adapter_name)
@@ -151,7 +160,12 @@ class LayerState(nn.Module, BaseTunerLayer):
     def sparse_deltas(self, adapter_name: str) -> dict[str, SparseDelta]:
         """The adapter's child networks here by name in the whole model."""
         return {
-            name: SparseDelta(tuple(self.base_parameter(key).shape), self.indices(adapter_name, key), delta)
+            name: SparseDelta(
+                tuple(self.base_parameter(key).shape),
+                self.indices(adapter_name, key),
+                delta,
+                layout=self._layout(adapter_name, key),
+            )
             for key, name, delta in self._named_deltas(adapter_name)
         }
 
@@ -174,10 +188,15 @@ class LayerState(nn.Module, BaseTunerLayer):
 
     def indices(self, adapter_name: str, parameter: str) -> Tensor:
         """Flat indices of the child in a parameter, int64, shape `(k,)`, on the device of the delta."""
-        return self._indices(adapter_name, parameter).long()
+        return positions_of(self._indices(adapter_name, parameter))
 
-    def _indices(self, adapter_name: str, parameter: str) -> Tensor:
-        """As `indices`, int32 where that suffices."""
+    def _layout(self, adapter_name: str, parameter: str) -> ChannelLayout | None:
+        """How input channels lie in a parameter, if the child network consists of whole ones."""
+        channels = decode_channels(self.child_index.of(adapter_name)[parameter].cpu().numpy().data)
+        return None if channels is None else channels[0]
+
+    def _indices(self, adapter_name: str, parameter: str) -> Tensor | Channels:
+        """As `indices`, int32 where that suffices, or as channels."""
         if torch.compiler.is_dynamo_compiling():  # it can neither decode nor see whether a buffer has changed
             _decode_now(self._number)
             return self.child_index.known(adapter_name, parameter)
@@ -218,11 +237,12 @@ class LayerState(nn.Module, BaseTunerLayer):
             if child is None or not child.indices.numel():
                 continue  # FSDP2 cannot shard an empty delta
             base = self.base_parameter(parameter)
-            data = encode(child.indices.cpu().numpy(), tuple(base.shape), fingerprint_of(base, child.indices))
+            fingerprint = fingerprint_of(base, child.indices)
+            data = encode(child.indices.cpu().numpy(), tuple(base.shape), fingerprint, child.layout)
             block = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(base.device)
             delta = _kept(before.get(parameter), child.values.detach().to(base.device, copy=True))
             self._put(adapter_name, parameter, delta, block, trainable)
-            self.child_index.remember(adapter_name, parameter, child.indices)
+            self.child_index.remember(adapter_name, parameter, _index_of(child))
 
     def allocate(
         self,
@@ -403,6 +423,13 @@ class LayerState(nn.Module, BaseTunerLayer):
         self._number = numbered(self)
         if self._masked():
             count_steps(self._number)
+
+
+def _index_of(child: SparseDelta) -> Tensor | Channels:
+    """The positions of a child network, as channels where they lie in one group."""
+    if child.layout is None or child.layout.groups > 1:
+        return child.indices
+    return Channels(child.layout, child.layout.holding(child.indices))
 
 
 def _kept(delta: nn.Parameter | None, values: Tensor) -> nn.Parameter:

@@ -29,6 +29,7 @@ from peft_child.tensors.delta import ChildSize
 from peft_child.tensors.distributed import alike, whole
 from peft_child.tensors.gradient_mask import GradientMask
 from peft_child.tuner.config import ChildTuningConfig
+from peft_child.tuner.granularity import INPUT_CHANNEL
 from peft_child.tuner.layer import ChildTuningLayer, child_tuning_layers
 
 
@@ -174,7 +175,12 @@ def _differs_from_base(
 
 
 def _check_density(config: ChildTuningConfig, targeted: int, chosen: int) -> None:
-    if chosen != config.child_size(targeted):
+    is_right = (
+        chosen <= config.child_size(targeted)
+        if config.granularity == INPUT_CHANNEL
+        else (chosen == config.child_size(targeted))
+    )
+    if not is_right:
         raise ValueError(
             f"The saved child network must have the density of the configuration, {config.density}; it has {chosen} "
             f"of {targeted} entries."

@@ -12,13 +12,15 @@ from ..problems import batch_of, build
 pytestmark = pytest.mark.slow
 
 CASES = [
-    ("linear", "task_driven", "aot_eager"),
-    ("linear", "random", "aot_eager"),
-    ("bert", "task_driven", "aot_eager"),
-    ("llama", "random", "aot_eager"),
-    ("llama", "task_free", "aot_eager"),
-    ("linear", "task_driven", "inductor"),
-    ("llama", "task_free", "inductor"),
+    ("linear", "task_driven", "entry", "aot_eager"),
+    ("linear", "random", "entry", "aot_eager"),
+    ("bert", "task_driven", "entry", "aot_eager"),
+    ("bert", "task_driven", "input_channel", "aot_eager"),
+    ("llama", "random", "entry", "aot_eager"),
+    ("llama", "task_free", "entry", "aot_eager"),
+    ("linear", "task_driven", "entry", "inductor"),
+    ("llama", "random", "input_channel", "inductor"),
+    ("llama", "task_free", "entry", "inductor"),
 ]
 
 
@@ -46,13 +48,13 @@ def model_of(name, **changes):
     return model
 
 
-@pytest.mark.parametrize(("name", "variant", "backend"), CASES)
-def test_training_has_one_graph_and_the_losses_of_eager_execution(name, variant, backend):
-    model = model_of(name, variant=variant)
+@pytest.mark.parametrize(("name", "variant", "granularity", "backend"), CASES)
+def test_training_has_one_graph_and_the_losses_of_eager_execution(name, variant, granularity, backend):
+    model = model_of(name, variant=variant, granularity=granularity)
     expected = losses(model, model)
     assert expected[-1] != expected[0]
     compiler = CompileCounterWithBackend(backend)
-    model = model_of(name, variant=variant)
+    model = model_of(name, variant=variant, granularity=granularity)
     compiled = torch.compile(model, backend=compiler, fullgraph=True)  # a graph break is an error
     torch.testing.assert_close(losses(compiled, model), expected, rtol=1e-6, atol=1e-6)
     assert compiler.frame_count == 1  # new values of the delta are no reason to compile again

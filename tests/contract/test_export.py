@@ -11,6 +11,9 @@ from peft_child import ChildTuningConfig
 from ..helpers import batch_of, build, chosen_model, logits, move
 
 
+pytestmark = pytest.mark.usefixtures("granularity")
+
+
 def inputs_of(kind):
     batch = batch_of(kind)
     if "input_ids" in batch:

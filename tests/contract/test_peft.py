@@ -25,6 +25,9 @@ from ..helpers import assert_same, child_of, chosen_model, config_for, logits, m
 from ..problems import PROBLEMS, batch_of, build, tiny_bert
 
 
+pytestmark = pytest.mark.usefixtures("granularity")
+
+
 def trained(name, base=None, **changes):
     model = chosen_model(name, base, **changes)
     train(model.train(), [batch_of(name), batch_of(name, 2)])
@@ -588,7 +591,7 @@ def test_parents_see_the_base_layer_through_the_wrapper():
     assert not hasattr(layer, "_hf_hook")
 
 
-def test_a_native_adapter_with_layers_in_which_nothing_was_chosen_can_be_saved(tmp_path):
+def test_a_native_adapter_with_layers_in_which_nothing_was_chosen_can_be_saved(tmp_path, granularity):
     model = build("llama")
     config = config_for("llama", target_modules=["q_proj", "v_proj"])
     adapted = get_peft_model(model, config)
@@ -596,6 +599,8 @@ def test_a_native_adapter_with_layers_in_which_nothing_was_chosen_can_be_saved(t
     shapes = {name: tensor.shape for name, tensor in named if "q_proj" in name or "v_proj" in name}
     first_name = next(iter(shapes))
     scores = {name: torch.rand(shape) + 2 * (name == first_name) for name, shape in shapes.items()}
+    if granularity == "input_channel":
+        scores = {name: score.sum(0) for name, score in scores.items()}
     adapted.peft_config["default"].density = 0.1
     select_child_network(adapted, scores=scores)
     assert child_of(adapted).keys() == {first_name}

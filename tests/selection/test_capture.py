@@ -67,7 +67,7 @@ def test_rows_that_cannot_be_divided_among_the_examples_are_refused(rows, works)
     with Owners(linear, {"weight": linear.weight}).capture(EXAMPLES, {1, 5}) as capture:
         if works:
             linear(x)
-            assert capture.layouts
+            assert capture.divisions
         else:
             with pytest.raises(CannotCaptureError, match=r"a Linear should return one tensor.* returns "):
                 linear(x)

@@ -17,6 +17,9 @@ from ..helpers import assert_same, child_of, chosen_model, config_for, logits, m
 from ..problems import PROBLEMS, batch_of, build
 
 
+pytestmark = pytest.mark.usefixtures("granularity")
+
+
 def trained(name, **changes):
     model = chosen_model(name, **changes)
     move(model)
@@ -53,7 +56,7 @@ def test_a_model_that_chose_otherwise_takes_the_choice_of_the_state_dict():
 
 
 def test_what_was_loaded_trains_also_where_layers_have_no_child():
-    model, loaded = trained("bert", density=0.001), fresh("bert", density=0.001)
+    model, loaded = trained("bert", density=0.01), fresh("bert", density=0.01)
     assert any(not layer.named_deltas("default") for layer in child_tuning_layers(model).values())
     loaded.load_state_dict(model.state_dict())
     before = snapshot(loaded)

@@ -1,0 +1,142 @@
+"""Child networks of whole input channels: all the weights of a tensor that read one input feature.
+
+The gradient of some input channels of a linear layer is a product of those input features alone, and their index is a
+list of numbers. So they train as fast as a LoRA does, and are chosen without the gradient of any weight.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class ChannelLayout(NamedTuple):
+    """A contiguous tensor seen as `(groups, outer, per_group, inner)`; channel `g * per_group + c` is `[g, :, c, :]`.
+
+    A linear weight `(out, in)` is `(1, out, in, 1)`: a channel is a column. An embedding is `(1, 1, tokens, width)`: a
+    channel is the row of a token. A convolution is `(1, out, in, kernel)`. Stacked experts have a group each.
+    """
+
+    groups: int
+    outer: int
+    per_group: int
+    inner: int
+
+    @property
+    def numel(self) -> int:
+        """Entries of the tensor."""
+        return self.groups * self.outer * self.per_group * self.inner
+
+    @property
+    def number(self) -> int:
+        """Number of channels."""
+        return self.groups * self.per_group
+
+    @property
+    def size(self) -> int:
+        """Entries of a channel."""
+        return self.outer * self.inner
+
+    def sums(self, values: Tensor) -> Tensor:
+        """The sum of each channel of a tensor of `numel` entries, shape `(number,)`."""
+        return values.reshape(self).sum((1, 3)).reshape(-1)
+
+    def positions(self, channels: Tensor) -> Tensor:
+        """Flat positions of the entries of some channels.
+
+        Args:
+            channels: Their numbers, int64, strictly increasing.
+
+        Returns:
+            Strictly increasing positions, int64, on the device of `channels`.
+        """
+        group, channel = channels // self.per_group, channels % self.per_group
+        first = ((group * self.outer) * self.per_group + channel) * self.inner
+        device = channels.device
+        steps = torch.arange(self.outer, device=device).view(-1, 1, 1) * (self.per_group * self.inner)
+        found = steps + first.view(1, -1, 1) + torch.arange(self.inner, device=device)
+        return found.reshape(-1) if self.groups == 1 else found.reshape(-1).sort().values
+
+    def channel_of(self, positions: Tensor) -> Tensor:
+        """The channel of each flat position, int64."""
+        row, inside = positions // (self.per_group * self.inner), positions % (self.per_group * self.inner)
+        return row // self.outer * self.per_group + inside // self.inner
+
+    def holding(self, positions: Tensor) -> Tensor:
+        """The channels that flat positions belong to, int64, strictly increasing; each of them is there as a whole.
+
+        Raises:
+            ValueError: If a channel is there in part.
+        """
+        found: Tensor
+        found, entries = self.channel_of(positions).unique(return_counts=True)
+        if not bool((entries == self.size).all()):
+            raise ValueError("A child network of input channels must hold whole channels; this one cuts some.")
+        return found
+
+
+class Channels(NamedTuple):
+    """Some channels of a tensor in one group, in place of the positions of their entries.
+
+    Attributes:
+        layout: How the tensor is divided, in one group.
+        chosen: Numbers of the channels, int64, shape `(m,)`, strictly increasing.
+    """
+
+    layout: ChannelLayout
+    chosen: Tensor
+
+    def positions(self) -> Tensor:
+        """Flat positions of all entries, int64."""
+        return self.layout.positions(self.chosen)
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """A contiguous tensor in its layout; dimension 1 are the channels."""
+        return tensor.view(*self.layout[1:])
+
+    def of_delta(self, delta: Tensor) -> Tensor:
+        """A delta of these channels as `(outer, m, inner)`."""
+        return delta.view(self.layout.outer, -1, self.layout.inner)
+
+
+def choose_channels(
+    scores: Mapping[str, Tensor], layouts: Mapping[str, ChannelLayout], budget: int
+) -> dict[str, Tensor]:
+    """Choose whole channels, those with the largest mean score of an entry first, until the next exceeds the budget.
+
+    Ties go to the earlier tensor in `scores`, then to the channel with the smaller number.
+
+    Args:
+        scores: Sum of the scores of the entries of each channel, not negative, finite, shape `(number,)`, by name.
+        layouts: How each tensor is divided, by name.
+        budget: Entries to choose at most.
+
+    Returns:
+        Numbers of the chosen channels by name, int64, strictly increasing, on the CPU; perhaps none in some tensors.
+
+    Raises:
+        ValueError: If the budget is smaller than the first channel, or a score is negative or not finite.
+    """
+    for name, score in scores.items():
+        if not bool(score.isfinite().all()) or bool((score < 0).any()):
+            raise ValueError(f"Scores must be finite and not negative; those of '{name}' hold another value.")
+    sizes = torch.cat([torch.full((layouts[name].number,), layouts[name].size) for name in scores])
+    means = torch.cat([score.detach().flatten().double().cpu() / layouts[name].size for name, score in scores.items()])
+    order = means.sort(descending=True, stable=True).indices
+    taken = order[: int((sizes[order].cumsum(0) <= budget).sum())]
+    if not taken.numel():
+        total = sum(layouts[name].numel for name in scores)
+        least = int(sizes[order[0]]) / total
+        digits = 10 ** (3 - math.floor(math.log10(least)))
+        raise ValueError(
+            f"The density is too small for one input channel: it allows {budget} of {total} entries, and the channel "
+            f"with the largest score has {int(sizes[order[0]])}. The smallest density that works is "
+            f"{math.ceil(least * digits) / digits}."
+        )
+    chosen = torch.zeros(len(means), dtype=torch.bool).index_fill_(0, taken, True)
+    parts = chosen.split([layouts[name].number for name in scores])
+    return {name: part.nonzero().flatten() for name, part in zip(scores, parts, strict=True)}

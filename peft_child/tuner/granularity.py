@@ -1,0 +1,41 @@
+"""What the input channels of a parameter are, by the kind of the module that owns it."""
+
+from __future__ import annotations
+
+from math import prod
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from peft_child.tensors.channels import ChannelLayout
+
+
+ENTRY, INPUT_CHANNEL = "entry", "input_channel"
+GRANULARITIES = (ENTRY, INPUT_CHANNEL)
+
+_TRANSPOSED = (nn.Embedding, Conv1D, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED[2:])
+
+
+def layout_of(module: nn.Module, key: str, parameter: nn.Parameter) -> ChannelLayout:
+    """How the input channels of a parameter lie in it.
+
+    A channel is all weights that read one input feature: a column of a linear weight, the row of a token in an
+    embedding, an input channel of a convolution with its kernels, a feature of one expert. A bias reads the constant
+    input 1, so that all of it is one channel; the entries of other vectors, such as the weights of norms, are channels
+    of their own.
+
+    Args:
+        module: The module that owns the parameter.
+        key: Its name there.
+        parameter: The parameter, of any shape.
+    """
+    shape = parameter.shape
+    if len(shape) < 2:
+        return ChannelLayout(1, 1, 1, prod(shape)) if key.endswith("bias") else ChannelLayout(1, 1, prod(shape), 1)
+    if isinstance(module, _TRANSPOSED):
+        return ChannelLayout(1, 1, shape[0], prod(shape[1:]))
+    if len(shape) == 3 and not isinstance(module, _CONVOLUTIONS):  # experts, of which some are stored transposed
+        is_transposed = getattr(module, "is_transposed", False)
+        return ChannelLayout(shape[0], 1, *shape[1:]) if is_transposed else ChannelLayout(*shape, 1)
+    return ChannelLayout(1, shape[0], shape[1], prod(shape[2:]))
