@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from peft_child import FormatError
 from peft_child.files.adapter_folder import SparseAdapter, read_adapter, write_adapter
+from peft_child.tensors.channels import ChannelLayout
 from peft_child.tensors.codec import Header, _sealed
 from peft_child.tensors.delta import SparseDelta
 
@@ -36,6 +37,9 @@ def valid_adapter():
     for name, (rows, columns, density) in shapes.items():
         indices = (torch.rand(rows * columns) < density).nonzero().flatten()
         deltas[name] = SparseDelta((rows, columns), indices, torch.randn(len(indices)), 7)
+    layout = ChannelLayout(1, 30, 40, 1)
+    indices = layout.positions(torch.arange(0, 40, 9))
+    deltas["a.channels.weight"] = SparseDelta((30, 40), indices, torch.randn(len(indices)), 7, layout)
     return SparseAdapter({"peft_type": "PEFT_CHILD"}, deltas)
 
 
@@ -82,9 +86,9 @@ def forge(tensors, rng):
     fields = list(np.frombuffer(block[5:7], np.uint8)) + list(np.frombuffer(block[8:32], "<u8")) + [0, 0]
     fields = [int(field) for field in fields]
     field = rng.randrange(5)
-    fields[field] = rng.choice([0, 1, 2, 3, fields[field] + 1, max(0, fields[field] - 1), 1 << 60, 2**64 - 1, 255]) % (
-        256 if field < 2 else 1 << 64
-    )
+    fields[field] = rng.choice(
+        [0, 1, 2, 3, 4, fields[field] + 1, max(0, fields[field] - 1), 1 << 60, 2**64 - 1, 255]
+    ) % (256 if field < 2 else 1 << 64)
     payload = block[44:]
     if rng.random() < 0.3:
         payload = zlib.compress(rng.choice([bytes(50_000_000), b"", rng.randbytes(100)]), 1)

@@ -32,6 +32,7 @@ MODULES = {
     ],
 }
 LONG = {
+    "tensors/codec.py": "four encodings, each with its checks",
     "tuner/layer.py": "forward, reading and merging of one layer",
     "tuner/model.py": "all that PEFT asks of a tuner",
     "tuner/state.py": "the tensors of a layer and every change of them",
@@ -50,6 +51,11 @@ PRIVATE = {
     "selection/module_gradients.py": {
         "_parameters": "the parameter of a second run, by key",
         "torch.utils._pytree": "tensors in the arguments of a call",
+    },
+    "tensors/channel_linear.py": {
+        "_backward_hooks": "hooks, which the module itself would run",
+        "_forward_hooks": "as _backward_hooks",
+        "_forward_pre_hooks": "as _backward_hooks",
     },
     "tensors/compose.py": {
         "_C": "see _top_saved_tensors_default_hooks",

@@ -32,12 +32,13 @@ from peft_child.cli.summary import summarize
 from peft_child.files.adapter_folder import CONFIG_NAME, SparseAdapter, open_adapter, read_adapter, write_adapter
 from peft_child.files.checkpoint import CHECKPOINT_NAME, INDEX_NAME, Checkpoint, replacing
 from peft_child.files.combination import combine_adapters, compare_adapters
-from peft_child.files.extract import extract_adapter
+from peft_child.files.extract import extract_adapter, extract_channels
 from peft_child.files.merge import NamesDifferError, check_fits, check_weights, export_patch, merge_checkpoint
 from peft_child.tensors.codec import FormatError
 from peft_child.tensors.combine import COMBINATIONS, MAJORITIES
 from peft_child.tensors.delta import Overlap
 from peft_child.tuner.config import ChildTuningConfig
+from peft_child.tuner.granularity import ENTRY, GRANULARITIES, INPUT_CHANNEL
 
 
 app = typer.Typer(
@@ -185,6 +186,10 @@ def extract(
         float | None,
         typer.Option(metavar="SHARE", help="Keep this share of all entries, in (0, 1]; by default all that differ."),
     ] = None,
+    granularity: Annotated[
+        str,
+        typer.Option(metavar="|".join(GRANULARITIES), help="Keep single entries, or whole input channels (columns)."),
+    ] = "entry",
     revision: Annotated[
         str | None, typer.Option(metavar="NAME", help="Branch, tag or commit of TUNED, if it is on the Hub.")
     ] = None,
@@ -206,7 +211,14 @@ def extract(
     before = Checkpoint(locate_checkpoint(base, base_revision))
     after = Checkpoint(locate_checkpoint(tuned, revision))
     _check_apart(output, before.path, after.path)
-    adapter = extract_adapter(before, after, density, progress)
+    if granularity == INPUT_CHANNEL and density is not None:
+        adapter = extract_channels(before, after, density, progress)
+    elif granularity == ENTRY:
+        adapter = extract_adapter(before, after, density, progress)
+    else:
+        raise ValueError(
+            f"--granularity must be entry, or input_channel together with --density, got {granularity!r}."
+        )
     adapter.settings.update(model_settings(before.path), base_model_name_or_path=base, revision=base_revision)
     write_adapter(output, adapter, force, progress)
     typer.echo(f"extracted {counts(open_adapter(output))} to {plain(output)}")

@@ -22,7 +22,7 @@ from peft_child.tensors.delta import Overlap, total_size
 
 
 EXPECTED_ERRORS = (OSError, ValueError, ImportError, SafetensorError)
-SETTINGS = ("variant", "density", "delta_dtype")
+SETTINGS = ("variant", "density", "granularity", "delta_dtype")
 SETTINGS_OF_VARIANT = {
     "task_driven": ("fisher", "fisher_examples"),
     "random": ("seed",),

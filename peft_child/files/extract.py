@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from peft_child.files.adapter_folder import PEFT_TYPE, SparseAdapter
 from peft_child.files.adapter_tensors import fingerprint_of
 from peft_child.files.checkpoint import Checkpoint
+from peft_child.tensors.channels import ChannelLayout, choose_channels
 from peft_child.tensors.delta import Progress, SparseDelta, change, check_share, count_different, extract_delta, silent
 from peft_child.tensors.lazy import Lazy
 from peft_child.tensors.topk import Cutoff, choose, find_cutoff
@@ -78,13 +80,63 @@ def extract_adapter(
     deltas = Lazy(chosen, lambda name: _extract(name, base[name], tuned[name], chosen[name].cutoff))
     if not deltas:
         raise ValueError(f"'{base.path}' and '{tuned.path}' do not differ in any floating point entry.")
+    return _adapter_of(base, deltas, density or sum(found.size for found in chosen.values()) / numel)
+
+
+def extract_channels(
+    base: Checkpoint, tuned: Checkpoint, density: float, progress: Progress = silent
+) -> SparseAdapter:
+    """As `extract_adapter`, but keep whole input channels: those with the largest mean squared change.
+
+    A checkpoint does not say what its tensors are for. So a channel is the row of a token in tensors whose names are
+    those of embeddings, a column in other matrices (also in GPT-2, which stores its weights transposed), an input
+    channel of a convolution with its kernels, all of a bias, and an entry of another vector.
+
+    Args:
+        base: As in `extract_adapter`.
+        tuned: As in `extract_adapter`.
+        density: Share of the entries to keep at most, in (0, 1].
+        progress: As in `extract_adapter`.
+
+    Raises:
+        ValueError: As `extract_adapter`, and if the density is too small for one channel.
+    """
+    check_share("density", density)
+    names = _comparable(base, tuned)
+    layouts = {name: _layout_of(name, base.places[name].shape) for name in names}
+    scores = {
+        name: layouts[name].sums(_scores(name, base[name], tuned[name]).square_())
+        for name in progress(names, "Comparing")
+    }
+    budget = round(density * sum(layout.numel for layout in layouts.values()))
+    found = {name: numbers for name, numbers in choose_channels(scores, layouts, budget).items() if len(numbers)}
+
+    def extract(name: str) -> SparseDelta:
+        positions = layouts[name].positions(found[name])
+        return _delta_at(name, base[name], tuned[name], positions)._replace(layout=layouts[name])
+
+    adapter = _adapter_of(base, Lazy(found, extract), density)
+    adapter.settings["granularity"] = "input_channel"
+    return adapter
+
+
+def _layout_of(name: str, shape: Sequence[int]) -> ChannelLayout:
+    numel = prod(shape)
+    if len(shape) < 2:
+        return ChannelLayout(1, 1, 1, numel) if name.endswith("bias") else ChannelLayout(1, 1, numel, 1)
+    if _EMBEDDING.search(name):
+        return ChannelLayout(1, 1, shape[0], numel // shape[0])
+    return ChannelLayout(1, shape[0], shape[1], numel // (shape[0] * shape[1]))
+
+
+def _adapter_of(base: Checkpoint, deltas: Mapping[str, SparseDelta], density: float) -> SparseAdapter:
     for name in deltas:
         if "." not in name:
             raise ValueError(f"'{name}' belongs to the top-level module, which an adapter cannot reach.")
     settings = {
         "peft_type": PEFT_TYPE,
         "variant": "extracted",
-        "density": density or sum(found.size for found in chosen.values()) / numel,
+        "density": density,
         "target_parameters": list(deltas),
         "base_model_name_or_path": str(base.path),
     }
@@ -146,9 +198,14 @@ def _check_finite(name: str, before: Tensor, after: Tensor) -> None:
 
 
 def _extract(name: str, before: Tensor, after: Tensor, cutoff: Cutoff | None) -> SparseDelta:
+    return _delta_at(name, before, after, None if cutoff is None else choose(change(before, after), cutoff)[0])
+
+
+def _delta_at(name: str, before: Tensor, after: Tensor, indices: Tensor | None) -> SparseDelta:
+    """The change of one tensor at some positions, or wherever it differs."""
     _check_finite(name, before, after)
     try:
-        delta = extract_delta(before, after, None if cutoff is None else choose(change(before, after), cutoff)[0])
+        delta = extract_delta(before, after, indices)
     except ValueError as error:
         raise ValueError(f"The change of '{name}' cannot be kept. {error}") from error
     matrix = (before.shape[0], before[0].numel()) if before.dim() else (1, 1)

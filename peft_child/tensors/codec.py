@@ -82,12 +82,12 @@ def encode(
     numel = int(np.prod(shape, dtype=np.int64))
     width = numel // shape[0] if shape else 1
     _check_indices(indices, numel, ValueError)
-    if indices.size == numel:
-        return _sealed(Header(ALL, ROWS, numel, width, numel, fingerprint, 0), b"")
     if layout is not None:
         chosen = layout.holding(torch.from_numpy(indices)).numpy()
         payload = zlib.compress(_LAYOUT.pack(*layout) + _planes(np.diff(chosen, prepend=-1) - 1), 9)
         return _sealed(Header(CHANNELS, ROWS, numel, width, indices.size, fingerprint, 0), payload)
+    if indices.size == numel:
+        return _sealed(Header(ALL, ROWS, numel, width, numel, fingerprint, 0), b"")
     encoding = GAPS if _SPARSE * indices.size < numel else BITMAP
     write = _write_gaps if encoding == GAPS else _write_bitmap
     orders = [ROWS] if width in (1, numel) else [ROWS, COLUMNS]

@@ -23,7 +23,10 @@ def test_inspect_prints_tables(files):
     printed = output_of("inspect", files / "chosen")
     adapter = read_adapter(files / "chosen")
     assert f"base: {files / 'base'}\n" in printed
-    assert "settings: variant task_driven, density 0.3, delta_dtype float32, fisher per_example" in printed
+    assert (
+        "settings: variant task_driven, density 0.3, granularity entry, delta_dtype float32, fisher per_example"
+        in printed
+    )
     rows = [line.split() for line in printed.splitlines()]
     for name, delta in adapter.deltas.items():
         row = next(row for row in rows if row[:1] == [name])
@@ -38,11 +41,11 @@ def test_inspect_prints_tables(files):
     [
         (
             {"variant": "random", "gradient_density": 0.5, "resample_every": 4},
-            "random, density 0.3, delta_dtype float32, seed 0, gradient_density 0.5, resample_every 4",
+            "granularity entry, delta_dtype float32, seed 0, gradient_density 0.5, resample_every 4",
         ),
         (
             {"variant": "task_free", "resample_every": 2},
-            "task_free, density 0.3, delta_dtype float32, resample_every 2",
+            "task_free, density 0.3, granularity entry, delta_dtype float32, resample_every 2",
         ),
     ],
     ids=["fixed", "task_free"],

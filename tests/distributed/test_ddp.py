@@ -20,7 +20,7 @@ from ..ranks import on_two_ranks
 
 pytestmark = pytest.mark.slow  # two processes each
 
-VARIANTS = ("task_driven", "random", "task_free")
+VARIANTS = ("task_driven", "random", "task_free", "channels")
 TOLD_TO_DDP = "_ddp_params_and_buffers_to_ignore"
 
 
@@ -36,8 +36,10 @@ def batches(rank=None):
 def model_for(variant, rank=None):
     torch.manual_seed(0)
     base = tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    model = get_peft_model(base, config_for("bert", variant=variant)).train()
-    if variant == "task_driven":
+    channels = {"variant": "task_driven", "granularity": "input_channel"}
+    changes = channels if variant == "channels" else {"variant": variant}
+    model = get_peft_model(base, config_for("bert", **changes)).train()
+    if changes["variant"] == "task_driven":
         select_child_network(model, batches(rank)[:2], progress_bar=False)
     return model
 

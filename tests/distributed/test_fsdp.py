@@ -30,6 +30,8 @@ CASES = {  # model, how its child network is chosen, and how activations are che
     "bert": ("bert", "task_driven", None),
     "bert checkpointed": ("bert", "task_free", "transformers"),
     "bert loaded": ("bert", "loaded", None),
+    "bert channels": ("bert", "channels", None),
+    "llama channels checkpointed": ("llama", "channels", "wrapper"),
 }
 
 
@@ -56,8 +58,10 @@ def model_for(name, variant, folder, rank=None):
         move(model)
         model.save_pretrained(folder / f"seed5 {rank}")
         return PeftModel.from_pretrained(base_of(name), folder / f"seed5 {rank}", is_trainable=True).train()
-    model = get_peft_model(base_of(name), config_for(name, variant=variant)).train()
-    if variant == "task_driven":
+    channels = {"variant": "task_driven", "granularity": "input_channel"}
+    changes = channels if variant == "channels" else {"variant": variant}
+    model = get_peft_model(base_of(name), config_for(name, **changes)).train()
+    if changes["variant"] == "task_driven":
         select_child_network(model, batches(name, rank)[:2], progress_bar=False)
     return model
 

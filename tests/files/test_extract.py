@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from peft_child.files.adapter_folder import read_adapter, write_adapter
 from peft_child.files.checkpoint import Checkpoint
-from peft_child.files.extract import extract_adapter
+from peft_child.files.extract import extract_adapter, extract_channels
 from peft_child.files.merge import merge_checkpoint
 
 from ..helpers import assert_same, logits
@@ -51,6 +51,39 @@ def test_extracting_at_a_density_takes_the_largest_changes(tmp_path):
     changes = torch.cat([(tuned[name] - before[name]).abs().flatten() for name in before])
     least = min(delta.values.abs().min() for delta in adapter.deltas.values())
     assert (changes > least).sum() < round(0.01 * total)
+
+
+def test_extracting_channels_takes_those_that_moved_most(tmp_path):
+    base = saved_base(tmp_path / "base")
+    before = load_file(base / "model.safetensors")
+    tuned = {
+        name: tensor + torch.randn(tensor.shape) * torch.rand(tensor.shape[-1]) for name, tensor in before.items()
+    }
+    save_file(tuned, tmp_path / "tuned.safetensors", metadata={"format": "pt"})
+    adapter = extract_channels(Checkpoint(base), Checkpoint(tmp_path / "tuned.safetensors"), 0.1)
+    total = sum(tensor.numel() for tensor in before.values())
+    means = {}
+    for name, tensor in before.items():
+        squares = (tuned[name] - tensor).square()
+        by_channel = squares.mean(1) if "embed" in name else squares.mean(0) if tensor.dim() > 1 else squares
+        means |= {(name, number): float(value) for number, value in enumerate(by_channel)}
+    chosen = {
+        (name, int(number)) for name, delta in adapter.deltas.items() for number in delta.layout.holding(delta.indices)
+    }
+    assert min(means[key] for key in chosen) >= max(means[key] for key in means.keys() - chosen)
+    size = sum(delta.indices.numel() for delta in adapter.deltas.values())
+    assert 0.09 * total < size <= round(0.1 * total)
+    write_adapter(tmp_path / "child", adapter)
+    merge_checkpoint(read_adapter(tmp_path / "child"), Checkpoint(base), tmp_path / "merged")
+    merged = tensors_of(tmp_path / "merged")
+    for name, delta in adapter.deltas.items():
+        expected = before[name].flatten()
+        expected[delta.indices] = tuned[name].flatten()[delta.indices]
+        torch.testing.assert_close(merged[name].flatten(), expected)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "child")
+    assert model.peft_config["default"].granularity == "input_channel"
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert torch.equal(logits(model, batch_of("llama")), logits(whole, batch_of("llama")))
 
 
 def test_checkpoints_that_cannot_be_compared(tmp_path):

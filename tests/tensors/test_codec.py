@@ -1,14 +1,17 @@
+import struct
 import subprocess
 import sys
 import zlib
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_child.tensors import codec
-from peft_child.tensors.codec import FormatError, decode, encode, read_header, with_delta_checksum
+from peft_child.tensors.channels import ChannelLayout
+from peft_child.tensors.codec import FormatError, decode, decode_channels, encode, read_header, with_delta_checksum
 
 
 def random_indices(numel, count, seed=0):
@@ -156,3 +159,72 @@ def test_an_honest_forgery_is_read():
 def test_a_block_that_was_never_loaded_says_so():
     with pytest.raises(FormatError, match="allocated, but no adapter file was loaded"):
         decode(bytes(64))
+
+
+# Channels
+
+
+LAYOUTS = [
+    ChannelLayout(1, 40, 30, 1),
+    ChannelLayout(1, 1, 50, 16),
+    ChannelLayout(1, 6, 9, 4),
+    ChannelLayout(3, 5, 8, 1),
+    ChannelLayout(1, 1, 1, 8),
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_channels_come_back_as_numbers_and_as_positions(layout):
+    chosen = list(range(layout.number))[:: 2 if layout.number > 1 else 1]
+    positions = layout.positions(torch.tensor(chosen)).numpy()
+    shape = (layout.groups * layout.outer, layout.numel // (layout.groups * layout.outer))
+    block = encode(positions, shape, 7, layout)
+    found, numbers = decode_channels(block)
+    assert (found, numbers.tolist()) == (layout, chosen)
+    assert np.array_equal(decode(block), positions)
+    assert read_header(block).encoding == codec.CHANNELS
+    assert block == encode(decode(block), shape, 7, layout)
+
+
+def test_a_list_of_channels_takes_next_to_nothing():
+    layout = ChannelLayout(1, 768, 768, 1)
+    positions = layout.positions(torch.arange(0, 768, 10)).numpy()
+    block = encode(positions, (768, 768), 0, layout)
+    assert len(block) <= 0.01 * len(positions)
+    assert decode_channels(encode(positions, (768, 768))) is None  # unless it is asked for, channels are entries
+
+
+def test_channels_that_are_cut_are_not_written():
+    with pytest.raises(ValueError, match="must hold whole channels"):
+        encode(np.array([0, 1, 5]), (4, 5), 0, ChannelLayout(1, 4, 5, 1))
+
+
+def forged_channels(layout, data, size=8, numel=20, order=0):
+    payload = zlib.compress(struct.pack("<QQQQ", *layout) + data)
+    return codec._sealed(codec.Header(codec.CHANNELS, order, numel, 5, size, 0, 0), payload)
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        (forged_channels((1, 4, 5, 1), bytes([0, 5])), "must be less than 5, got 5"),
+        (forged_channels((1, 4, 5, 1), bytes([4, 0])), r"must lie in \[0, 5\), got 4 to 5"),
+        (forged_channels((1, 4, 5, 1), bytes([0])), "Gaps of 2 positions take 1 to 8 bytes each, got 1 bytes"),
+        (forged_channels((1, 4, 5, 1), bytes(3)), "Gaps of 2 positions take 1 to 8 bytes each, got 3 bytes"),
+        (forged_channels((1, 4, 5, 1), bytes(18)), "Gaps of 2 positions take 1 to 8 bytes each, got 18 bytes"),
+        (forged_channels((1, 4, 5, 1), bytes(2), size=7), "7 positions are no whole channels of 4"),
+        (
+            forged_channels((1, 4, 5, 1), bytes(2), order=1),
+            "8 positions are no whole channels of 4 in the order of rows",
+        ),
+        (forged_channels((1, 4, 6, 1), bytes(2)), r"layout \(1, 4, 6, 1\) do not fit a tensor of 20"),
+        (forged_channels((0, 4, 5, 1), bytes(2)), "do not fit a tensor of 20"),
+        (forged_channels((1, 2**63, 5, 2), bytes(2)), "do not fit a tensor of 20"),
+        (codec._sealed(codec.Header(4, 0, 20, 5, 8, 0, 0), zlib.compress(bytes(9))), "starts with 32 bytes of layout"),
+        (codec._sealed(codec.Header(4, 0, 20, 5, 8, 0, 0), zlib.compress(bytes(10**6))), "does not expand to at most"),
+    ],
+)
+def test_lists_of_channels_that_lie_are_refused(block, message):
+    for read in (decode, decode_channels):
+        with pytest.raises(FormatError, match=message):
+            read(block)
