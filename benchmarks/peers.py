@@ -27,9 +27,10 @@ METHODS = {
     "lora_same": "PEFT LoRA, as many values",
     "task_driven": "**Child-Tuning, CT_D**",
     "random": "**Child-Tuning, random**",
+    "channels": "**Child-Tuning, input channels**",
     "task_free": "**Child-Tuning, CT_F**",
 }
-OURS = ("task_driven", "random", "task_free")
+OURS = ("task_driven", "random", "channels", "task_free")
 ADAPTERS = ("shira", "lora", "lora_same", *OURS)
 STEP = ("forward", "backward", "optimizer")
 
@@ -41,10 +42,10 @@ class Peer:
         shape: Of the model.
         method: One of `METHODS`.
         density: Share of the targeted weights in the child network; other methods get as many trained values.
-        chosen: Folder of a task-driven adapter, whose child network all methods that need one take.
+        chosen: Folder of a task-driven adapter, whose child network all methods that need one take; None for others.
     """
 
-    def __init__(self, shape: Shape, method: str, density: float, chosen: Path) -> None:
+    def __init__(self, shape: Shape, method: str, density: float, chosen: Path | None) -> None:
         self.model = build(shape).to(DEVICE)
         self.method = method
         if method in ADAPTERS:
@@ -154,6 +155,9 @@ def adapter_config(method: str, density: float, model: nn.Module) -> PeftConfig:
     """The configuration of an adapter for all linear layers, with about as many values as a child network."""
     layers = linear_layers(model)
     names = list(layers)
+    if method == "channels":  # random ones: a step costs the same for all
+        settings = {"variant": "random", "granularity": "input_channel"}
+        return ChildTuningConfig(density=density, target_modules=names, **settings)
     if method in OURS:
         return ChildTuningConfig(variant=method, density=density, target_modules=names)
     per_rank = sum(layer.in_features + layer.out_features for layer in layers.values())

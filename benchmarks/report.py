@@ -46,20 +46,19 @@ class Goal(NamedTuple):
         )
 
 
-def step_ratio(other: str, phases: Sequence[str] = STEP) -> Callable[[Case], list[float]]:
-    """Ratios of CT_D's step to another method's, by batch."""
+def step_ratio(other: str, phases: Sequence[str] = STEP, own: str = "task_driven") -> Callable[[Case], list[float]]:
+    """Ratios of our step to another method's, by batch."""
     return lambda case: [
-        ratio(total(seconds["task_driven"], phases), total(seconds[other], phases))
-        for seconds in case["steps"].values()
+        ratio(total(seconds[own], phases), total(seconds[other], phases)) for seconds in case["steps"].values()
     ]
 
 
-def inference_ratio(phase: str) -> Callable[[Case], list[float]]:
-    """Ratios of CT_D's inference to the base model's, by batch."""
+def inference_ratio(phase: str, own: str = "task_driven") -> Callable[[Case], list[float]]:
+    """Ratios of our inference to the base model's, by batch."""
     return lambda case: [
-        ratio(seconds["task_driven"][phase], seconds["native"]["inference"])
+        ratio(seconds[own][phase], seconds["native"]["inference"])
         for seconds in case["steps"].values()
-        if phase in seconds["task_driven"]
+        if phase in seconds[own]
     ]
 
 
@@ -91,6 +90,22 @@ GOALS = (
         64,
         True,
         lambda case: [case["choice memory"]["ours"] / 1e6],
+    ),
+    Goal("*input channels:* training step, to full fine-tuning", 0.82, True, step_ratio("full", own="channels")),
+    Goal("training step, to PEFT LoRA, r = 8", 1.00, True, step_ratio("lora", own="channels")),
+    Goal(
+        "peak memory of training above the base in the largest batch, to LoRA's",
+        1.00,
+        True,
+        lambda case: [case["memory of a batch"]["channels"] / case["memory of a batch"]["lora"]],
+    ),
+    Goal("inference with the adapter, to the base", 1.15, True, inference_ratio("inference", "channels")),
+    Goal("merged inference, to the base", 1.00, True, inference_ratio("merged inference", "channels")),
+    Goal(
+        "Fisher pass, to a forward and backward pass without gradients of weights",
+        1.10,
+        True,
+        lambda case: [ratio(case["fisher"]["channels"]["pass"], case["fisher"]["plain"]["pass"])],
     ),
 )
 
@@ -137,7 +152,7 @@ def peers(results: Mapping[str, Any]) -> str:
     goals.append([f"choice from {results['many']['scores']:,} scores, s", "<= 20", *[many] * len(cases)])
     names = [f"{case['model']} ({', '.join(case['steps'])})" for case in cases]
     return "\n\n".join(
-        ["## Beside other methods", made_with(results), table(["CT_D", "goal", *names], goals), *map(of_model, cases)]
+        ["## Beside other methods", made_with(results), table(["", "goal", *names], goals), *map(of_model, cases)]
     )
 
 
