@@ -11,7 +11,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # What is imported is compiled then; compiling all that is installed takes pip three quarters of its time.
 INSTALL := -m pip install --quiet --no-compile
 
-.PHONY: demo test quick lint check wheel benchmark clean
+.PHONY: demo test quick lint check wheel benchmark gpu clean
 
 demo: $(VENV)/.installed  ## Pretrain, adapt three ways, save, load, merge and draw
 	$(BIN)/python examples/quickstart.py
@@ -40,6 +40,9 @@ wheel: $(VENV)/.installed  ## Build the wheel, and try it in an environment of i
 
 benchmark: $(VENV)/.installed  ## All methods side by side, into docs: 20 minutes on two cores; FLAGS=--long takes longer
 	$(BIN)/python -m benchmarks.run --output docs $(FLAGS)
+
+gpu: $(VENV)/.installed  ## On a machine with a GPU: its tests, steps, memory and the choice, into docs; 8 minutes
+	$(BIN)/python -m benchmarks.gpu --output docs
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

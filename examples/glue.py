@@ -127,7 +127,9 @@ def adapter_config(model, args, seed):
         shapes = [module.weight.shape for module in model.base_model.modules() if isinstance(module, torch.nn.Linear)]
         rank = args.density * sum(rows * columns for rows, columns in shapes) / sum(map(sum, shapes))
         return ShiraConfig(r=max(1, round(rank)), random_seed=seed, **common)
-    return ChildTuningConfig(variant=VARIANTS[args.method], density=args.density, seed=seed, **common)
+    return ChildTuningConfig(
+        variant=VARIANTS[args.method], density=args.density, granularity=args.granularity, seed=seed, **common
+    )
 
 
 def load_data(args, seed):
@@ -197,6 +199,7 @@ def parse_arguments():
     add("--max-train-examples", type=int, help="train on so many rows, drawn with the seed; all if not given")
     add("--hold-out", type=float, help="evaluate on this share of the training rows instead, never trained on")
     add("--max-length", type=int, default=128, help="longest example, in tokens")
+    add("--granularity", choices=["entry", "input_channel"], default="entry", help="what a child network consists of")
     add("--method", choices=LEARNING_RATES, default="child", help="what to train")
     add("--density", type=float, default=0.1, help="share of the child network, of SHiRA, or of gradients")
     add("--num-fisher-examples", type=int, default=128, help="training rows that choose the child network")

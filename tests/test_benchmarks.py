@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import gpu
 
-pytestmark = [pytest.mark.slow, pytest.mark.by_hand]
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -24,16 +25,23 @@ def run(script, folder):
     return (folder / "benchmarks.md").read_text(), json.loads((folder / "benchmarks.json").read_text())
 
 
+@pytest.mark.slow
+@pytest.mark.by_hand
 def test_the_benchmark_measures_every_method_and_phase(tmp_path):
     page, stored = run("run", tmp_path)
     assert [case["model"] for case in stored["peers"]["cases"]] == ["tiny encoder", "tiny llama"]
     for row in ("full fine-tuning", "the authors' CT_D", "gradient hooks of CT_D", "PEFT SHiRA", "PEFT LoRA, r = 8"):
         assert page.count(f"\n| {row} |") >= 2
-    for row in ("PEFT LoRA, as many values", "**Child-Tuning, CT_D**", "**Child-Tuning, random**"):
+    for row in (
+        "PEFT LoRA, as many values",
+        "**Child-Tuning, CT_D**",
+        "**Child-Tuning, random**",
+        "**Child-Tuning, input channels**",
+    ):
         assert page.count(f"\n| {row} |") >= 4  # steps and files of two models
     for case in stored["peers"]["cases"]:
         steps = case["steps"]["2 x 8"]
-        assert len(steps) == 10
+        assert len(steps) == 11
         assert all({"forward", "backward", "inference"} <= phases.keys() for phases in steps.values())
         assert all(len(turns) == 3 for phases in steps.values() for turns in phases.values())
         assert case["trained"]["task_driven"] == case["trained"]["random"] == round(0.1 * case["targeted"])
@@ -41,6 +49,8 @@ def test_the_benchmark_measures_every_method_and_phase(tmp_path):
         assert case["file sizes"]["task_driven"] < case["file sizes"]["shira"]
 
 
+@pytest.mark.slow
+@pytest.mark.by_hand
 def test_growth_fits_every_phase_and_keeps_the_other_part_of_the_page(tmp_path):
     (tmp_path / "benchmarks.json").write_text(json.dumps({"other": {}}))
     page, stored = run("growth", tmp_path)
@@ -48,3 +58,12 @@ def test_growth_fits_every_phase_and_keeps_the_other_part_of_the_page(tmp_path):
     assert [len(stored["growth"][axis]) for axis in ("size", "density", "batch")] == [3, 2, 2]
     for row in ("pass, native", "pass, ours", "Fisher pass", "choice", "save", "load", "merge", "training"):
         assert f"\n| {row} |" in page
+
+
+@pytest.mark.slow
+def test_the_command_for_a_gpu_runs_tiny_without_one(tmp_path):
+    results = gpu.main(["--output", str(tmp_path), "--no-tests", "--turns", "1"])
+    page = (tmp_path / "gpu.md").read_text()
+    assert all(f"\n| {method} |" in page for method in gpu.METHODS)
+    assert "\n| input_channel |" in page
+    assert json.loads((tmp_path / "gpu.json").read_text())["weights"] == results["weights"]
