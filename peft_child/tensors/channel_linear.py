@@ -11,32 +11,29 @@ from torch.autograd.function import once_differentiable
 
 from peft_child.tensors.channels import Channels
 from peft_child.tensors.compose import Composition
+from peft_child.tensors.mask_steps import MaskUse
 from peft_child.tensors.quantised import is_quantised
 
 
-def can_call_channels(module: nn.Module, weight: Composition | None) -> bool:
-    """Whether `call_channels` computes what the module would: a linear layer without hooks, trained by channels."""
-    if weight is None or type(module).forward is not nn.Linear.forward or "forward" in vars(module):
-        return False
+def can_call_channels(module: nn.Module, weight: Composition) -> bool:
+    """Whether a linear layer runs without hooks, and all that is trained of its weight are input channels."""
     if not torch.is_grad_enabled() or weight.base.requires_grad or is_quantised(weight.base):
         return False
-    has_hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-    is_simple = all(
-        isinstance(child.indices, Channels) and child.indices.layout.inner == 1 and child.delta.requires_grad
-        for child in weight.children
-    )
-    return is_simple and not has_hooks
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or "forward" in vars(module):
+        return False
+    return all(isinstance(child.indices, Channels) and child.delta.requires_grad for child in weight.children)
 
 
 def call_channels(x: Tensor, weight: Composition, bias: Tensor | None) -> Tensor:
-    """`F.linear` with the composed weight; of the inputs it keeps those of the chosen channels for backward.
+    """A linear layer with the composed weight; of the inputs it keeps those of the chosen channels for backward.
 
     With output gradients d, the gradient of some columns of the weight is `d.T @ x[..., columns]`: as much smaller a
     product as the child network is smaller than the weight.
 
     Args:
         x: Inputs, shape `(..., in)`.
-        weight: The weight, shape `(out, in)`; its children are input channels.
+        weight: The weight; its children are input channels. They tell whether its shape is `(out, in)`, as in
+            `nn.Linear`, or `(in, out)`, as in the Conv1D of transformers.
         bias: Shape `(out,)`, or None.
     """
     y: Tensor = _ChannelLinear.apply(x, bias, weight, *(child.delta for child in weight.children))  # type: ignore[no-untyped-call]
@@ -46,8 +43,11 @@ def call_channels(x: Tensor, weight: Composition, bias: Tensor | None) -> Tensor
 class _ChannelLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: Composition, *deltas: Tensor) -> Tensor:
-        y = F.linear(x, weight.tensor(), bias)
-        ctx.weight, ctx.versions = weight, weight.versions()
+        ctx.weight, ctx.versions, ctx.is_transposed = weight, weight.versions(), _is_transposed(weight)
+        if ctx.is_transposed:  # the very operation of Conv1D, so that no bit differs
+            y = torch.addmm(bias, x.view(-1, x.shape[-1]), weight.tensor()).view(*x.shape[:-1], -1)  # type: ignore[arg-type]
+        else:
+            y = F.linear(x, weight.tensor(), bias)
         ctx.dtypes = [delta.dtype for delta in deltas]
         ctx.dtype = x.dtype
         chosen = [child.indices.chosen for child in weight.children if isinstance(child.indices, Channels)]
@@ -64,18 +64,24 @@ class _ChannelLinear(torch.autograd.Function):
         flat = gradient.reshape(-1, gradient.shape[-1])
         with torch.autocast(gradient.device.type, enabled=False):
             if needs_x:
-                of_x = (gradient @ weight.unchanged(ctx.versions).to(gradient.dtype)).to(ctx.dtype)
+                dense = weight.unchanged(ctx.versions).to(gradient.dtype)
+                of_x = (gradient @ (dense.T if ctx.is_transposed else dense)).to(ctx.dtype)
             if needs_bias:
                 of_bias = flat.sum(0)
-            found = [
-                _of_delta(flat, kept, child.mask, dtype) if wanted else None
-                for kept, child, dtype, wanted in zip(
-                    ctx.saved_tensors, weight.children, ctx.dtypes, needed, strict=True
-                )
-            ]
+            found: list[Tensor | None] = []
+            for kept, child, dtype, is_needed in zip(
+                ctx.saved_tensors, weight.children, ctx.dtypes, needed, strict=True
+            ):
+                left, right = (kept, flat) if ctx.is_transposed else (flat, kept)
+                found.append(_of_delta(left, right, child.mask, dtype) if is_needed else None)
         return of_x, of_bias, None, *found
 
 
-def _of_delta(gradient: Tensor, kept: Tensor, mask: Any, dtype: torch.dtype) -> Tensor:
-    found = (gradient.T @ kept.reshape(-1, kept.shape[-1])).reshape(-1).to(dtype)
+def _is_transposed(weight: Composition) -> bool:
+    layouts = [child.indices.layout for child in weight.children if isinstance(child.indices, Channels)]
+    return layouts[0].outer == 1
+
+
+def _of_delta(left: Tensor, right: Tensor, mask: MaskUse | None, dtype: torch.dtype) -> Tensor:
+    found = (left.reshape(-1, left.shape[-1]).T @ right.reshape(-1, right.shape[-1])).reshape(-1).to(dtype)
     return found if mask is None else mask.apply(found)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from peft.tuners.tuners_utils import _get_in_out_features, check_adapters_to_merge
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from peft_child.tensors.channel_linear import call_channels, can_call_channels
 from peft_child.tensors.compose import Child, Composition, call_composed, is_traced, lock_of, positions_of
@@ -75,7 +76,8 @@ class ChildTuningLayer(LayerState):
     def _is_by_channels(self, call: Callable[..., Any], weight: Composition) -> bool:
         # A compiler decides for itself what it keeps for backward, and a traced program holds no Python functions.
         is_seen = torch.compiler.is_compiling() or is_traced()
-        return call is self.base_layer and not is_seen and can_call_channels(self.base_layer, weight)
+        is_linear = type(self.base_layer).forward in (nn.Linear.forward, Conv1D.forward)
+        return call is self.base_layer and is_linear and not is_seen and can_call_channels(self.base_layer, weight)
 
     def _locked(self) -> AbstractContextManager[Any]:
         # Another thread may have its own tensors in the base layer. Compilers cannot trace a lock.

@@ -3,8 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import get_peft_model
 from torch import nn
 
+from peft_child import ChildTuningConfig
 from peft_child.tensors.channel_linear import call_channels, can_call_channels
 from peft_child.tensors.channels import ChannelLayout, Channels
 from peft_child.tensors.compose import Child, Composition
@@ -96,11 +98,6 @@ def test_a_change_between_forward_and_backward_is_noticed():
         result.sum().backward()
 
 
-class Scaled(nn.Linear):
-    def forward(self, x):
-        return super().forward(x) * 2
-
-
 def hooked():
     module = nn.Linear(IN, OUT)
     module.register_forward_hook(lambda *arguments: None)
@@ -113,11 +110,8 @@ def instance():
     return module
 
 
-@pytest.mark.parametrize(
-    ("make", "can"),
-    [(lambda: nn.Linear(IN, OUT), True), (lambda: Scaled(IN, OUT), False), (hooked, False), (instance, False)],
-)
-def test_only_what_computes_as_a_linear_layer_is_called_this_way(make, can):
+@pytest.mark.parametrize(("make", "can"), [(lambda: nn.Linear(IN, OUT), True), (hooked, False), (instance, False)])
+def test_only_what_is_trained_by_channels_and_has_no_hooks_is_called_this_way(make, can):
     module = make().requires_grad_(False)
     weight = composition(module.weight, [1, 2])
     assert can_call_channels(module, weight) == can
@@ -127,3 +121,38 @@ def test_only_what_computes_as_a_linear_layer_is_called_this_way(make, can):
     assert not can_call_channels(module, mixed)
     with torch.no_grad():
         assert not can_call_channels(module, weight)
+
+
+def test_the_transposed_weight_of_conv1d():
+    base, bias = torch.randn(IN, OUT), torch.randn(OUT)
+    layout = ChannelLayout(1, 1, IN, OUT)
+    numbers = torch.tensor([0, 5, 63])
+    delta = torch.randn(3 * OUT, requires_grad=True)
+    weight = Composition(base, (Child(delta, Channels(layout, numbers)),))
+    x = torch.randn(2, 7, IN, requires_grad=True)
+    expected = torch.addmm(
+        bias, x.view(-1, IN), base.flatten().index_add(0, layout.positions(numbers), delta).view(IN, OUT)
+    ).view(2, 7, OUT)
+    found = call_channels(x, weight, bias)
+    assert torch.equal(found, expected)
+    upstream = torch.randn_like(found)
+    gradients = torch.autograd.grad(found, [x, delta], upstream)
+    for gradient, twin in zip(gradients, torch.autograd.grad(expected, [x, delta], upstream), strict=True):
+        torch.testing.assert_close(gradient, twin, rtol=1e-5, atol=1e-5)
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+def test_a_layer_that_computes_something_else_computes_it_as_ever():
+    base = nn.Sequential(Scaled(6, 4))
+    config = {"density": 0.5, "target_modules": ["0"], "granularity": "input_channel", "variant": "random"}
+    model = get_peft_model(base, ChildTuningConfig(**config, init_weights=False))
+    x = torch.randn(3, 6)
+    unmerged = model(x)
+    unmerged.sum().backward()
+    model.merge_adapter()
+    assert torch.equal(model(x), unmerged)
+    assert any(parameter.grad is not None for parameter in model.parameters())
