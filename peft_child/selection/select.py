@@ -79,7 +79,8 @@ def select_child_network(
     """Choose the child network of a task-driven adapter (Child-Tuning_D; Xu et al., 2021).
 
     Exactly `round(density * n)` of the n targeted entries are chosen, those with the largest scores over all targeted
-    parameters together. Call it once, before the optimizer is made, since it creates the parameters to be trained.
+    parameters together. With `granularity="input_channel"` whole channels are chosen, those with the largest mean
+    score of an entry first, until the next would exceed that number. Call it once, before the optimizer is made, since it creates the parameters to be trained.
 
     In several processes (torch.distributed) every rank calls it with its own shard of the data, before the model is
     wrapped in DDP; see `estimate_fisher`. All end with the same child network, which is checked. The scores of a model
@@ -105,7 +106,8 @@ def select_child_network(
 
     Raises:
         ValueError: If neither or both of data and scores are given, or they are not as described, or no score is
-            positive, or the adapter is not a task-driven one; or if ranks differ in their settings or scores.
+            positive, or the density is too small for one channel, or the adapter is not a task-driven one; or if ranks
+            differ in their settings or scores.
         RuntimeError: If the adapter's child network has been trained already.
     """
     ready = on_every_rank(partial(_ready_scores, dataloader, scores))
@@ -200,8 +202,8 @@ def estimate_fisher(
             parameter), where they do not fit into it. The files stay; delete them when they have served.
 
     Returns:
-        Scores by name of the parameter in the base model, float32, in the shape of the parameter.
-        They can be kept with `safetensors.torch.save_file`. Those of sharded parameters are sharded alike (DTensors).
+        Scores by name of the parameter in the base model, float32: in the shape of the parameter, or for input channels
+        the sum over the entries of each, shape `(number of channels,)`, in the order of `ChannelLayout`. They can be kept with `safetensors.torch.save_file`. Those of sharded parameters are sharded alike (DTensors).
 
     Raises:
         ValueError: If there are no examples, or none on one rank; an example has no loss or one that is not finite;
