@@ -244,6 +244,7 @@ def _facts(settings: Mapping[str, Any], sizes: Mapping[str, ChildSize]) -> str:
         "Revision": _code(settings.get("revision")),
         "Variant": variant and f"{_code(variant)}, {VARIANT_TEXTS.get(variant, 'of a later version')}",
         "Density": variant in ("task_driven", "random") and f"{settings.get('density')} of all targeted entries",
+        "Granularity": settings.get("granularity") == "input_channel" and "whole input channels",
         "Gradient mask": _gradient_mask(settings),
         "Fisher information": variant == "task_driven" and _fisher(settings),
         "Seed": variant in ("random", "task_free") and str(settings.get("seed", "")),

@@ -80,7 +80,8 @@ def select_child_network(
 
     Exactly `round(density * n)` of the n targeted entries are chosen, those with the largest scores over all targeted
     parameters together. With `granularity="input_channel"` whole channels are chosen, those with the largest mean
-    score of an entry first, until the next would exceed that number. Call it once, before the optimizer is made, since it creates the parameters to be trained.
+    score of an entry first, until the next would exceed that number. Call it once, before the optimizer is made, since
+    it creates the parameters to be trained.
 
     In several processes (torch.distributed) every rank calls it with its own shard of the data, before the model is
     wrapped in DDP; see `estimate_fisher`. All end with the same child network, which is checked. The scores of a model
@@ -202,8 +203,9 @@ def estimate_fisher(
             parameter), where they do not fit into it. The files stay; delete them when they have served.
 
     Returns:
-        Scores by name of the parameter in the base model, float32: in the shape of the parameter, or for input channels
-        the sum over the entries of each, shape `(number of channels,)`, in the order of `ChannelLayout`. They can be kept with `safetensors.torch.save_file`. Those of sharded parameters are sharded alike (DTensors).
+        Scores by name of the parameter in the base model, float32: in the shape of the parameter, or, for input
+        channels, the sum over the entries of each, shape `(number of channels,)`.
+        They can be kept with `safetensors.torch.save_file`. Those of sharded parameters are sharded alike (DTensors).
 
     Raises:
         ValueError: If there are no examples, or none on one rank; an example has no loss or one that is not finite;
