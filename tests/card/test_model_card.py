@@ -272,3 +272,8 @@ def test_settings_alone_have_no_card(tmp_path):
 
 
 # Places and the heat map
+
+
+def test_a_child_network_of_channels_says_so(tmp_path):
+    assert "Granularity" not in completed(tmp_path)
+    assert "- **Granularity:** whole input channels" in completed(tmp_path, granularity="input_channel")
