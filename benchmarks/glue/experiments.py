@@ -15,6 +15,7 @@ from benchmarks.glue.methods import (
     SHIRA,
     SPARSE_RATES,
     UNTRAINED,
+    by_channels,
     chosen_by,
     control,
     elsewhere,
@@ -106,6 +107,14 @@ def ablations(settings: Settings) -> Comparison:
     return _on_tasks(settings, "ablations", "Which child network", text, methods)
 
 
+def granularity(settings: Settings) -> Comparison:
+    """Single entries against whole input channels, chosen and random."""
+    entries = [make(density) for density in (0.1, 0.01) for make in (task_driven, random)]
+    methods = (*entries, *map(by_channels, entries), LORA)
+    text = "Child networks of single entries and of whole input channels, chosen by Fisher information and at random."
+    return _on_tasks(settings, "granularity", "Entries or input channels", text, methods)
+
+
 def few_examples(settings: Settings) -> Comparison:
     """How many examples the choice needs to train as well."""
     methods = (task_driven(0.3), *(chosen_by(count, 0.3) for count in FISHER_EXAMPLES_TRIED))
@@ -177,6 +186,7 @@ EXPERIMENTS: dict[str, Callable[[Settings], Experiment]] = {
     "main": main_table,
     "ablations": ablations,
     "examples": few_examples,
+    "granularity": granularity,
     "rates": rates,
     "transfer": transfer,
     "probes": probes,

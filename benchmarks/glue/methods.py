@@ -37,6 +37,13 @@ def control(child: str, density: float) -> Method:
     return Method(names[child], options, SPARSE_RATES, "variants")
 
 
+def by_channels(method: Method) -> Method:
+    """The same method with a child network of whole input channels."""
+    return method._replace(
+        name=f"{method.name}, channels", options=(*method.options, "--granularity", "input_channel")
+    )
+
+
 FULL = Method("Full", ("--method", "full"), DENSE_RATES)
 UNTRAINED = Method("Untrained", ("--method", "full", "--untrained"), script="variants", like=FULL)
 LORA = Method("LoRA r=8", ("--method", "lora"), (3e-4, 1e-3, 3e-3))
