@@ -1,4 +1,4 @@
-"""An adapter on disk without any model: its settings, its sparse deltas, and the modules saved whole with it."""
+"""An adapter folder, without any model: settings, sparse deltas, and modules saved whole."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ class SparseAdapter:
 
     Attributes:
         settings: What `adapter_config.json` holds.
-        deltas: Sparse deltas by name of the parameter in the base model. Those of a folder have the shape of a matrix
-            with the tensor's rows, since the file knows no more.
+        deltas: Sparse deltas by name of the parameter in the base model. The file stores only the number of rows, so
+            deltas read from a folder have the shape of a matrix.
         dense: Tensors saved whole (`modules_to_save`), by name in the file.
         sizes: Entries, chosen entries, and bytes of the index block, by name of the parameter.
     """
@@ -59,15 +59,15 @@ class SparseAdapter:
 
 
 def open_adapter(folder: str | Path) -> SparseAdapter:
-    """Open an adapter folder; every delta is read and checked when it is asked for.
+    """Open an adapter folder; every delta is read and checked on access.
 
     Args:
         folder: A folder with `adapter_config.json` and `adapter_model.safetensors`.
 
     Raises:
         FileNotFoundError: If one of the files is missing.
-        FormatError: If it is an adapter of another PEFT method, or a file cannot be one of ours. Asking for a delta
-            raises it as well, if that is damaged.
+        FormatError: If the adapter is of another PEFT method, or a file is not valid. Access to a damaged delta
+            raises it too.
     """
     folder = Path(folder)
     for name in (CONFIG_NAME, WEIGHTS_NAME):
@@ -78,7 +78,9 @@ def open_adapter(folder: str | Path) -> SparseAdapter:
             raise FileNotFoundError(f"'{folder}' is no folder of an adapter: it has no '{name}'.{hint}")
     try:
         settings = json.loads((folder / CONFIG_NAME).read_text())
-        _check_method(folder, settings)
+        method = settings.get("peft_type") if isinstance(settings, dict) else None
+        if method != PEFT_TYPE:
+            raise FormatError(f"'{folder}' is an adapter of type {method!r}, not of Child-Tuning ({PEFT_TYPE!r}).")
         with safe_open(folder / WEIGHTS_NAME, framework="pt") as file:
             keys, others = child_keys(file.keys())
             dense = {key: file.get_tensor(key) for key in others}
@@ -89,7 +91,7 @@ def open_adapter(folder: str | Path) -> SparseAdapter:
     recorded = settings.get("child_sizes")
     try:
         sizes = found if recorded is None else {name: ChildSize(*size) for name, size in recorded.items()}
-    except (AttributeError, TypeError):
+    except (AttributeError, TypeError):  # a record of another form names nothing
         sizes = {}
     if sizes.keys() != keys.keys():
         raise FormatError(f"child_sizes of '{CONFIG_NAME}' names other parameters than '{WEIGHTS_NAME}' has.")
@@ -111,34 +113,28 @@ def read_adapter(folder: str | Path) -> SparseAdapter:
 
 
 def _read_delta(file: Path, name: str, keys: Mapping[str, str], size: ChildSize) -> SparseDelta:
-    """Read and check one delta; `keys` are its names in the file by kind."""
+    """Read and check one delta; `keys` maps each kind of tensor to its name in the file."""
     with safe_open(file, framework="pt") as tensors:
         child = checked_child(name, {kind: tensors.get_tensor(key) for kind, key in keys.items()})
     if size != child.size():
         raise FormatError(
-            f"The child of '{name}' cannot be loaded. The settings say {list(size)} entries, chosen entries and bytes "
-            f"of it, the file {list(child.size())}."
+            f"The child of '{name}' cannot be loaded. Its entries, chosen entries and index bytes are {list(size)} in "
+            f"the settings and {list(child.size())} in the file."
         )
     shape = (child.header.numel // child.header.width, child.header.width)
     return SparseDelta(shape, child.indices(name), child.delta, child.header.fingerprint, child.layout())
 
 
-def _check_method(folder: Path, settings: object) -> None:
-    kind = settings.get("peft_type") if isinstance(settings, dict) else None
-    if kind != PEFT_TYPE:
-        raise FormatError(f"'{folder}' is an adapter of type {kind!r}, not of Child-Tuning ({PEFT_TYPE!r}).")
-
-
 def write_adapter(
     folder: str | Path, adapter: SparseAdapter, force: bool = False, progress: Progress = silent
 ) -> None:
-    """Write an adapter folder that every loader can read, with a model card, whole or not at all.
+    """Write an adapter folder that every loader can read, with a model card; an error leaves no partial folder.
 
-    Deltas are asked for once, one at a time, and written at once.
+    Deltas are read one at a time, each once.
 
     Args:
         folder: The folder to make.
-        adapter: The adapter; the sizes of its child networks are recorded in the settings that are written.
+        adapter: The adapter; the sizes of its child networks are added to the settings that are written.
         force: Replace a folder that exists.
         progress: Wraps the loop over tensor names.
 
@@ -150,19 +146,15 @@ def write_adapter(
         with TensorWriter(temporary / WEIGHTS_NAME) as weights:
             for key, tensor in adapter.dense.items():
                 weights.add(key, tensor)
-            sizes = _write_deltas(weights, adapter.deltas, progress)
+            sizes = {}
+            for name in progress(list(adapter.deltas), "Writing"):
+                delta = adapter.deltas[name]
+                if delta.indices.numel():  # the format has no empty child networks
+                    sizes[name] = _write_delta(weights, name, delta)
         settings = {**adapter.settings, "child_sizes": sizes}
         (temporary / CONFIG_NAME).write_text(json.dumps(settings, indent=2, sort_keys=True))
         if sizes:
             complete_card(temporary, settings)
-
-
-def _write_deltas(
-    weights: TensorWriter, deltas: Mapping[str, SparseDelta], progress: Progress
-) -> dict[str, ChildSize]:
-    """Write index blocks and values; returns their sizes, as the settings record them."""
-    written = ((name, deltas[name]) for name in progress(list(deltas), "Writing"))
-    return {name: _write_delta(weights, name, delta) for name, delta in written if delta.indices.numel()}
 
 
 def _write_delta(weights: TensorWriter, name: str, delta: SparseDelta) -> ChildSize:

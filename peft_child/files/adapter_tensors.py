@@ -6,7 +6,8 @@ The format is written down in docs/format.md.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -36,13 +37,13 @@ DELTA_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class StoredChild(NamedTuple):
-    """The child network of one parameter as a file has it.
+    """The child network of one parameter as it is stored in a file.
 
     Attributes:
         delta: Change of the chosen entries, floating point, shape `(k,)`.
         block: Their encoded positions, uint8, shape `(bytes,)`.
-        header: What the block says of itself.
-        mask: The mask that the delta's gradient had when training ended, if it had one.
+        header: The header of the block.
+        mask: The gradient mask at the end of training, if there was one.
     """
 
     delta: Tensor
@@ -51,7 +52,7 @@ class StoredChild(NamedTuple):
     mask: GradientMask | None = None
 
     def size(self) -> ChildSize:
-        """Its size, which the block has been checked to have."""
+        """Its size; `checked_child` has verified the header."""
         return ChildSize(self.header.numel, self.header.size, self.block.numel())
 
     def indices(self, name: str) -> Tensor:
@@ -61,12 +62,10 @@ class StoredChild(NamedTuple):
             name: Name of the parameter, for the error.
 
         Raises:
-            FormatError: If the block holds other positions than it says.
+            FormatError: If the block holds other positions than its header says.
         """
-        try:
+        with _naming(name):
             return torch.from_numpy(decode(self.block.cpu().numpy().data))
-        except FormatError as error:
-            raise FormatError(f"The child of '{name}' cannot be loaded. {error}") from error
 
     def layout(self) -> ChannelLayout | None:
         """How input channels lie in the tensor, if the child network consists of whole ones."""
@@ -84,7 +83,7 @@ def read_children(tensors: Mapping[str, Tensor]) -> tuple[dict[str, StoredChild]
         The child networks by name of the parameter in the base model, and all other tensors by their own names.
 
     Raises:
-        FormatError: If a tensor is damaged, of another kind, or alone.
+        FormatError: If a tensor is damaged, has a wrong dtype or shape, or lacks its counterpart.
     """
     keys, others = child_keys(tensors)
     children = {
@@ -112,6 +111,9 @@ def claimed_size(name: str, block: Any) -> ChildSize:
     Args:
         name: Name of the parameter.
         block: A uint8 tensor, or a slice of one in a file.
+
+    Raises:
+        FormatError: If it has no room for a header, or another dtype or number of dimensions.
     """
     shape = block.get_shape() if hasattr(block, "get_shape") else list(block.shape)
     if len(shape) != 1 or shape[0] < HEADER_SIZE:
@@ -134,7 +136,7 @@ def stamped(tensors: Mapping[str, Tensor], delta_dtype: torch.dtype | None = Non
 
     Raises:
         RuntimeError: If a delta is offloaded.
-        ValueError: If a delta is not finite, or a block was never filled, which nothing could read again.
+        ValueError: If a delta is not finite, or a block was never filled: no reader would accept them.
     """
     result = dict(tensors)
     for key, block in tensors.items():
@@ -146,7 +148,7 @@ def stamped(tensors: Mapping[str, Tensor], delta_dtype: torch.dtype | None = Non
         name = f"{path.removeprefix(PREFIX)}.{rest.rpartition('.')[2]}"
         check_has_values(f"The child network of '{name}'", delta)
         if not bool(block.any()):
-            raise ValueError(f"The child network of '{name}' was neither chosen nor loaded.")
+            raise ValueError(f"The child network of '{name}' was neither chosen nor loaded: choose it before saving.")
         if delta_dtype is not None and delta.dtype == torch.float32:
             result[delta_key] = delta.to(delta_dtype)
         bad = result[delta_key].numel() - int(result[delta_key].isfinite().sum())
@@ -158,14 +160,14 @@ def stamped(tensors: Mapping[str, Tensor], delta_dtype: torch.dtype | None = Non
 
 
 def checksum_of(delta: Tensor) -> int:
-    """CRC-32 of a delta's little-endian bytes; never 0, which stands for an unknown one."""
+    """CRC-32 of a delta's little-endian bytes; never 0, which means unknown."""
     return zlib.crc32(delta.detach().cpu().contiguous().view(torch.uint8).numpy().data) or 1
 
 
 def fingerprint_of(base: Tensor, indices: Tensor) -> int:
-    """The fingerprint of the base values at some flat positions, unless they are rounded by quantisation.
+    """Fingerprint of the base values at some flat positions; 0 if they are quantised or offloaded.
 
-    See `fingerprint_of_values`. If the base is sharded, every rank has to ask for it.
+    See `fingerprint_of_values`. If the base is sharded, every rank has to call this.
     """
     if base.is_meta or is_quantised(base):
         return 0
@@ -176,20 +178,20 @@ def fingerprint_of(base: Tensor, indices: Tensor) -> int:
 def fingerprint_of_values(values: Tensor) -> int:
     """32 bits of base values, the same whether a checkpoint is loaded as float32 or bfloat16.
 
-    Never 0, which stands for an unknown one: that of a float16 tensor, whose values have been rounded otherwise.
+    0, which means unknown, for float16: its rounding differs from that of the other two.
     """
     return 0 if values.dtype == torch.float16 else checksum_of(values.to(torch.bfloat16))
 
 
 def fingerprints_differ(known: int, here: int) -> bool:
-    """Whether two fingerprints are both known, and not the same."""
+    """Whether two fingerprints are both known and differ."""
     return bool(known and here and known != here)
 
 
 def _split(key: str) -> tuple[str, str, str]:
     """Path of the module in the base model, kind, and name of the parameter; no kind for other tensors.
 
-    Names of other adapters' layers, which may stand in between, are no part of the base model's names.
+    Takes out `.base_layer`, which the layers of other adapters add to the path.
     """
     for kind in (*KINDS, MASK):
         path, found, parameter = key.rpartition(f".{kind}.")
@@ -199,7 +201,7 @@ def _split(key: str) -> tuple[str, str, str]:
 
 
 def checked_child(name: str, pair: Mapping[str, Tensor]) -> StoredChild:
-    """The index block and the delta of a parameter, by kind, checked against each other, and its mask, if any."""
+    """Check the tensors of one child network, given by kind, against each other; the mask is optional."""
     for kind in KINDS:
         if kind not in pair:
             raise FormatError(
@@ -211,22 +213,29 @@ def checked_child(name: str, pair: Mapping[str, Tensor]) -> StoredChild:
             f"The child of '{name}' must be a 1-D uint8 index block and a 1-D floating point delta, got "
             f"{block.dtype} {tuple(block.shape)} and {delta.dtype} {tuple(delta.shape)}."
         )
-    try:
+    with _naming(name):
         header = read_header(block.cpu().numpy().data)
-    except FormatError as error:
-        raise FormatError(f"The child of '{name}' cannot be loaded. {error}") from error
-    problem = _problem(header, delta)
-    if problem:
-        raise FormatError(f"The child of '{name}' cannot be loaded. {problem}")
-    try:
+        if header.size != delta.numel():
+            raise FormatError(f"Its index has {header.size} positions and its delta {delta.numel()} values.")
+        if header.delta_checksum and header.delta_checksum != checksum_of(delta):
+            raise FormatError("The checksum of its delta does not match.")
+        if not torch.isfinite(delta).all():
+            raise FormatError("Its delta has a value that is not finite.")
         mask = GradientMask.unpack(pair[MASK]) if MASK in pair else None
-    except ValueError as error:
-        raise FormatError(f"The child of '{name}' cannot be loaded. {error}") from error
     return StoredChild(delta, block, header, mask)
 
 
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Add the name of the parameter to errors."""
+    try:
+        yield
+    except ValueError as error:  # FormatError is one
+        raise FormatError(f"The child of '{name}' cannot be loaded. {error}") from error
+
+
 def check_numel(name: str, child: StoredChild, base: Tensor) -> None:
-    """Raise a `FormatError` if a child network belongs to a tensor of another size than this parameter has."""
+    """Raise a `FormatError` if a child network was made for a tensor of another size than its parameter's."""
     if child.header.numel != base.numel():
         raise FormatError(
             f"The child of '{name}' cannot be loaded. It belongs to a tensor of {child.header.numel} entries, the "
@@ -235,13 +244,5 @@ def check_numel(name: str, child: StoredChild, base: Tensor) -> None:
 
 
 def precise_dtype(delta: Tensor) -> torch.dtype:
-    """The dtype in memory of a delta that was saved: float32 but for changes that only float64 can express."""
+    """The dtype in memory of a stored delta: float64 for float64, which extraction may need, and float32 otherwise."""
     return torch.float64 if delta.dtype == torch.float64 else torch.float32
-
-
-def _problem(header: Header, delta: Tensor) -> str:
-    if header.size != delta.numel():
-        return f"Its index has {header.size} positions and its delta {delta.numel()} values."
-    if header.delta_checksum and header.delta_checksum != checksum_of(delta):
-        return "The checksum of its delta does not match."
-    return "" if bool(torch.isfinite(delta).all()) else "Its delta has a value that is not finite."

@@ -1,7 +1,7 @@
 """Model checkpoints in safetensors files, tensor by tensor, whatever their size.
 
-A merged checkpoint differs from its base in some bytes of some tensors. So its files are those of the base, streamed
-once from beginning to end: what does not change is copied, a tensor that changes is read, changed and written.
+A merged checkpoint has the files of its base, with other bytes in some tensors. So every file is streamed once from
+beginning to end: tensors that change are read, changed and written, and everything else is copied.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from peft_child.files.safetensors_io import copy_bytes, write_tensor
 INDEX_NAME = "model.safetensors.index.json"
 CHECKPOINT_NAME = "model.safetensors"
 
-# What describes a model, and holds no weights: configurations, tokenizers, chat templates, licences, remote code.
+# Files that describe a model and hold no weights: configurations, tokenizers, chat templates, licences, remote code.
 _VOCABULARIES = ("*.model", "*.model.v*", "*.spm", "*.tiktoken", "*.tokenizer", "*.bpe", "*.codes", "*.txt")
 DESCRIBING = ("*.json", "*.jinja", "*.py", *_VOCABULARIES)
 LICENCES = ("LICEN[CS]E*", "NOTICE*", "USE_POLICY*", "COPYING*")
@@ -35,7 +35,7 @@ _OF_WEIGHTS = (".bin", ".safetensors", ".pt", ".pth", ".h5", ".msgpack", ".gguf"
 
 
 class StoredTensor(NamedTuple):
-    """Where a checkpoint has a tensor.
+    """Where a tensor of a checkpoint is stored.
 
     Attributes:
         file: The safetensors file.
@@ -58,14 +58,14 @@ class StoredTensor(NamedTuple):
 
 
 class Checkpoint:
-    """The tensors of a checkpoint, read when they are asked for.
+    """The tensors of a checkpoint, read on access.
 
     Args:
-        path: A safetensors file, an index of some, or a folder, of which the files are read that transformers loads.
+        path: A safetensors file, an index of several, or a folder, which is read as transformers does.
 
     Attributes:
         path: The file or folder.
-        places: By name of the tensor.
+        places: Where each tensor is stored, by name.
 
     Raises:
         FileNotFoundError: If there is no such checkpoint.
@@ -91,7 +91,7 @@ class Checkpoint:
 
 @contextmanager
 def replacing(target: str | Path, force: bool) -> Iterator[Path]:
-    """A temporary name for a file or folder that takes its place at the end, whole or not at all.
+    """Give a temporary path for a file or folder, and move it to the target if the block ends without an error.
 
     Args:
         target: The file or folder to make.
@@ -111,7 +111,7 @@ def replacing(target: str | Path, force: bool) -> Iterator[Path]:
     _remove(temporary)
     try:
         yield temporary
-        if target.is_dir():  # a folder cannot be replaced in one step; without the old one it is none or the new one
+        if target.is_dir():  # cannot be replaced in one step; a crash in between leaves no target, never a mixture
             old = target.with_name(f".{target.name}.{os.getpid()}.old")
             target.rename(old)
             temporary.rename(target)
@@ -123,10 +123,11 @@ def replacing(target: str | Path, force: bool) -> Iterator[Path]:
 
 
 def copy_description(source: Path, folder: Path) -> None:
-    """Copy what describes the model in a folder: no weights, and no folder that has any, such as those of exports."""
+    """Copy the files that describe a model: no weights, and no subfolder that has any, such as those of exports."""
     for item in sorted(source.iterdir()):
         if item.is_file() and _describes(item):
             shutil.copyfile(item, folder / item.name)
+        # The target may lie inside the source, and must not be copied into itself.
         elif item.is_dir() and folder != item and item not in folder.parents and _holds_no_weights(item):
             shutil.copytree(item, folder / item.name, copy_function=shutil.copyfile)
 
@@ -145,14 +146,14 @@ def _describes(file: Path) -> bool:
 def copy_with_changes(
     checkpoint: Checkpoint, folder: Path, names: Iterable[str], change: Callable[[str, Tensor], Tensor]
 ) -> None:
-    """Copy a checkpoint and what describes its model, with other values in some tensors.
+    """Copy a checkpoint and the files that describe its model, with other values in some tensors.
 
     Args:
         checkpoint: The checkpoint to copy.
         folder: A folder that does not exist yet.
         names: The tensors to change, in the order of `checkpoint.in_file_order`.
-        change: Gives what is written, of the same dtype and number of entries, for a name and the tensor that the
-            checkpoint has, which it may change. It is called once for each name, in their order.
+        change: Takes a name and the checkpoint's tensor, which it may modify, and returns the tensor to write, of the
+            same dtype and number of entries. It is called once for each name, in their order.
     """
     first, files = _first_file(checkpoint.path), set(_weight_files(checkpoint.path))
     folder.mkdir()
@@ -170,27 +171,27 @@ def copy_with_changes(
 def _copy_file(
     checkpoint: Checkpoint, file: Path, copied: Path, names: Iterable[str], change: Callable[[str, Tensor], Tensor]
 ) -> None:
-    """Stream a file to its copy; `names` are the tensors in it that change, in the order of the file."""
+    """Stream a file to its copy; `names` are the tensors to change in it, in file order."""
     with file.open("rb") as source, copied.open("wb") as target:
         for name in names:
             place = checkpoint.places[name]
             copy_bytes(source, target, place.offset - source.tell())
             written = write_tensor(change(name, checkpoint[name].clone()), target)
             if written != place.num_bytes:
-                raise ValueError(f"'{name}' has {place.num_bytes} bytes in '{file}', its change {written}.")
+                raise ValueError(f"'{name}' must keep its {place.num_bytes} bytes in '{file}', got {written}.")
             source.seek(place.num_bytes, os.SEEK_CUR)
         copy_bytes(source, target, file.stat().st_size - source.tell())
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The settings in `config.json` of a folder; none where there is no such file, or it holds something else."""
+    """The settings in `config.json` of a folder; empty if there is no such file, or it does not hold an object."""
     file = folder / "config.json"
     settings = json.loads(file.read_text()) if file.is_file() else {}
     return settings if isinstance(settings, dict) else {}
 
 
 def _first_file(path: Path) -> Path:
-    """The file that transformers would load first: what the configuration names, or the only one, or an index."""
+    """The file that transformers loads first: the one that the configuration names, the only one, or an index."""
     named = None if path.is_file() else read_config(path).get("transformers_weights")
     names = [CHECKPOINT_NAME, INDEX_NAME] if named is None else [_checked(str(named), path / "config.json")]
     found = [path, *(path / name for name in names)]
@@ -198,7 +199,7 @@ def _first_file(path: Path) -> Path:
         if file.is_file():
             return file
     others = sorted(file.name for file in path.glob("*.*") if file.suffix in _OF_WEIGHTS)
-    hint = f" It has '{others[0]}': name a safetensors file itself, and save others again as such." if others else ""
+    hint = f" It has '{others[0]}': name a safetensors file itself, and convert other formats to it." if others else ""
     raise FileNotFoundError(
         f"'{path}' is no safetensors file, and no folder with '{names[0]}'"
         + (f" or an index of it.{hint}" if named is None else f", which its configuration names.{hint}")
@@ -206,7 +207,7 @@ def _first_file(path: Path) -> Path:
 
 
 def _checked(name: str, source: Path) -> str:
-    if Path(name).name != name:
+    if Path(name).name != name:  # checkpoints of strangers must not make us read or write elsewhere
         raise ValueError(f"'{source}' names files outside its own folder.")
     return name
 
@@ -223,7 +224,7 @@ def _weight_files(path: Path) -> list[Path]:
 
 
 def _read_places(file: Path) -> dict[str, StoredTensor]:
-    """The header of a safetensors file; the library checks it, but does not tell the offsets."""
+    """Read where the tensors of a file are; the library checks the header, but does not expose the offsets."""
     try:
         with safe_open(file, framework="pt"):
             pass

@@ -1,4 +1,4 @@
-"""Several adapters of one base model: combined in a new one, or compared."""
+"""Combine several adapters of one base model in a new one, or compare them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def combine_adapters(
 ) -> SparseAdapter:
     """Combine adapters of one base model; see `combine_deltas` for what the arguments mean.
 
-    Every delta is combined when it is asked for, so that memory is that of one tensor, and again if it is asked again.
+    Every delta is combined on each access, so memory is that of one tensor.
 
     Raises:
         ValueError: If an argument is out of range, an adapter has modules saved whole, or tensors differ in shape.
@@ -39,14 +39,14 @@ def combine_adapters(
         seed=seed,
     )
     settings = dict(adapters[0].settings)
-    is_as_before = len(adapters) == 1 and (combination_type == "linear" or density == 1)
-    if deltas and not is_as_before:
+    keeps_positions = len(adapters) == 1 and (combination_type == "linear" or density == 1)
+    if deltas and not keeps_positions:
         settings |= {**WITHOUT_SELECTION, "density": density_of(deltas, progress), "target_parameters": list(deltas)}
     return SparseAdapter(settings, deltas, adapters[0].dense)
 
 
 def compare_adapters(adapters: Sequence[SparseAdapter]) -> dict[tuple[int, int], dict[str, Overlap]]:
-    """Overlap of the child networks of every two adapters, by their positions, in every tensor that either changes."""
+    """Overlap of every two adapters, by their positions in the sequence, in every tensor that either changes."""
     found: dict[tuple[int, int], dict[str, Overlap]] = {}
     for first, second in combinations(range(len(adapters)), 2):
         deltas = adapters[first].deltas, adapters[second].deltas
@@ -57,10 +57,10 @@ def compare_adapters(adapters: Sequence[SparseAdapter]) -> dict[tuple[int, int],
 
 def _overlap(name: str, first: SparseDelta | None, second: SparseDelta | None) -> Overlap:
     if first is None or second is None:
-        some = first or second
-        assert some is not None
-        none = some._replace(indices=some.indices[:0], values=some.values[:0])
-        return overlap(first or none, second or none)
+        present = first or second
+        assert present is not None
+        empty = present._replace(indices=present.indices[:0], values=present.values[:0])
+        return overlap(first or empty, second or empty)
     if first.numel != second.numel:
         raise ValueError(f"'{name}' has {first.numel} entries in one adapter and {second.numel} in another.")
     return overlap(first, second)

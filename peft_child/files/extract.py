@@ -1,11 +1,10 @@
-"""An adapter from the difference between two checkpoints, tensor by tensor."""
+"""Extract an adapter from the difference between two checkpoints, tensor by tensor."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,20 +18,8 @@ from peft_child.tensors.lazy import Lazy
 from peft_child.tensors.topk import Cutoff, choose, find_cutoff
 
 
-_EMBEDDING = re.compile(r"emb|wte|shared")
+_EMBEDDING = re.compile(r"emb|wte|shared")  # also the names in GPT-2 and T5
 FLOATING = ("F32", "BF16", "F16", "F64")
-
-
-class _Chosen(NamedTuple):
-    """What is chosen of one tensor.
-
-    Attributes:
-        size: Number of entries.
-        cutoff: What their changes reach, or None if all that differ are chosen.
-    """
-
-    size: int
-    cutoff: Cutoff | None
 
 
 def extract_adapter(
@@ -43,12 +30,12 @@ def extract_adapter(
     Without a density every entry that differs in a bit belongs to the child network, and merging the adapter into the
     base gives the tuned checkpoint bit for bit. With a density the child network has exactly `round(density * n)` of
     the n floating point entries, those that changed most. Tensors are read one at a time, and every delta is computed
-    when it is asked for, so the checkpoints have to stay as they are until the adapter is written.
+    on access, so the checkpoints must not change until the adapter is written.
 
-    Changes of integer and FP8 tensors are refused, since no delta expresses them; and without a density also a change
-    between two numbers whose difference needs more than the 53 bits of a float64, such as from 1e30 to 1.
-    The adapter has the names of the checkpoint. They fit `merge_checkpoint` and `export_patch` always, but PEFT only
-    if the model has the same ones: transformers renames or fuses tensors of some architectures on loading.
+    Changes of integer and FP8 tensors are refused, since no delta expresses them. Without a density, so are changes
+    whose exact difference needs more than the 53 bits of a float64, such as from 1e30 to 1.
+    The adapter uses the names of the checkpoint. `merge_checkpoint` and `export_patch` can always apply it, but PEFT
+    only if the model has the same names: transformers renames or fuses tensors of some architectures on loading.
 
     Args:
         base: The checkpoint before fine-tuning.
@@ -57,12 +44,11 @@ def extract_adapter(
         progress: Wraps the loops over tensor names.
 
     Returns:
-        The adapter. Asking for a delta raises `ValueError` if it cannot express the change exactly, where that is
-        promised.
+        The adapter. Without a density, access to a delta raises `ValueError` if it cannot express the change exactly.
 
     Raises:
-        ValueError: If the checkpoints have other tensors or shapes, nothing differs, a tensor that is not floating
-            point differs, or `density` is out of range.
+        ValueError: If the checkpoints do not have the same tensors and shapes, nothing differs, a tensor that is not
+            floating point differs, or `density` is out of range.
     """
     if density is not None:
         check_share("density", density)
@@ -70,17 +56,18 @@ def extract_adapter(
     numel = sum(base.places[name].numel for name in names)
     cutoff = None
     if density is not None:
+        size = round(density * numel)
+        if not size:
+            raise ValueError(f"density={density} of {numel} entries is an empty child network.")
         changes = Lazy(
             names, lambda name: _scores(name, base[name], tuned[name]), lambda names: progress(names, "Comparing")
         )
-        if not round(density * numel):
-            raise ValueError(f"density={density} of {numel} entries is an empty child network.")
-        cutoff = find_cutoff(changes, round(density * numel))
-    chosen = _count(base, tuned, progress(names, "Counting"), cutoff)
-    deltas = Lazy(chosen, lambda name: _extract(name, base[name], tuned[name], chosen[name].cutoff))
+        cutoff = find_cutoff(changes, size)
+    cutoffs, chosen = _count(base, tuned, progress(names, "Counting"), cutoff)
+    deltas = Lazy(cutoffs, lambda name: _extract(name, base[name], tuned[name], cutoffs[name]))
     if not deltas:
         raise ValueError(f"'{base.path}' and '{tuned.path}' do not differ in any floating point entry.")
-    return _adapter_of(base, deltas, density or sum(found.size for found in chosen.values()) / numel)
+    return _adapter_of(base, deltas, density or chosen / numel)
 
 
 def extract_channels(
@@ -88,9 +75,9 @@ def extract_channels(
 ) -> SparseAdapter:
     """As `extract_adapter`, but keep whole input channels: those with the largest mean squared change.
 
-    A checkpoint does not say what its tensors are for. So a channel is the row of a token in tensors whose names are
-    those of embeddings, a column in other matrices (also in GPT-2, which stores its weights transposed), an input
-    channel of a convolution with its kernels, all of a bias, and an entry of another vector.
+    A checkpoint does not say what its tensors are for, so their names and shapes decide. A channel is the row of a
+    token in tensors named like embeddings, a column in other matrices (also in GPT-2, which stores its weights
+    transposed), an input channel of a convolution with its kernels, all of a bias, and an entry of another vector.
 
     Args:
         base: As in `extract_adapter`.
@@ -144,7 +131,7 @@ def _adapter_of(base: Checkpoint, deltas: Mapping[str, SparseDelta], density: fl
 
 
 def _comparable(base: Checkpoint, tuned: Checkpoint) -> list[str]:
-    """Floating point tensors that both have, after a check that they have the same ones."""
+    """Names of the floating point tensors, after a check that both checkpoints have the same tensors."""
     for first, second in ((base, tuned), (tuned, base)):
         missing = sorted(first.places.keys() - second.places.keys())
         if missing:
@@ -170,19 +157,24 @@ def _comparable(base: Checkpoint, tuned: Checkpoint) -> list[str]:
     return names
 
 
-def _count(base: Checkpoint, tuned: Checkpoint, names: Iterable[str], cutoff: Cutoff | None) -> dict[str, _Chosen]:
-    """What is chosen of each tensor of which something is; `cutoff` is that of the first one."""
-    found = {}
+def _count(
+    base: Checkpoint, tuned: Checkpoint, names: Iterable[str], cutoff: Cutoff | None
+) -> tuple[dict[str, Cutoff | None], int]:
+    """The cutoff of each tensor that has chosen entries, and the number of these in all tensors.
+
+    A cutoff of None chooses all entries that differ; that of the first tensor is given.
+    """
+    found, chosen = {}, 0
     for name in names:
-        here = cutoff
+        here = cutoff  # before `choose` counts off the ties in this tensor
         if cutoff is None:
             size = count_different(base[name], tuned[name])
         else:
             indices, cutoff = choose(change(base[name], tuned[name]), cutoff)
             size = indices.numel()
         if size:
-            found[name] = _Chosen(size, here)
-    return found
+            found[name], chosen = here, chosen + size
+    return found, chosen
 
 
 def _scores(name: str, before: Tensor, after: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""An adapter in a checkpoint: written into it, written beside it as a patch, or compared with it."""
+"""An adapter and a checkpoint: merge them, export the merged values as a patch, or check that they fit."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from peft_child.tensors.lazy import read_ahead
 
 
 class NamesDifferError(ValueError):
-    """An adapter's parameters have other names in a checkpoint, which transformers renames on loading."""
+    """A checkpoint lacks names of an adapter's parameters, mostly because transformers renames them on loading."""
 
 
 def merge_checkpoint(
     adapter: SparseAdapter, base: Checkpoint, folder: str | Path, force: bool = False, progress: Progress = silent
 ) -> None:
-    """Write a checkpoint with the adapter merged, in the files of the base and with everything beside them.
+    """Write a checkpoint with the adapter merged, in files like the base's, with its configuration and tokenizer.
 
     The values are those of `merge_and_unload()`, bit for bit. Memory is a few times the largest tensor.
 
@@ -42,44 +42,44 @@ def merge_checkpoint(
     check_fits(adapter, base)
     names = base.in_file_order([*adapter.deltas, *(key.removeprefix(PREFIX) for key in adapter.dense)])
     deltas = read_ahead(adapter.deltas, [name for name in names if name in adapter.deltas])
-    strange: list[str] = []
+    mismatched: list[str] = []
 
     def merged(name: str, tensor: Tensor) -> Tensor:
         if name not in adapter.deltas:
             return adapter.dense[f"{PREFIX}{name}"].to(tensor.dtype)
-        delta = next(deltas)
-        tensor.view(-1).index_copy_(0, delta.indices, _merged(name, delta, tensor, strange))
+        delta = next(deltas)  # tensors come in the order of `names`, and so do the deltas
+        tensor.view(-1).index_copy_(0, delta.indices, _merged(name, delta, tensor, mismatched))
         return tensor
 
     with replacing(folder, force) as temporary:
         copy_with_changes(base, temporary, progress(names, "Merging"), merged)
-    _warn_of(strange, base)
+    _warn_of(mismatched, base)
 
 
-def _merged(name: str, delta: SparseDelta, base: Tensor, strange: list[str]) -> Tensor:
-    """The merged values of a child network; adds the name to `strange` if the base has other values than it had."""
+def _merged(name: str, delta: SparseDelta, base: Tensor, mismatched: list[str]) -> Tensor:
+    """The merged values of a child network; adds the name to `mismatched` if the fingerprints of the base differ."""
     values = base.reshape(-1).index_select(0, delta.indices)
     if fingerprints_differ(delta.fingerprint, fingerprint_of_values(values)):
-        strange.append(name)
+        mismatched.append(name)
     return rounded_sum(values, delta.values)
 
 
-def _warn_of(strange: list[str], base: Checkpoint) -> None:
-    if strange:
-        warnings.warn(_strange(base, strange[0]), stacklevel=3)
+def _warn_of(mismatched: list[str], base: Checkpoint) -> None:
+    if mismatched:
+        warnings.warn(_mismatch(base, mismatched[0]), stacklevel=3)
 
 
-def _strange(base: Checkpoint, name: str) -> str:
+def _mismatch(base: Checkpoint, name: str) -> str:
     return f"'{base.path}' has other weights than the adapter was made on, such as in '{name}'."
 
 
 def export_patch(
     adapter: SparseAdapter, base: Checkpoint, file: str | Path, force: bool = False, progress: Progress = silent
 ) -> None:
-    """Write the merged values of the child network as positions and absolute values of the checkpoint's tensors.
+    """Write the child network's positions in the checkpoint's tensors, and the merged values there.
 
     The safetensors file has two tensors for each changed one: `NAME.indices`, flat row-major positions, int32, or
-    int64 from 2**31 entries on; and `NAME.values`, what stands there after merging, in the dtype of the checkpoint.
+    int64 from 2**31 entries on; and `NAME.values`, the values there after merging, in the dtype of the checkpoint.
 
     Args:
         adapter: The adapter, without modules saved whole.
@@ -94,16 +94,16 @@ def export_patch(
         FileExistsError: If the file exists and `force` is not set.
     """
     if adapter.dense:
-        raise ValueError(f"A patch holds entries only; '{next(iter(adapter.dense))}' was saved whole.")
+        raise ValueError(f"A patch holds entries only; '{next(iter(adapter.dense))}' was saved whole: merge instead.")
     check_fits(adapter, base)
-    strange: list[str] = []
+    mismatched: list[str] = []
     with replacing(file, force) as temporary, TensorWriter(temporary) as patch:
         names = list(adapter.deltas)
         for name, delta in zip(progress(names, "Merging"), read_ahead(adapter.deltas, names), strict=True):
             wide = delta.numel >= 1 << 31
             patch.add(f"{name}.indices", delta.indices.to(torch.int64 if wide else torch.int32))
-            patch.add(f"{name}.values", _merged(name, delta, base[name], strange))
-    _warn_of(strange, base)
+            patch.add(f"{name}.values", _merged(name, delta, base[name], mismatched))
+    _warn_of(mismatched, base)
 
 
 def check_fits(adapter: SparseAdapter, base: Checkpoint) -> None:
@@ -120,7 +120,7 @@ def check_fits(adapter: SparseAdapter, base: Checkpoint) -> None:
             f"'{base.path}' has no tensor '{missing[0]}' ({len(missing)} of {len(wanted)} names are missing): the "
             "model has other names than its checkpoint, or the adapter belongs to another model."
         )
-    sizes = adapter.sizes  # known of a folder without reading its deltas
+    sizes = adapter.sizes  # of a folder; they spare us reading its deltas
     numels = {name: sizes[name].numel if name in sizes else adapter.deltas[name].numel for name in adapter.deltas}
     numels |= {key.removeprefix(PREFIX): tensor.numel() for key, tensor in adapter.dense.items()}
     for name, numel in numels.items():
@@ -130,12 +130,12 @@ def check_fits(adapter: SparseAdapter, base: Checkpoint) -> None:
 
 
 def check_weights(adapter: SparseAdapter, base: Checkpoint, progress: Progress = silent) -> None:
-    """Check that a checkpoint has the values that an adapter was made on, as far as the adapter knows them.
+    """Check that a checkpoint has the base values that an adapter was made on, by all fingerprints that it has.
 
     Raises:
-        ValueError: If a base value is another.
+        ValueError: If a fingerprint differs.
     """
     for name in progress(list(adapter.deltas), "Checking"):
         delta = adapter.deltas[name]
         if fingerprints_differ(delta.fingerprint, fingerprint_of(base[name], delta.indices)):
-            raise ValueError(_strange(base, name))
+            raise ValueError(_mismatch(base, name))

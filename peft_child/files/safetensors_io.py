@@ -1,4 +1,4 @@
-"""Files written piece by piece, whatever their size: ranges of other files, and tensors as they are computed."""
+"""Write files of any size piece by piece: ranges of other files, and tensors as they are computed."""
 
 from __future__ import annotations
 
@@ -17,11 +17,7 @@ _PIECE = 1 << 18  # bytes copied at a time; larger pieces fall out of the proces
 
 
 def copy_bytes(source: BinaryIO, target: BinaryIO, count: int) -> None:
-    """Copy the next bytes of a file.
-
-    Raises:
-        OSError: If the source has fewer.
-    """
+    """Copy the next `count` bytes of a file; raises an `OSError` if it has fewer."""
     piece = memoryview(bytearray(min(_PIECE, count)))
     while count:
         part = piece[:count]
@@ -47,8 +43,8 @@ class _Entry(NamedTuple):
 class TensorWriter:
     """Writes a safetensors file, byte for byte as `safetensors.torch.save_file` does, from tensors one at a time.
 
-    The format puts the positions of all tensors in front, and the library sorts them; so the tensors go to a file
-    beside it first, which is gone at the end. To be used in a `with` statement; the file exists when that ends well.
+    The format begins with the offsets of all tensors, and the library sorts them. So the tensors first go to a
+    temporary file beside it. Use it in a `with` statement; the file is made when that ends without an error.
 
     Args:
         file: The file to make.
@@ -60,12 +56,12 @@ class TensorWriter:
         self.entries: dict[str, _Entry] = {}
 
     def __enter__(self) -> TensorWriter:
-        """Open the file beside it."""
+        """Open the temporary file."""
         self.parts = self.spill.open("w+b")
         return self
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor; it is not needed any more after that."""
+        """Write one tensor, which may be freed then."""
         offset = self.parts.tell()
         num_bytes = write_tensor(tensor, self.parts)
         self.entries[name] = _Entry(tensor.dtype, tuple(tensor.shape), offset, num_bytes)
@@ -73,7 +69,7 @@ class TensorWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Put the tensors into their places."""
+        """Write the final file, if there was no error, and remove the temporary one."""
         try:
             with self.parts:
                 if error is None:
@@ -84,7 +80,7 @@ class TensorWriter:
     def _assemble(self) -> None:
         header = self._header()
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-len(text) % 8)
+        text += b" " * (-len(text) % 8)  # data are aligned to 8 bytes
         with self.file.open("wb") as target:
             target.write(len(text).to_bytes(8, "little") + text)
             for name in header:
@@ -93,13 +89,13 @@ class TensorWriter:
                     copy_bytes(self.parts, target, self.entries[name].num_bytes)
 
     def _header(self) -> dict[str, Any]:
-        """What the library writes for tensors of one entry, which tells their order, with the real sizes."""
+        """The library's header for one-entry tensors, which tells their order, with the real shapes and offsets."""
         small = {name: torch.zeros(1, dtype=entry.dtype) for name, entry in self.entries.items()}
         written = save(small, METADATA)
         header: dict[str, Any] = json.loads(written[8 : 8 + int.from_bytes(written[:8], "little")])
         end = 0
         for name in header:
-            if name in self.entries:
+            if name in self.entries:  # all but the metadata
                 entry = self.entries[name]
                 start, end = end, end + entry.num_bytes
                 header[name].update(shape=list(entry.shape), data_offsets=[start, end])

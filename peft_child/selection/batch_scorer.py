@@ -1,7 +1,7 @@
 """Squared gradients of the examples of a batch: of all at once where that is right, otherwise one after the other.
 
-One example at a time is the definition. Whether a whole batch gives the same depends on the model and its loss. So the
-first examples are scored both ways, and whole batches are used only if the two agree.
+Scores are defined by one example at a time. Whether a whole batch gives the same depends on the model and its loss. So
+the first examples are scored both ways, and whole batches are used only if the two agree.
 """
 
 from __future__ import annotations
@@ -17,14 +17,12 @@ from torch import Tensor, nn
 
 from peft_child.selection.batches import rows_of_example, some_examples
 from peft_child.selection.capture import CannotCaptureError, Owners
-from peft_child.selection.example_gradients import Part, add_channel_squares, add_squares
+from peft_child.selection.example_gradients import Part, add_squares
 from peft_child.selection.loss import Loss
 from peft_child.selection.reduction import Comparison, Reduction
 from peft_child.selection.squares import squaring
 from peft_child.tensors.channels import ChannelLayout
 
-
-_COMPARED = 2  # examples that are scored both ways
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +32,7 @@ class BatchScorer:
 
     Args:
         loss: How to get the loss of a batch from the model, in which the targets alone require gradients.
-        targets: Parameters by name, none of them sharded.
+        targets: Parameters by name, none of them sharded if `at_once`.
         scores: Where to add, by name: in the shape of the parameter, or a number for each of its channels.
         layouts: How input channels lie in the targets, by name; empty if single entries are scored.
         at_once: Whether whole batches may be tried.
@@ -54,7 +52,7 @@ class BatchScorer:
         self._layouts = layouts
         self._owners = Owners(loss.model, targets)
         self._reduction = Reduction()
-        self._divisions: set[tuple[Any, ...]] = set()  # those that a comparison has shown to be right
+        self._divisions: set[tuple[Any, ...]] = set()  # those that a comparison has confirmed
         self._at_once = at_once
 
     def add(self, batch: Any, size: int, first: int) -> None:
@@ -69,18 +67,15 @@ class BatchScorer:
         while len(numbers) > 1 and self._at_once:
             if self._add_at_once(batch, len(numbers)):
                 return
-            if not self._divisions:
-                self._consider_modules()
+            if not self._divisions:  # whole batches save nothing if most modules run again for each example
+                weights, kinds = self._owners.to_run_again()
+                if 2 * weights > sum(parameter.numel() for parameter in self._targets.values()):
+                    reason = f"most targeted weights are in modules ({kinds}) whose gradients have no formula here"
+                    self._go_one_by_one(reason)
             if self._at_once:
-                batch, numbers = self._compare_some(batch, numbers)
+                batch, numbers = self._compare(batch, numbers)
         if numbers:
             self._add_one_by_one(batch, numbers)
-
-    def _consider_modules(self) -> None:
-        """Go one by one if running modules again would cost more than a whole batch saves."""
-        weights, kinds = self._owners.to_run_again()
-        if 2 * weights > sum(parameter.numel() for parameter in self._targets.values()):
-            self._go_one_by_one(f"most targeted weights are in modules ({kinds}) whose gradients have no formula here")
 
     def _add_one_by_one(
         self, batch: Any, numbers: Sequence[int], observe: Callable[[str, Tensor], None] | None = None
@@ -95,7 +90,7 @@ class BatchScorer:
         return losses
 
     def _add_at_once(self, batch: Any, size: int) -> bool:
-        """Score all examples together, unless something about the batch is not known to be right."""
+        """Score all examples together, unless comparisons have not shown yet that this is right for such a batch."""
         weights = self._reduction.weights(batch, size)
         if weights is None or not self._divisions:
             return False
@@ -103,33 +98,31 @@ class BatchScorer:
             loss = self._loss_at_once(batch)
             if loss is None or not capture.divisions <= self._divisions:
                 return False
-            scale = 1 / max(weights)  # as large as the gradients of single examples, which low precision can hold
+            scale = 1 / max(weights)  # makes gradients as large as those of single examples: small ones underflow
             factors = [1 / (weight * scale) ** 2 for weight in weights]
-            capture.backward(loss, scale, partial(self._add_squares, factors))
+            capture.backward(
+                loss, scale, lambda name, parts: self._add_parts(self._scores[name], name, parts, factors)
+            )
         return True
 
-    def _add_squares(self, factors: list[float], name: str, parts: Sequence[Part]) -> None:
-        device = self._targets[name].device
-        if self._layouts:
-            add_channel_squares(self._scores[name], self._layouts[name], parts, factors, device)
-        else:
-            add_squares(self._scores[name], parts, factors, device)
+    def _add_parts(self, score: Tensor, name: str, parts: Sequence[Part], factors: Sequence[float]) -> None:
+        add_squares(score, parts, factors, self._targets[name].device, self._layouts.get(name))
 
     def _loss_at_once(self, batch: Any) -> Tensor | None:
-        """The loss of a batch with a graph to what is captured, or None if the batch has to be taken apart."""
+        """The loss of a batch, connected to what is captured; None if the batch has to be taken apart."""
         try:
             loss = self._loss.unchecked(batch)
         except CannotCaptureError as error:
             self._go_one_by_one(str(error))
             return None
-        except Exception as error:  # whatever a model made for single examples may say
+        except Exception as error:  # of any kind: the model may be made for single examples
             lines = str(error).strip().splitlines() or [""]
             self._go_one_by_one(f"the model fails with a batch ({type(error).__name__}: {lines[0]})")
             return None
         if not isinstance(loss, Tensor) or not loss.requires_grad:
             self._go_one_by_one("the targeted weights are used without calling their modules")
             return None
-        return loss if math.isfinite(loss.item()) else None
+        return loss if math.isfinite(loss.item()) else None  # one by one, the error names the example
 
     def _go_one_by_one(self, reason: str) -> None:
         self._at_once = False
@@ -139,18 +132,13 @@ class BatchScorer:
             reason,
         )
 
-    # Comparison
-
-    def _compare_some(self, batch: Any, numbers: Sequence[int]) -> tuple[Any, Sequence[int]]:
-        """Score a few examples both ways, and learn from it; returns the others."""
+    def _compare(self, batch: Any, numbers: Sequence[int]) -> tuple[Any, Sequence[int]]:
+        """Score two examples both ways, and learn from it; returns the others, and their numbers."""
         size = len(numbers)
-        chosen = self._reduction.most_telling(batch, size, _COMPARED)
-        self._compare(some_examples(batch, chosen, size), [numbers[index] for index in chosen])
+        chosen = self._reduction.most_telling(batch, size)
         others = [index for index in range(size) if index not in chosen]
-        return some_examples(batch, others, size), [numbers[index] for index in others]
-
-    def _compare(self, batch: Any, numbers: Sequence[int]) -> None:
-        size = len(numbers)
+        rest = some_examples(batch, others, size), [numbers[index] for index in others]
+        batch, numbers, size = some_examples(batch, chosen, size), [numbers[index] for index in chosen], len(chosen)
         alone = {name: torch.zeros(size, dtype=torch.float64) for name in self._targets}
         together = {name: torch.zeros(size, dtype=torch.float64) for name in self._targets}
         losses = []
@@ -160,40 +148,31 @@ class BatchScorer:
         with self._owners.capture(size, rows_of_example(batch, size)) as capture:
             loss = self._loss_at_once(batch)
             if loss is None:
-                return
+                return rest
             try:
                 capture.backward(loss, 1.0, partial(self._note_norms, together))
-            except Exception as error:  # as those of the forward pass
+            except Exception as error:  # of any kind, as in the forward pass
                 self._go_one_by_one(f"gradients of a batch cannot be taken apart ({type(error).__name__}: {error})")
-                return
-        problem = self._reduction.learn(
-            batch,
-            Comparison(
-                losses,
-                loss.item(),
-                torch.stack(list(alone.values())),
-                torch.stack(list(together.values())),
-                torch.tensor([[parameter.numel()] for parameter in self._targets.values()], dtype=torch.float64),
-                max(
-                    (parameter.dtype for parameter in self._targets.values()), key=lambda dtype: torch.finfo(dtype).eps
-                ),
-            ),
+                return rest
+        comparison = Comparison(
+            losses,
+            loss.item(),
+            torch.stack(list(alone.values())),
+            torch.stack(list(together.values())),
+            torch.tensor([[parameter.numel()] for parameter in self._targets.values()], dtype=torch.float64),
+            max({parameter.dtype for parameter in self._targets.values()}, key=lambda dtype: torch.finfo(dtype).eps),
         )
+        problem = self._reduction.learn(batch, comparison)
         if problem is not None:
             self._go_one_by_one(problem)
         self._divisions |= capture.divisions
+        return rest
 
     def _note_norms(self, norms: dict[str, Tensor], name: str, parts: Sequence[Part]) -> None:
         size = len(norms[name])
-        target = self._targets[name]
         for index in range(size):
-            alone = [float(index == other) for other in range(size)]
-            if self._layouts:
-                squares = torch.zeros(self._layouts[name].number, device=target.device)
-                add_channel_squares(squares, self._layouts[name], parts, alone, target.device)
-            else:
-                squares = torch.zeros(target.shape, device=target.device)
-                add_squares(squares, parts, alone, target.device)
+            squares = torch.zeros(self._scores[name].shape, device=self._targets[name].device)
+            self._add_parts(squares, name, parts, [float(index == other) for other in range(size)])
             norms[name][index] = squares.sum(dtype=torch.float64)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 
-_TELLING = ("labels", "label", "input_ids")  # what has one row for each example whatever else is in a batch
+_TELLING = ("labels", "label", "input_ids")  # these have one row for each example, whatever else is in a batch
 
 
 def some_examples(batch: Any, indices: Sequence[int], size: int) -> Any:
@@ -22,15 +22,15 @@ def some_examples(batch: Any, indices: Sequence[int], size: int) -> Any:
 def batch_size(batch: Any) -> int:
     """Number of examples in a batch.
 
-    It is the common first dimension of its tensors, or length of its lists if it has no tensors. Where tensors
-    disagree, `labels` or `input_ids` decide; others may have a first dimension of 1, and then serve every example.
+    It is the common first dimension of its tensors, or the length of its lists if it has no tensors. Where tensors
+    disagree, `labels`, `label` or `input_ids` decide; a tensor with a first dimension of 1 is then for every example.
 
     Raises:
         ValueError: If they do not agree, and nothing decides.
     """
-    leaves = tree_leaves(_plain(batch), is_leaf=_is_texts)
+    leaves = tree_leaves(_plain(batch), is_leaf=_is_column)
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()]
-    sizes = {len(tensor) for tensor in tensors} or {len(leaf) for leaf in leaves if _is_texts(leaf)}
+    sizes = {len(tensor) for tensor in tensors} or {len(leaf) for leaf in leaves if _is_column(leaf)}
     if len(sizes) == 1:
         return sizes.pop()
     telling = [batch[key] for key in _TELLING if isinstance(batch, Mapping) and isinstance(batch.get(key), Tensor)]
@@ -45,9 +45,10 @@ def batch_size(batch: Any) -> int:
 
 
 def rows_of_example(batch: Any, size: int) -> set[int]:
-    """Numbers of rows that an example can have in a tensor that a model made of a batch: one, or one for each token.
+    """How many rows an example can have in a tensor that a model made of a batch: one, or one for each token.
 
-    Other numbers say nothing: where a model leaves padding out, they can be the average of examples that differ.
+    With any other number the rows may belong to other examples: a model that leaves padding out has fewer rows for
+    shorter examples, and their total may happen to be divisible by the number of examples.
     """
     shapes = [
         leaf.shape for leaf in tree_leaves(_plain(batch)) if isinstance(leaf, Tensor) and leaf.shape[:1] == (size,)
@@ -56,18 +57,15 @@ def rows_of_example(batch: Any, size: int) -> set[int]:
 
 
 def check_batch(batch: Any) -> None:
-    """Raise a `ValueError` if this is nothing that a model takes: a row of a dataset, a name, or the like."""
+    """Raise a `ValueError` if a model cannot take this as a batch, such as a row of a dataset or a name."""
     ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
     is_row = isinstance(ids, Tensor) and ids.dim() < 2
-    if (
-        is_row
-        or not isinstance(batch, Mapping)
-        or not any(isinstance(leaf, Tensor) for leaf in tree_leaves(dict(batch)))
-    ):
+    leaves = tree_leaves(dict(batch)) if isinstance(batch, Mapping) else []
+    if is_row or not any(isinstance(leaf, Tensor) for leaf in leaves):
         raise ValueError(
             f"Batches must be mappings of tensors with a row for each example, got {_described(batch)}. "
-            "Of a dataset or a list of rows make DataLoader(rows, batch_size=8, collate_fn=data_collator), such as "
-            "with DataCollatorWithPadding(tokenizer); for other batches pass a forward_fn."
+            "For a dataset or a list of rows pass DataLoader(rows, batch_size=8, collate_fn=data_collator), for "
+            "example with DataCollatorWithPadding(tokenizer); for other batches pass a forward_fn."
         )
 
 
@@ -81,7 +79,7 @@ def _described(batch: Any) -> str:
 
 
 def labelled(batch: Any) -> list[int] | None:
-    """Which examples of a batch have a label other than -100, which losses ignore; None if that cannot be told."""
+    """Which examples of a batch have a label other than -100, which losses ignore; None if all have, or may have."""
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
     if not isinstance(labels, Tensor) or labels.is_floating_point() or not labels.numel():
         return None
@@ -100,7 +98,7 @@ def _take(batch: Any, indices: Sequence[int], size: int) -> Any:
         return batch[list(indices)] if batch.dim() and len(batch) == size else batch
     if isinstance(batch, Mapping):
         return {key: _take(value, indices, size) for key, value in batch.items()}
-    if _is_texts(batch):
+    if _is_column(batch):
         return [batch[index] for index in indices] if len(batch) == size else batch
     if isinstance(batch, (list, tuple)):
         taken = [_take(value, indices, size) for value in batch]
@@ -108,10 +106,11 @@ def _take(batch: Any, indices: Sequence[int], size: int) -> Any:
     return batch
 
 
-def _is_texts(value: Any) -> bool:
-    """Whether this is a list of one text, number or the like for each example."""
+def _is_column(value: Any) -> bool:
+    """Whether this is a list without tensors: a text, number or the like for each example."""
     return isinstance(value, list) and not any(isinstance(leaf, Tensor) for leaf in tree_leaves(value))
 
 
 def _plain(batch: Any) -> Any:
+    # To torch's pytrees a mapping such as transformers' BatchEncoding is a single leaf.
     return dict(batch) if isinstance(batch, Mapping) else batch

@@ -1,13 +1,14 @@
-"""Captures what per-example gradients are made of, in one forward and one backward pass of a whole batch.
+"""Captures what per-example gradients are computed from, in one forward and one backward pass of a whole batch.
 
-Hooks on the modules that own targeted parameters keep the module's input, and the gradient of its output as it comes
-back. The parameters themselves need no gradients, so none is computed for the batch.
+Hooks on the modules that own targeted parameters keep the input of the module and the gradient of its output. The
+parameters themselves require no gradients, so none is computed for the batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from peft_child.selection.example_gradients import Part
-from peft_child.selection.module_gradients import Use, has_formula
+from peft_child.selection.module_gradients import Use, formula_of
 from peft_child.selection.squares import arrived_in_parts
 
 
@@ -37,18 +38,18 @@ class Owners:
     def __init__(self, model: nn.Module, targets: Mapping[str, nn.Parameter]) -> None:
         names = {id(parameter): name for name, parameter in targets.items()}
         self.targets = targets
-        self.keys: dict[nn.Module, dict[str, str]] = {}  # of each module: key of a parameter to name of the target
+        self.keys: dict[nn.Module, dict[str, str]] = {}  # for each module, names of targets by key in the module
         for module in model.modules():
             owned = {key: names[id(value)] for key, value in module._parameters.items() if id(value) in names}
             if owned:
                 self.keys[module] = owned
 
     def to_run_again(self) -> tuple[int, str]:
-        """Number of weights in matrices without a formula, and the kinds of the modules that they are in."""
+        """Number of weights in matrices without a formula, and the kinds of the modules that own them."""
         weights, kinds = 0, set()
         for module, owned in self.keys.items():
             for key, name in owned.items():
-                if self.targets[name].dim() > 1 and not has_formula(module, key):
+                if self.targets[name].dim() > 1 and formula_of(module, key) is None:
                     weights += self.targets[name].numel()
                     kinds.add(type(module).__name__)
         return weights, ", ".join(sorted(kinds))
@@ -59,7 +60,7 @@ class Owners:
 
         Args:
             examples: Number of its examples.
-            rows: Numbers of rows that one of them can have in the output of a module.
+            rows: How many rows one example can have in the output of a module; see `rows_of_example`.
         """
         capture = Capture(self, examples, rows)
         with ExitStack() as stack:
@@ -76,22 +77,22 @@ class Capture:
     """What is captured of one batch.
 
     Attributes:
-        divisions: How the inputs of the modules are divided among the examples.
+        divisions: How the inputs of the modules are divided among the examples, as `Use.division` describes it.
     """
 
     def __init__(self, owners: Owners, examples: int, rows: Collection[int]) -> None:
         self._owners = owners
         self._examples = examples
         self._rows = rows
-        self._anchor = torch.zeros((), requires_grad=True)
+        self._anchor = torch.zeros((), requires_grad=True)  # starts the graph, since the parameters do not
         self._uses: dict[str, list[Use]] = {}
         self._done: set[str] = set()
         self._sink: Sink | None = None
         self.divisions: set[tuple[Any, ...]] = set()
 
     def keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Hook: keep the input of a module, and let its output tell when its gradient comes back."""
-        if not torch.is_grad_enabled():
+        """Forward hook: keep the input of a module, and hook its output to get its gradient."""
+        if not torch.is_grad_enabled():  # backward does not come here, or runs the module again (checkpointing)
             return None
         length = len(output) if isinstance(output, Tensor) and output.dim() else 0
         shared = length == 1 < self._examples
@@ -102,7 +103,7 @@ class Capture:
                 f"a {type(module).__name__} should return one tensor, in whose first dimension each of "
                 f"{self._examples} examples has one row or one for each token, and returns {shape}"
             )
-        if shared:
+        if shared:  # a copy for each example, whose gradients would be summed otherwise
             output = output.repeat(self._examples, *[1] * (output.dim() - 1))
         inputs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
         use = Use(module, inputs, self._examples, shared, length)
@@ -110,9 +111,9 @@ class Capture:
         for name in self._owners.keys[module].values():
             self._uses.setdefault(name, []).append(use)
         if output.requires_grad:
-            output.register_hook(lambda gradient: self._come_back(use, gradient))
+            output.register_hook(partial(self._keep_gradient, use))
             return output
-        return _Root.apply(self._anchor, output, lambda gradient: self._come_back(use, gradient))  # type: ignore[no-untyped-call]
+        return _Root.apply(self._anchor, output, partial(self._keep_gradient, use))  # type: ignore[no-untyped-call]
 
     def backward(self, loss: Tensor, scale: float, sink: Sink) -> None:
         """Run backward and hand the parts of each target's gradients to a sink as soon as they are complete.
@@ -123,7 +124,7 @@ class Capture:
             sink: Called with the name of a target and its parts, once for each target that the loss reaches.
 
         Raises:
-            RuntimeError: If a target's gradient comes back in parts.
+            RuntimeError: If a target's gradient arrives in parts.
         """
         self._sink = sink
         loss.backward(gradient=torch.full_like(loss, scale))
@@ -132,7 +133,7 @@ class Capture:
                 self._finish(name)
 
     @torch.no_grad()
-    def _come_back(self, use: Use, gradient: Tensor) -> None:
+    def _keep_gradient(self, use: Use, gradient: Tensor) -> None:
         use.gradient = gradient
         for name in self._owners.keys[use.module].values():
             if all(each.gradient is not None for each in self._uses.get(name, ())):
@@ -148,21 +149,21 @@ class Capture:
             keys = self._owners.keys
             parts = [use.part(key) for use in reached for key, own in keys[use.module].items() if own == name]
             self._sink(name, parts)
-        for use in uses:
+        for use in uses:  # free the tensors, unless another target of the module still needs them
             if not any(use is other for waiting in self._uses.values() for other in waiting):
                 use.gradient, use.inputs = None, ((), {})
 
 
 class _Root(torch.autograd.Function):
-    """The output of a module that nothing before it gives a graph, as the root of one."""
+    """Makes an output that requires no gradient the start of a graph."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, output: Tensor, come_back: Callable[[Tensor], None]) -> Tensor:
-        ctx.mark_dirty(output)  # not a view, which the model could not write into
-        ctx.come_back = come_back
+    def forward(ctx: Any, anchor: Tensor, output: Tensor, keep_gradient: Callable[[Tensor], None]) -> Tensor:
+        ctx.mark_dirty(output)  # otherwise autograd returns a view, which the model cannot change in place
+        ctx.keep_gradient = keep_gradient
         return output
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None]:
-        ctx.come_back(gradients[0])
+        ctx.keep_gradient(gradients[0])
         return None, None, None

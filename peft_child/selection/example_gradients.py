@@ -1,8 +1,8 @@
 """Squared gradients of the examples of a batch, from parts that are much smaller than the gradients.
 
-The gradient of a linear layer's weight is a product of what went in and what came back, for each example. Such
-products are computed tile by tile: the examples take turns in one tile of the scores, so that it stays in the cache
-and the scores are read and written once for a batch instead of once for an example.
+For each example, the gradient of a linear layer's weight is the product of the output's gradient and the input. Such
+products are computed tile by tile: all examples are added to one tile of the scores before the next, so that it stays
+in the cache, and the scores are read and written once for a batch instead of once for an example.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torch import Tensor
 from peft_child.tensors.channels import ChannelLayout
 
 
-_TILE = 2**19  # entries of one example's gradient that stay in a processor's cache with their scores
+_TILE = 2**19  # entries of one example's gradient that stay in a CPU's cache with their scores
 _DEVICE_TILE = 2**26  # entries of all examples' gradients that other devices hold at a time
 _ROWS = 64  # matrix products are slow with fewer
-_FIRST = 16  # entries that nearly always show whether a token got a gradient
+_FIRST = 16  # entries of a token's gradient that nearly always show whether it is zero
 
 
 class Product(NamedTuple):
@@ -37,7 +37,7 @@ class Product(NamedTuple):
 
     def of(self, examples: slice, rows: slice) -> Tensor:
         """Some rows of the gradients of some examples, shape `(examples, rows, columns)`."""
-        if examples.stop - examples.start > 1:
+        if examples.stop - examples.start > 1:  # one product for all, so no tokens can be left out
             return self.left[examples, :, rows].mT @ self.right[examples]
         only, tokens = examples.start, self.tokens[examples.start]
         return (self.left[only, tokens, rows].T @ self.right[only, tokens]).unsqueeze(0)
@@ -99,12 +99,12 @@ Part = Product | Rows | Whole | Each
 def product(left: Tensor, right: Tensor, gradients: Tensor) -> Product:
     """A product, without the tokens before the first and after the last one whose gradient is not zero.
 
-    Padding gets no gradient, and where only one token is read, such as the first one by a classifier, no other does.
+    Padding gets no gradient; where a classifier reads one token only, such as the first, no other gets one.
     """
     examples, tokens = gradients.shape[:2]
-    if gradients.device.type != "cpu":  # where asking for numbers would wait for the device
+    if gradients.device.type != "cpu":  # to read the numbers of tokens would synchronise with the device
         return Product(left, right, [slice(0, tokens)] * examples)
-    if gradients.dtype.itemsize < 4:  # processors are slow with low precision
+    if gradients.dtype.itemsize < 4:  # CPUs are slow with low precision
         left, right = left.float(), right.float()
     reached = (gradients[..., :_FIRST] != 0).any(-1)
     unclear = ~reached
@@ -118,22 +118,35 @@ def product(left: Tensor, right: Tensor, gradients: Tensor) -> Product:
     )
 
 
-def add_squares(score: Tensor, parts: Sequence[Part], weights: Sequence[float], device: torch.device) -> None:
+def add_squares(
+    score: Tensor,
+    parts: Sequence[Part],
+    weights: Sequence[float],
+    device: torch.device,
+    layout: ChannelLayout | None = None,
+) -> None:
     """Add the weighted squares of the gradients of a batch's examples to a parameter's scores.
 
     Args:
         score: Float32, contiguous, in the shape of the parameter, on any device.
-        parts: What the gradients are the sum of: one part for each use of the parameter.
+        parts: The gradients are their sum: one part for each use of the parameter.
         weights: A factor for the square of each example's gradient; examples with the factor 0 do not count.
         device: Where the gradients are.
+        layout: If given, add the sums over the entries of each input channel instead, shape `(number of channels,)`.
     """
-    room = score if score.device == device else torch.zeros_like(score, device=device)
+    # The channel sums of a batch are added up on their own first, which is more precise and costs little.
+    room = score if score.device == device and layout is None else torch.zeros_like(score, device=device)
     only = parts[0] if len(parts) == 1 else None
-    if all(isinstance(part, Whole) for part in parts):
+    rows = [part for part in parts if isinstance(part, Rows)]
+    if len(rows) == len(parts) and (layout is None or layout.outer == 1):
+        numbers, factors, sums = _summed_rows(room, rows, weights)
+        squares = sums.square_() if layout is None else sums.square_().sum(1, keepdim=True)
+        room.view(len(room), -1).index_add_(0, numbers, squares.mul_(factors.unsqueeze(1)))
+    elif layout is not None:
+        _add_channels(room, layout, parts, weights)
+    elif all(isinstance(part, Whole) for part in parts):
         total = sum(part.of(slice(0, len(weights)), slice(None)).float() for part in parts)
-        room.add_(_weighed(weights, total))  # type: ignore[arg-type]
-    elif all(isinstance(part, Rows) for part in parts):
-        _add_rows(room, [part for part in parts if isinstance(part, Rows)], weights)
+        room.add_(_weighted(weights, total))  # type: ignore[arg-type]
     elif isinstance(only, Product) and all(span.stop - span.start <= 1 for span in only.tokens):
         _add_outer(room, only, weights)
     else:
@@ -142,47 +155,27 @@ def add_squares(score: Tensor, parts: Sequence[Part], weights: Sequence[float], 
         score.add_(room.to(score.device))
 
 
-def add_channel_squares(
-    score: Tensor, layout: ChannelLayout, parts: Sequence[Part], weights: Sequence[float], device: torch.device
-) -> None:
-    """As `add_squares`, summed over the entries of each input channel, without any gradient of a whole matrix.
-
-    With inputs x and output gradients d of an example's tokens, the sum over column j of the squares of `d.T @ x` is
-    `x_j.T @ (d @ d.T) @ x_j`.
-
-    Args:
-        score: Float32, shape `(number of channels,)`, on any device.
-        layout: How the channels lie in the parameter.
-        parts: As in `add_squares`.
-        weights: As in `add_squares`.
-        device: As in `add_squares`.
-    """
-    found = torch.zeros_like(score, device=device)
-    only = parts[0] if len(parts) == 1 else None
-    if layout.outer == 1 and all(isinstance(part, Rows) for part in parts):
-        rows, factors, sums = _summed_rows(found, [part for part in parts if isinstance(part, Rows)], weights)
-        found.index_add_(0, rows, sums.square_().sum(1).mul_(factors))
-        score.add_(found.to(score.device))
-        return
+def _add_channels(score: Tensor, layout: ChannelLayout, parts: Sequence[Part], weights: Sequence[float]) -> None:
+    """Add the squares of one example at a time, summed over the channels."""
     for example, weight in enumerate(weights):
         if not weight:
             continue
-        if isinstance(only, Product):
-            found.add_(_channel_squares(only, layout, example), alpha=weight)
-            continue
-        one = slice(example, example + 1)
-        gradient = parts[0].of(one, slice(None))
-        for part in parts[1:]:
-            gradient = gradient + part.of(one, slice(None))
-        found.add_(layout.sums(gradient[0].float().square()), alpha=weight)
-    score.add_(found.to(score.device))
+        if len(parts) == 1 and isinstance(parts[0], Product):
+            sums = _channel_sums(parts[0], layout, example)
+        else:
+            sums = layout.sums(_summed(parts, slice(example, example + 1), slice(None))[0].float().square())
+        score.add_(sums, alpha=weight)
 
 
-def _channel_squares(part: Product, layout: ChannelLayout, example: int) -> Tensor:
-    """Sums over the channels of the squared gradient of one example, the cheaper way."""
+def _channel_sums(part: Product, layout: ChannelLayout, example: int) -> Tensor:
+    """Sums over the channels of the squared gradient of one example, the cheaper way.
+
+    With inputs x and output gradients d of an example's tokens, the sum over column j of the squares of `d.T @ x` is
+    `x_j.T @ (d @ d.T) @ x_j`, which needs no gradient of the whole matrix.
+    """
     tokens = part.tokens[example]
     left, right = part.left[example, tokens].float(), part.right[example, tokens].float()
-    if layout.outer == 1:  # channels are rows
+    if layout.are_rows(left.shape[1]):
         left, right = right, left
     if len(left) * (left.shape[1] + right.shape[1]) < layout.numel:
         return (left @ left.T @ right).mul_(right).sum(0)
@@ -190,7 +183,7 @@ def _channel_squares(part: Product, layout: ChannelLayout, example: int) -> Tens
 
 
 def _add_tiles(score: Tensor, parts: Sequence[Part], weights: Sequence[float]) -> None:
-    """Compute gradients tile by tile: of one example at a time on a processor, of all on other devices."""
+    """Compute gradients tile by tile: of one example at a time on a CPU, of all on other devices."""
     at_once = 1 if score.device.type == "cpu" or any(isinstance(part, Each) for part in parts) else len(weights)
     is_whole = not all(isinstance(part, (Product, Rows)) for part in parts)
     for rows in [slice(0, len(score))] if is_whole else _tiles(score, at_once):
@@ -199,14 +192,19 @@ def _add_tiles(score: Tensor, parts: Sequence[Part], weights: Sequence[float]) -
             chosen = weights[start : start + at_once]
             if any(chosen):
                 examples = slice(start, start + len(chosen))
-                gradient = parts[0].of(examples, rows)
-                for part in parts[1:]:
-                    gradient = gradient + part.of(examples, rows)
+                gradient = _summed(parts, examples, rows)
                 if len(chosen) == 1:
                     gradient = gradient[0].float()
                     tile.addcmul_(gradient, gradient, value=chosen[0])
                 else:
-                    tile.add_(_weighed(chosen, gradient.float()))
+                    tile.add_(_weighted(chosen, gradient.float()))
+
+
+def _summed(parts: Sequence[Part], examples: slice, rows: slice) -> Tensor:
+    gradient = parts[0].of(examples, rows)
+    for part in parts[1:]:
+        gradient = gradient + part.of(examples, rows)
+    return gradient
 
 
 def _tiles(score: Tensor, at_once: int) -> Iterator[slice]:
@@ -224,24 +222,18 @@ def _add_outer(score: Tensor, part: Product, weights: Sequence[float]) -> None:
     score.addmm_((left * left.new_tensor(weights).unsqueeze(1)).T, right)
 
 
-def _add_rows(room: Tensor, parts: Sequence[Rows], weights: Sequence[float]) -> None:
-    """Only the rows that an example uses."""
-    rows, factors, sums = _summed_rows(room, parts, weights)
-    room.index_add_(0, rows, sums.square_().mul_(factors.unsqueeze(1)))
-
-
 def _summed_rows(room: Tensor, parts: Sequence[Rows], weights: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
     """For each row that an example uses: its number, the weight of the example, and the gradient of the row."""
     ids = torch.cat([part.ids for part in parts], 1)
     values = torch.cat([part.values for part in parts], 1)
-    keys = ids + len(room) * torch.arange(len(ids), device=ids.device).unsqueeze(1)  # tell the examples apart
+    keys = ids + len(room) * torch.arange(len(ids), device=ids.device).unsqueeze(1)  # differ between examples
     unique, positions = keys.unique(return_inverse=True)
     sums = torch.zeros(len(unique), values.shape[-1], device=room.device)
     sums.index_add_(0, positions.flatten(), values.flatten(0, 1).float())
     return unique % len(room), sums.new_tensor(weights)[unique // len(room)], sums
 
 
-def _weighed(weights: Sequence[float], gradients: Tensor) -> Tensor:
+def _weighted(weights: Sequence[float], gradients: Tensor) -> Tensor:
     """Weighted sum over the examples of their squared gradients."""
     found: Tensor = torch.tensordot(gradients.new_tensor(weights), gradients.square(), 1)
     return found

@@ -42,8 +42,8 @@ class FisherPass:
     Attributes:
         layouts: How input channels lie in the targets, by name; empty if single entries are scored.
         fisher: 'per_example', or 'authors' to score batches as they come, with dropout and clipping.
-        examples: Number of examples that were scored; in the end those of all ranks together.
-        skipped: Number of examples without a label, likewise; the mean of their loss is one of nothing.
+        examples: Number of examples that were scored, by this rank; by all ranks once `scores` has returned.
+        skipped: Number of examples left out, likewise: all their labels are -100, so their mean loss is 0 / 0.
     """
 
     model: nn.Module
@@ -64,11 +64,11 @@ class FisherPass:
         return self.fisher == "authors"
 
     def scores(self, dataloader: Iterable[Any], targets: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-        """Fisher information of the targets, float32: in their shapes, or the sum of each of their channels."""
+        """Fisher information of the targets, float32: in their shapes, or summed over each input channel."""
         shared = any(is_sharded(parameter) for parameter in targets.values())  # then all ranks score all examples
         self._check(targets, shared)
         with _scoring(self.model, targets.values(), training=self._by_batch):
-            if shared:  # dropout must be the same on every rank, as the example is
+            if shared:  # all ranks run the same example, which needs the same dropout
                 torch.manual_seed(gathered(torch.initial_seed())[0])
             sums = {name: self._zeros(name, parameter) for name, parameter in targets.items()}
             losses = on_every_rank(partial(self._add_squares, dataloader, targets, sums, shared))
@@ -84,6 +84,7 @@ class FisherPass:
         return sums
 
     def _check(self, targets: Mapping[str, nn.Parameter], shared: bool) -> None:
+        """Refuse, before the pass, what cannot be scored or would get wrong scores."""
         if self.num_examples is not None and self.num_examples < world_size():
             raise ValueError(
                 f"num_examples must be None or at least the number of processes, {world_size()}; "
@@ -112,14 +113,16 @@ class FisherPass:
             )
 
     def _zeros(self, name: str, parameter: Tensor) -> Tensor:
-        """Where to add up the scores of a parameter; by default beside it, and sharded as it is."""
+        """Where to add up the scores of a parameter; by default on its device, and sharded as it is."""
         shape = torch.Size([self.layouts[name].number]) if self.layouts else parameter.shape
         if self.score_folder is not None:
-            return _mapped_zeros(Path(self.score_folder), name, shape)
-        if self.score_device is not None:
-            return torch.zeros(shape, device=self.score_device)
-        if self.layouts:
-            return torch.zeros(shape, device=parameter.device)
+            folder = Path(self.score_folder) / (f"rank{rank()}" if world_size() > 1 else "")
+            folder.mkdir(parents=True, exist_ok=True)
+            file = folder / f"{name}.float32"
+            file.unlink(missing_ok=True)  # of an earlier pass: its values would be kept
+            return torch.from_file(str(file), shared=True, size=shape.numel(), dtype=torch.float32).view(shape)
+        if self.layouts or self.score_device is not None:
+            return torch.zeros(shape, device=self.score_device or parameter.device)
         return torch.zeros_like(parameter, dtype=torch.float32, memory_format=torch.contiguous_format)
 
     def _add_squares(
@@ -132,13 +135,13 @@ class FisherPass:
             at_once = not any(is_sharded(parameter) for parameter in self.model.parameters())
             scorer = BatchScorer(loss, targets, sums, self.layouts, at_once)
         device = next(iter(targets.values())).device
-        left = [_share(self.num_examples, each) for each in range(world_size())]  # of each rank's data
+        left = [_share(self.num_examples, number) for number in range(world_size())]  # to score of each rank's data
         losses = 0
         total = _total(dataloader, self.num_examples and left[rank()]) if self.split_batches else None
         silent = not self.progress_bar or rank() > 0
         with tqdm(desc="Fisher information", unit=" examples", total=total, disable=silent) as bar:
-            for source, batch in in_step(self._batches(dataloader), lambda rank: left[rank] <= 0, shared):
-                kept = self._labelled(batch) if left[source] > 0 else None
+            for source, batch in in_step(self._batches(dataloader), lambda source: left[source] <= 0, shared):
+                kept = self._without_unlabelled(batch) if left[source] > 0 else None
                 if kept is None:
                     continue
                 kept = to_device(kept, device)
@@ -156,10 +159,10 @@ class FisherPass:
                 bar.update(size)
         return losses
 
-    def _labelled(self, batch: Any) -> Any:
-        """The examples of a batch that have labels, as far as it can be taken apart, or None if there are none."""
+    def _without_unlabelled(self, batch: Any) -> Any:
+        """A batch without its examples that have no label; None if there are no others."""
         kept = labelled(batch)
-        if kept is None or (kept and (self._by_batch or not self.split_batches)):
+        if kept is None or (kept and (self._by_batch or not self.split_batches)):  # such batches stay whole
             return batch
         size = len(batch["labels"]) if self.split_batches else 1
         self.skipped += size - len(kept)
@@ -176,36 +179,29 @@ class FisherPass:
             raise ValueError("The Fisher information needs at least one example, got none.")
 
 
-def _mapped_zeros(folder: Path, name: str, shape: torch.Size) -> Tensor:
-    """Zeros in a new file that is mapped into memory, one for each process."""
-    folder = folder / f"rank{rank()}" if world_size() > 1 else folder
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{name}.float32"
-    file.unlink(missing_ok=True)
-    return torch.from_file(str(file), shared=True, size=shape.numel(), dtype=torch.float32).view(shape)
-
-
-def _share(num_examples: int | None, rank: int) -> int:
-    """The part of the examples that a rank scores; those that are left over go to the first ranks."""
+def _share(num_examples: int | None, number: int) -> int:
+    """How many examples the rank of this number scores; the first ranks score one more if the division leaves some."""
     if num_examples is None:
         return sys.maxsize
     each, left = divmod(num_examples, world_size())
-    return each + (rank < left)
+    return each + (number < left)
 
 
 def _total(dataloader: Iterable[Any], num_examples: int | None) -> int | None:
+    """Number of examples for the progress bar; None if it is not known."""
+    sizes = [] if num_examples is None else [num_examples]
     dataset = getattr(dataloader, "dataset", None)
-    available = (
-        len(dataset) if isinstance(dataset, Sized) and world_size() == 1 else None
-    )  # else it may be all shards'
-    return min((size for size in (num_examples, available) if size is not None), default=None)
+    if isinstance(dataset, Sized) and world_size() == 1:  # with several ranks it may be that of all shards
+        sizes.append(len(dataset))
+    return min(sizes, default=None)
 
 
 @contextmanager
 def _scoring(model: nn.Module, targets: Iterable[nn.Parameter], training: bool) -> Iterator[None]:
-    """Let gradients flow to the targets alone, in the base model, and put everything back afterwards."""
+    """Let gradients flow to the targets alone, in the base model, and restore everything afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    # Only training mode changes buffers, such as running means.
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()] if training else []
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 (collators use it)
     with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""The loss of a batch, wherever a model or the user's functions put it."""
+"""The loss of a batch, from the model's output or from the user's functions."""
 
 from __future__ import annotations
 
@@ -33,7 +33,16 @@ class Loss(NamedTuple):
     def unchecked(self, batch: Any) -> Any:
         """The raw loss output for a batch, or None."""
         output = self.model(**batch) if self.forward_fn is None else self.forward_fn(self.model, batch)
-        return _loss_in(output) if self.loss_fn is None else self.loss_fn(output, batch)
+        if self.loss_fn is not None:
+            return self.loss_fn(output, batch)
+        # Without a loss_fn, look where transformers' Trainer looks as well.
+        if isinstance(output, Tensor):
+            return output if not output.dim() else None
+        if isinstance(output, Mapping):
+            return output.get("loss")
+        if isinstance(output, tuple) and not hasattr(output, "loss") and output:
+            return output[0] if isinstance(output[0], Tensor) and not output[0].dim() else None
+        return getattr(output, "loss", None)
 
     def checked(self, batch: Any, number: int) -> Tensor:
         """The loss of a batch, a finite scalar with a graph.
@@ -57,14 +66,3 @@ class Loss(NamedTuple):
         if not loss.requires_grad:
             raise ValueError(f"The loss of example {number} does not depend on any targeted weight. {OVER_BATCHES}")
         return loss  # type: ignore[no-any-return]
-
-
-def _loss_in(output: Any) -> Tensor | None:
-    """The loss in what a model returns, where the Trainer would look for it as well."""
-    if isinstance(output, Tensor):
-        return output if not output.dim() else None
-    if isinstance(output, Mapping):
-        return output.get("loss")
-    if isinstance(output, tuple) and not hasattr(output, "loss") and output:
-        return output[0] if isinstance(output[0], Tensor) and not output[0].dim() else None
-    return getattr(output, "loss", None)

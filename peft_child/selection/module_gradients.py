@@ -1,7 +1,7 @@
-"""The gradients of a module's parameters for each example, from one call of the module and what came back to it.
+"""The gradients of a module's parameters for each example, from one call of the module and its output's gradient.
 
-Modules of common kinds have a formula. Any other is run again for each example alone, on its own input and output
-gradient; torch differentiates that.
+Modules of common kinds have a formula. Any other is run again for each example alone, with this example's part of the
+input and of the output's gradient, and autograd differentiates that.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class Use:
         inputs: Positional and keyword arguments.
         examples: Number of examples in the batch.
         shared: Whether the call served all examples at once (an output with a first dimension of 1).
-        length: First dimension of the output; that of one example is the same part of it for each.
-        gradient: Gradient of the output, once it has come back; its first dimension is `length`, or `examples` if the
-            call was shared.
+        length: First dimension of the output; every example has equally many rows of it.
+        gradient: Gradient of the output, once backward has computed it; its first dimension is `length`, or `examples`
+            if the call was shared.
     """
 
     module: nn.Module
@@ -43,40 +43,35 @@ class Use:
 
     def part(self, key: str) -> Part:
         """What this call adds to the gradient of one of the module's parameters, for each example."""
-        return (_formula(self.module, key) or _of_second_runs)(self, key)
+        return (formula_of(self.module, key) or _of_second_runs)(self, key)
 
     def division(self) -> tuple[Any, ...]:
-        """What of this call decides how its input is divided among the examples."""
+        """A key that is equal for calls whose inputs are divided among the examples in the same way."""
         leaves = tree_flatten(self.inputs)[0]
         dims = [(leaf.dim(), self.is_divided(leaf)) if isinstance(leaf, Tensor) else None for leaf in leaves]
         return id(self.module), self.shared, self.length == self.examples, *dims
 
     def is_divided(self, leaf: Any) -> bool:
-        """Whether an argument has its own part for each example."""
+        """Whether each example has a part of its own of an argument."""
         return isinstance(leaf, Tensor) and not self.shared and leaf.dim() > 0 and len(leaf) == self.length
 
     def input(self) -> Tensor:
-        """The only tensor among the arguments, its first dimension as that of the gradient."""
+        """The only tensor among the arguments, with the first dimension of the gradient."""
         (tensor,) = [leaf for leaf in tree_flatten(self.inputs)[0] if isinstance(leaf, Tensor)]
         return tensor.expand(self.examples, *tensor.shape[1:]) if self.shared else tensor
 
-    def returned(self) -> Tensor:
-        """The gradient, which has come back."""
+    def output_gradient(self) -> Tensor:
+        """The gradient, which backward has computed."""
         assert self.gradient is not None
         return self.gradient
 
 
-def has_formula(module: nn.Module, key: str) -> bool:
-    """Whether the gradients of a parameter have a formula, or come from second runs that are cheap (convolutions)."""
-    return _formula(module, key) is not None
-
-
-def _formula(module: nn.Module, key: str) -> Callable[[Use, str], Part] | None:
-    """The formula of a module that computes as the class that it is written for, whatever its own class."""
-    if key not in ("weight", "bias") or "forward" in vars(module):
+def formula_of(module: nn.Module, key: str) -> Callable[[Use, str], Part] | None:
+    """The formula for the `forward` of a module, which subclasses may inherit; None if there is none."""
+    if key not in ("weight", "bias") or "forward" in vars(module):  # a forward replaced in this instance
         return None
     if isinstance(module, nn.Embedding) and (
-        module.sparse or module.scale_grad_by_freq or module.max_norm is not None
+        module.sparse or module.scale_grad_by_freq or module.max_norm is not None  # not in the formula
     ):
         return None
     return _FORMULAS.get(type(module).forward)
@@ -88,21 +83,22 @@ def _by_token(tensor: Tensor, examples: int, dims: int = 1) -> Tensor:
 
 
 def _of_linear(use: Use, key: str) -> Part:
-    gradient = _by_token(use.returned(), use.examples)
+    gradient = _by_token(use.output_gradient(), use.examples)
     if key == "bias":
         return Whole(gradient.sum(1))
+    # Under autocast the input can have another dtype than the output.
     return product(gradient, _by_token(use.input(), use.examples).to(gradient.dtype), gradient)
 
 
 def _of_conv1d(use: Use, key: str) -> Part:
-    part = _of_linear(use, key)
+    part = _of_linear(use, key)  # but with a transposed weight
     return Product(part.right, part.left, part.tokens) if isinstance(part, Product) else part
 
 
 def _of_embedding(use: Use, key: str) -> Part:
     module: Any = use.module
     ids = use.input().reshape(use.examples, -1)
-    values = _by_token(use.returned(), use.examples)
+    values = _by_token(use.output_gradient(), use.examples)
     if module.padding_idx is not None:
         values = values.masked_fill((ids == module.padding_idx).unsqueeze(-1), 0)
     return Rows(ids, values, module.num_embeddings)
@@ -110,7 +106,7 @@ def _of_embedding(use: Use, key: str) -> Part:
 
 def _of_layer_norm(use: Use, key: str) -> Part:
     module: Any = use.module
-    gradient = use.returned().float()
+    gradient = use.output_gradient().float()
     if key == "weight":
         gradient = gradient * F.layer_norm(use.input().float(), module.normalized_shape, eps=module.eps)
     return Whole(_by_token(gradient, use.examples, len(module.normalized_shape)).sum(1))
@@ -125,14 +121,14 @@ def _run_again(use: Use, key: str, example: int) -> Tensor:
     parameter = use.module._parameters[key]
     assert parameter is not None
     leaves, spec = tree_flatten(use.inputs)
-    each = 1 if use.shared else use.length // use.examples
+    each = 1 if use.shared else use.length // use.examples  # rows of an example
     own = slice(example * each, (example + 1) * each)
     with torch.enable_grad():
         parameter.requires_grad_(True)
         try:
             args, kwargs = tree_unflatten([leaf[own] if use.is_divided(leaf) else leaf for leaf in leaves], spec)
             output = use.module.forward(*args, **kwargs)
-            (found,) = torch.autograd.grad(output, parameter, use.returned()[own], materialize_grads=True)
+            (found,) = torch.autograd.grad(output, parameter, use.output_gradient()[own], materialize_grads=True)
         finally:
             parameter.requires_grad_(False)
     return found.to_dense() if found.is_sparse else found
@@ -143,5 +139,5 @@ _FORMULAS: dict[Any, Callable[[Use, str], Part]] = {
     Conv1D.forward: _of_conv1d,
     nn.Embedding.forward: _of_embedding,
     nn.LayerNorm.forward: _of_layer_norm,
-    **{kind.forward: _of_second_runs for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)},  # cheap beside all the rest
+    **{kind.forward: _of_second_runs for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)},  # cheap, so as good as a formula
 }

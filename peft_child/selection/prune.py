@@ -1,4 +1,4 @@
-"""From a dense change to a sparse one: the child network of the entries that moved most."""
+"""Makes a dense change sparse: the child network of the entries that moved most."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Kept(NamedTuple):
         chosen: Entries in the child network.
         trained: Entries that were trained before.
         norm_share: L2 norm of the changes that were kept, over that of all.
-        largest_dropped: Largest absolute change that was dropped; those entries are as in the base model again.
+        largest_dropped: Largest absolute change that was dropped; dropped entries are as in the base model again.
     """
 
     chosen: int
@@ -42,15 +42,15 @@ class Kept(NamedTuple):
 
 
 def keep_largest(model: nn.Module, density: float, *, adapter_name: str = "default") -> Kept:
-    """Turn a trained adapter into a sparse one: keep its largest changes, and give the other entries back to the base.
+    """Turn a trained adapter into a sparse one: keep its largest changes, and reset the other entries to the base.
 
     This makes a small file of a task-free adapter (Child-Tuning_F), whose change is dense after some steps. The model
-    loses something; evaluate it before and after. The deltas are new parameters, so training on needs a new optimizer.
+    gets worse; evaluate it before and after. The deltas are new parameters, so further training needs a new optimizer.
 
     Args:
         model: A model with a trained Child-Tuning adapter.
-        density: Share of the targeted entries to keep, in (0, 1]; exactly `round(density * n)` of n, or as many whole
-            input channels as fit into that, those with the largest mean squared change first.
+        density: Share of the targeted entries to keep, in (0, 1]: exactly `round(density * n)` of n; or whole input
+            channels, those with the largest mean squared change first, until the next would exceed that number.
         adapter_name: The adapter; it must be active.
 
     Returns:
@@ -71,7 +71,7 @@ def keep_largest(model: nn.Module, density: float, *, adapter_name: str = "defau
     )
     size = kept.child_size(sum(parameter.numel() for parameter in targets.values()))
     trained = sum(delta.numel() for delta in changed.values())
-    if size > trained:
+    if size > trained and (not layouts or density > config.density):  # whole channels may be fewer
         raise ValueError(f"density must be at most that of the adapter; {density} is {size} of {trained} entries.")
     for name, delta in changed.items():
         if not delta.isfinite().all():
@@ -85,17 +85,15 @@ def keep_largest(model: nn.Module, density: float, *, adapter_name: str = "defau
     else:
         chosen = select_largest({name: delta.abs().float() for name, delta in changed.items()}, size)
 
-    squares = [0.0, 0.0]
-    dropped = 0.0
+    kept_squares = all_squares = dropped = 0.0
     for name, delta in changed.items():
-        rest = delta.index_fill(0, chosen[name], 0)
-        dropped = max(dropped, float(rest.abs().max()))
-        squares[0] += float(delta[chosen[name]].double().square().sum())
-        squares[1] += float(delta.double().square().sum())
+        dropped = max(dropped, float(delta.index_fill(0, chosen[name], 0).abs().max()))
+        kept_squares += float(delta[chosen[name]].double().square().sum())
+        all_squares += float(delta.double().square().sum())
     for layer in layers:
         layer.keep(adapter_name, chosen)
     cast(dict[str, ChildTuningConfig], model.peft_config)[adapter_name] = kept
-    return Kept(size, trained, (squares[0] / squares[1]) ** 0.5, dropped)
+    return Kept(size, trained, (kept_squares / all_squares) ** 0.5, dropped)
 
 
 def _largest_channels(
@@ -104,6 +102,7 @@ def _largest_channels(
     """Which values of each delta belong to the channels that moved most, by their mean squared change."""
     ranks, squares, trained = {}, {}, {}
     for name, delta in deltas.items():
+        # Only the trained channels can be kept: number them 0, 1, ... and choose among these.
         found, ranks[name] = layouts[name].channel_of(delta.indices).unique(return_inverse=True)
         trained[name] = ChannelLayout(1, layouts[name].size, len(found), 1)
         squares[name] = torch.zeros(len(found), device=ranks[name].device)

@@ -1,7 +1,7 @@
 """Infers the loss reduction of a model by elimination: whether it averages over examples or tokens, or sums.
 
-In the loss of a batch each example has a weight. With weight c its gradient comes back c times as large as from its
-own loss, so the weight must be known to correct it.
+In the loss of a batch each example has a weight. With weight c its gradient is c times as large as that of its own
+loss, so the weight must be known to correct it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor
 _IGNORED = -100  # the label of tokens that do not count
 _TOLERANCES = {torch.float16: 0.03, torch.bfloat16: 0.1}  # of squared norms of gradients
 _TOLERANCE = 1e-3
-_CLEARLY = 4.0  # how much better the right weights have to fit than any others
-_PATIENCE = 8  # comparisons that may tell nothing
+_CLEARLY = 4.0  # reductions whose error is more than that many times the smallest are ruled out
+_PATIENCE = 8  # comparisons that may leave the weights unknown
 
 
 class Comparison(NamedTuple):
@@ -27,7 +27,7 @@ class Comparison(NamedTuple):
         alone: Losses of the examples.
         together: Loss of the batch.
         norms_alone: Squared norms of the gradients of each example's own loss, float64, shape `(targets, examples)`.
-        norms_together: Those of the parts that the examples have in the gradients of the loss of the batch.
+        norms_together: Those of each example's share in the gradients of the batch loss.
         sizes: Number of entries of each target, shape `(targets, 1)`.
         dtype: The least precise dtype of the targets.
     """
@@ -54,16 +54,16 @@ class Reduction:
         is_sure = first is not None and min(first) > 0 and all(weights == first for weights in found.values())
         return first if is_sure else None
 
-    def most_telling(self, batch: Any, size: int, number: int) -> list[int]:
-        """The examples of a batch, at least 2, that tell the reductions apart best."""
+    def most_telling(self, batch: Any, size: int) -> list[int]:
+        """The two examples of a batch that tell the reductions apart best: with the fewest and the most labels."""
         counts = _counts(batch, size).get("labels", [0] * size)
         if len(set(counts)) == 1:
-            return list(range(min(number, size)))
+            return [0, 1]
         order = sorted(range(size), key=counts.__getitem__)
-        return sorted({order[index * (size - 1) // (number - 1)] for index in range(number)})
+        return sorted((order[0], order[-1]))
 
     def learn(self, batch: Any, comparison: Comparison) -> str | None:
-        """Rule out what does not agree with a comparison; returns why no reduction would do, if so."""
+        """Rule out reductions that disagree with a comparison; returns why none can be found, or None."""
         size = len(comparison.alone)
         fits = {name: _error(weights, comparison) for name, weights in self._candidates(batch, size).items()}
         errors = {name: error for name, error in fits.items() if error is not None}
@@ -78,22 +78,20 @@ class Reduction:
             self._possible = set(errors)
             self._undecided += 1
             if self._undecided == _PATIENCE:
-                return "how the loss of a batch weighs its examples cannot be told"
+                return "it could not be determined how the loss of a batch weighs its examples"
         return None
 
     def _candidates(self, batch: Any, size: int) -> dict[str, list[float]]:
-        return {name: weights for name, weights in _weights(batch, size).items() if name in self._possible}
-
-
-def _weights(batch: Any, size: int) -> dict[str, list[float]]:
-    by_count = {
-        name: [count / sum(counts) for count in counts] for name, counts in _counts(batch, size).items() if any(counts)
-    }
-    return {"mean": [1 / size] * size, "sum": [1.0] * size, **by_count}
+        """Weights of the examples by each reduction that is still possible."""
+        found = {"mean": [1 / size] * size, "sum": [1.0] * size}
+        for name, counts in _counts(batch, size).items():
+            if any(counts):
+                found[name] = [count / sum(counts) for count in counts]
+        return {name: weights for name, weights in found.items() if name in self._possible}
 
 
 def _counts(batch: Any, size: int) -> dict[str, list[int]]:
-    """Numbers of labels of each example, all of them and those that have a token before them."""
+    """Numbers of labels of each example: all of them, and those that a preceding token predicts."""
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
     if not isinstance(labels, Tensor) or labels.is_floating_point() or not labels.dim() or len(labels) != size:
         return {}
@@ -108,6 +106,7 @@ def _error(weights: list[float], comparison: Comparison) -> float | None:
     tolerance = _TOLERANCES.get(comparison.dtype, _TOLERANCE)
     expected = sum(weight * loss for weight, loss in zip(weights, comparison.alone, strict=True))
     scale = sum(weight * abs(loss) for weight, loss in zip(weights, comparison.alone, strict=True))
+    # Written as "not <=", so that NaN does not fit either.
     if not abs(expected - comparison.together) <= tolerance * scale or not min(weights) > 0:
         return None
     alone, sizes = comparison.norms_alone, comparison.sizes

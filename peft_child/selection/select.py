@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from peft_child.selection.fisher_pass import FisherPass
 from peft_child.selection.loss import OVER_BATCHES, Forward
 from peft_child.tensors.channels import ChannelLayout, choose_channels
-from peft_child.tensors.delta import fresh_delta
+from peft_child.tensors.delta import SparseDelta, fresh_delta
 from peft_child.tensors.distributed import (
     check_equal,
     check_has_values,
@@ -46,7 +46,7 @@ class ChildNetwork(NamedTuple):
         chosen: Entries in the child network.
         targeted: Entries it was chosen from.
         dense: Entries trained besides, outside the density (`modules_to_save`).
-        skipped: Examples that were left out of the Fisher information, since they have no label but -100.
+        skipped: Examples that were left out of the Fisher information, since all their labels are -100.
     """
 
     chosen: int
@@ -92,9 +92,9 @@ def select_child_network(
         model: A model with a Child-Tuning adapter: a `PeftModel`, or a transformers model after `add_adapter`.
         dataloader: The task's data, with labels; see `estimate_fisher`, which also takes the other arguments.
         scores: Ready-made scores instead of data: a mapping as `estimate_fisher` returns it, or the path of a
-            safetensors file of one; the same on every rank.
+            safetensors file that holds one; the same on every rank.
         adapter_name: The adapter; it must be active.
-        num_examples: Use the first so many examples of the data, of all ranks together; by default all.
+        num_examples: Number of examples to use, the first ones, of all ranks together; by default all.
         forward_fn: See `estimate_fisher`.
         loss_fn: See `estimate_fisher`.
         split_batches: See `estimate_fisher`.
@@ -111,11 +111,12 @@ def select_child_network(
             differ in their settings or scores.
         RuntimeError: If the adapter's child network has been trained already.
     """
-    ready = on_every_rank(partial(_ready_scores, dataloader, scores))
+    # What may fail on one rank runs in on_every_rank, since the other ranks would wait for it for ever.
+    found = on_every_rank(partial(_ready_scores, dataloader, scores))
     config, layers, targets, layouts = on_every_rank(partial(_selectable, model, adapter_name))
     source = "ready scores" if dataloader is None else "data"
     _check_same_settings(model, config, targets, {"source": source, "num_examples": num_examples})
-    found, examples, skipped = ready, None, 0
+    examples, skipped = None, 0
     if dataloader is not None:
         settings = num_examples, forward_fn, loss_fn, split_batches, progress_bar, score_device, score_folder
         fisher_pass = FisherPass(model, config.fisher, layouts, *settings)
@@ -127,18 +128,18 @@ def select_child_network(
     if len(set(gathered(digest(chosen)))) > 1:
         raise ValueError("Every process must have the same scores; these would choose different child networks.")
 
-    def positions(name: str) -> Tensor:
-        return layouts[name].positions(chosen[name]) if layouts else chosen[name]
+    def child(name: str) -> SparseDelta:
+        positions = layouts[name].positions(chosen[name]) if layouts else chosen[name]
+        return fresh_delta(targets[name], positions, config.init_weights, layouts.get(name))
 
     configs = cast(dict[str, ChildTuningConfig], model.peft_config)
-    configs[adapter_name] = replace(config, fisher_examples=examples)  # the user may have other models with this one
-    children = Lazy(
-        targets, lambda name: fresh_delta(targets[name], positions(name), config.init_weights, layouts.get(name))
-    )
+    # A copy, since the user may have made other models with this configuration.
+    configs[adapter_name] = replace(config, fisher_examples=examples)
+    children = Lazy(targets, child)
     for layer in layers:
         layer.set_child(adapter_name, children, trainable=not config.inference_mode)
     dense = sum(parameter.numel() for _, parameter in _dense_parameters(model))
-    size = sum(len(found) * (layouts[name].size if layouts else 1) for name, found in chosen.items())
+    size = sum(len(own) * (layouts[name].size if layouts else 1) for name, own in chosen.items())
     return ChildNetwork(size, targeted, dense, skipped)
 
 
@@ -166,14 +167,14 @@ def estimate_fisher(
     scored alone first, to find out how the loss of a batch weighs its examples (a mean over examples or tokens, or a
     sum). If they influence each other (batch normalisation in training mode, a loss over the whole batch), or most
     targeted weights are in modules of other kinds than linear, convolution and embedding layers, every example takes
-    passes of its own, and a warning in the log says why. Memory grows with the batch size of the dataloader, as in
-    training without gradients of weights; batches of one example take least.
+    a forward and a backward pass of its own, and a warning in the log says why. Memory grows with the batch size of
+    the dataloader, as in training without gradients of weights; batches of one example take least.
 
-    With `fisher="authors"` it is the mean over batches, as the dataloader makes them, of the squared gradient of the
-    batch loss, with dropout, and with each parameter's gradient clipped to norm 1.
+    With `fisher="authors"` the score is the mean over the dataloader's batches of the squared gradient of the batch
+    loss, with dropout, and with each parameter's gradient clipped to norm 1.
 
-    The model, its modes, gradients and buffers and the states of the random number generators come back as they were.
-    Other adapters are switched off meanwhile; the dense head (`modules_to_save`) takes part, without being scored.
+    The model, its modes, gradients and buffers, and the states of the random number generators are restored at the
+    end. Other adapters are switched off meanwhile; the dense head (`modules_to_save`) is used, but not scored.
 
     In several processes (torch.distributed) every rank scores its own shard, as `DistributedSampler` or accelerate
     divide the data, and all return the mean over the examples of all shards, whatever their sizes. Samplers that
@@ -189,23 +190,23 @@ def estimate_fisher(
             dimension of each being the example; or anything that `forward_fn` understands, built of mappings, tuples
             and lists.
         adapter_name: The adapter; it must be active.
-        num_examples: Use the first so many examples, in whole batches if those are not taken apart; by default all. In
-            several processes the number for all together: each takes its part, or all it has if that is less.
+        num_examples: Number of examples to use, the first ones; by default all. Where batches are not taken apart, the
+            last one is used whole. With several processes it is the total: each takes its share, or all it has.
         forward_fn: `forward_fn(model, batch)` in place of `model(**batch)`; returns the model's output, or the loss.
-            It gets single examples (as batches of one) as well as whole batches.
+            It is called with single examples (as batches of one) as well as with whole batches.
         loss_fn: `loss_fn(output, batch)` in place of `output.loss`; returns a scalar.
-        split_batches: Take batches apart into single examples. False if each batch is one example as it is, such as a
-            graph, or packed sequences.
+        split_batches: Take batches apart into single examples. Pass False if each batch counts as one example, such
+            as a graph, or packed sequences.
         progress_bar: Show a progress bar, on the first rank.
         score_device: Where to add up the scores, such as 'cpu' while the model is on a GPU; by default on the device
             of each parameter. They take 4 bytes for each targeted weight.
-        score_folder: A folder to add up the scores in, in files that are mapped into memory (raw float32, one for each
-            parameter), where they do not fit into it. The files stay; delete them when they have served.
+        score_folder: For scores that do not fit into memory: a folder to add them up in, in memory-mapped files (raw
+            float32, one for each parameter). The files are not deleted afterwards.
 
     Returns:
         Scores by name of the parameter in the base model, float32: in the shape of the parameter, or, for input
-        channels, the sum over the entries of each, shape `(number of channels,)`.
-        They can be kept with `safetensors.torch.save_file`. Those of sharded parameters are sharded alike (DTensors).
+        channels, the sum over the entries of each, shape `(number of channels,)`. They can be kept with
+        `safetensors.torch.save_file`. Scores of a sharded parameter are sharded as it is (DTensors).
 
     Raises:
         ValueError: If there are no examples, or none on one rank; an example has no loss or one that is not finite;
@@ -218,11 +219,9 @@ def estimate_fisher(
 
 
 class Adapter(NamedTuple):
-    """An adapter as it is chosen.
+    """What a choice of entries needs of an adapter.
 
     Attributes:
-        config: Its settings.
-        layers: Its layers.
         targets: Its targeted parameters by name.
         layouts: How input channels lie in them, by name; empty if single entries are chosen.
     """
@@ -234,7 +233,13 @@ class Adapter(NamedTuple):
 
 
 def adapter_of(model: nn.Module, adapter_name: str) -> Adapter:
-    """The adapter of this name, or an error that says why there is none that could be scored."""
+    """Find an adapter by its name.
+
+    Raises:
+        ValueError: If there is no such Child-Tuning adapter, it is not active, an adapter is merged, or the model is
+            wrapped in DDP.
+        RuntimeError: If a targeted parameter is offloaded.
+    """
     if isinstance(model, DistributedDataParallel):
         raise ValueError(
             "The child network must be chosen before the model is wrapped in DistributedDataParallel, which does not "
@@ -257,18 +262,26 @@ def adapter_of(model: nn.Module, adapter_name: str) -> Adapter:
     layouts = {}
     if config.granularity == INPUT_CHANNEL:
         layouts = {name: layout for layer in layers for name, layout in layer.layouts(adapter_name).items()}
-    return Adapter(config, layers, _targets(layers, adapter_name), layouts)
+    targets = {name: base for layer in layers for name, base in layer.base_parameters(adapter_name).items()}
+    for name, parameter in targets.items():
+        check_has_values(f"'{name}'", parameter)
+    return Adapter(config, layers, targets, layouts)
 
 
 def _selectable(model: nn.Module, adapter_name: str) -> Adapter:
-    """The adapter, if its child network can be selected now."""
+    """Find an adapter whose child network can be selected now; errors are those of `select_child_network`."""
     adapter = adapter_of(model, adapter_name)
     if adapter.config.variant != "task_driven":
         hint = ", and has to be loaded from a file" if adapter.config.variant == "extracted" else ""
         raise ValueError(
             f"Only a task_driven child network is selected; '{adapter_name}' is {adapter.config.variant}{hint}."
         )
-    _check_untrained(adapter_name, adapter.layers)
+    if any(layer.is_trained(adapter_name) for layer in adapter.layers):
+        raise RuntimeError(
+            f"The child network of adapter '{adapter_name}' has been trained already; choosing another one would lose "
+            "it. Save it, and add a new adapter."
+        )
+    # An error if the density chooses nothing, before the pass over the data.
     adapter.config.child_size(sum(parameter.numel() for parameter in adapter.targets.values()))
     return adapter
 
@@ -276,7 +289,7 @@ def _selectable(model: nn.Module, adapter_name: str) -> Adapter:
 def _check_same_settings(
     model: nn.Module, config: ChildTuningConfig, targets: Mapping[str, nn.Parameter], others: Mapping[str, object]
 ) -> None:
-    """Compare, over the ranks, what decides about the child network and could differ unnoticed."""
+    """Raise if ranks differ in a setting that determines the child network, which would go unnoticed."""
     if world_size() == 1:
         return
     shapes = repr({name: tuple(parameter.shape) for name, parameter in targets.items()})
@@ -295,14 +308,14 @@ def _check_same_settings(
 
 
 def _dense_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """What is trained besides child networks."""
+    """Parameters that are trained densely: all that require gradients, but for the deltas of child networks."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and ".child_delta." not in name:
             yield name, parameter
 
 
 def _ready_scores(dataloader: Iterable[Any] | None, scores: Scores | str | Path | None) -> Scores:
-    """The scores that were passed, if they were instead of data."""
+    """The scores that were passed in place of data; none if there is a dataloader."""
     if (dataloader is None) == (scores is None):
         raise ValueError("select_child_network needs either a dataloader or scores, got both or neither.")
     return load_file(scores) if isinstance(scores, (str, Path)) else scores or {}
@@ -324,26 +337,9 @@ def _choose(
     return chosen
 
 
-def _targets(layers: list[ChildTuningLayer], adapter_name: str) -> dict[str, nn.Parameter]:
-    targets = {name: base for layer in layers for name, base in layer.base_parameters(adapter_name).items()}
-    for name, parameter in targets.items():
-        check_has_values(f"'{name}'", parameter)
-    return targets
-
-
-def _check_untrained(adapter_name: str, layers: list[ChildTuningLayer]) -> None:
-    if any(layer.is_trained(adapter_name) for layer in layers):
-        raise RuntimeError(
-            f"The child network of adapter '{adapter_name}' has been trained already; choosing another one would lose "
-            "it. Save it, and add a new adapter."
-        )
-
-
 def _check_scores(scores: Scores, targets: Mapping[str, nn.Parameter], layouts: Mapping[str, ChannelLayout]) -> None:
-    for kind, names in (
-        ("are missing", targets.keys() - scores.keys()),
-        ("are extra", scores.keys() - targets.keys()),
-    ):
+    missing, extra = targets.keys() - scores.keys(), scores.keys() - targets.keys()
+    for kind, names in (("are missing", missing), ("are extra", extra)):
         if names:
             some = ", ".join(f"'{name}'" for name in sorted(names)[:3])
             raise ValueError(

@@ -1,6 +1,6 @@
 """The score of an entry: the mean, over losses, of its squared gradient (diagonal empirical Fisher information).
 
-Each gradient is squared and dropped as it arrives, so that one dense gradient lives at a time next to the scores.
+Each gradient is squared and dropped as it arrives, so that memory holds the scores and one dense gradient at a time.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ def squaring(
     """For a while, square each gradient of the parameters as it arrives, add it to the sums and drop it.
 
     Args:
-        parameters: Leaves that require gradients, by name. Their `.grad` must be None, and is None again afterwards.
+        parameters: Leaves that require gradients, by name. Their `.grad` must be None, and is None afterwards.
         sums: Where to add the squares, by name: float32, in the shape of the parameter, on any device.
         max_norm: Clip each parameter's gradient to this L2 norm before squaring, as the authors' code does.
         layouts: If given, add the sums over the entries of each input channel instead, shape `(number of channels,)`.
         observe: Called with the name and the gradient in float32 of every parameter that a loss reaches.
 
     Yields:
-        A function that runs backward from a loss.
+        A function that runs backward from a scalar loss.
 
     Raises:
         RuntimeError: If one backward pass delivers a parameter's gradient in parts, which cannot be squared.
@@ -53,7 +53,11 @@ def squaring(
             gradient = gradient * (max_norm / (whole(gradient.norm()) + 1e-6)).clamp(max=1.0)
         if observe is not None:
             observe(name, gradient)
-        _add_square(sums[name], gradient, layouts[name] if layouts else None)
+        if gradient.device == sums[name].device and not layouts:
+            sums[name].addcmul_(gradient, gradient)  # needs no memory for the squares
+        else:
+            squares = gradient.square()
+            sums[name].add_((layouts[name].sums(squares) if layouts else squares).to(sums[name].device))
 
     def square(loss: Tensor) -> None:
         arrived.clear()
@@ -70,15 +74,6 @@ def squaring(
             handle.remove()
         for parameter in parameters.values():
             parameter.grad = None
-
-
-def _add_square(score: Tensor, gradient: Tensor, layout: ChannelLayout | None) -> None:
-    if layout is not None:
-        score.add_(layout.sums(gradient.square()).to(score.device))
-    elif gradient.device == score.device:
-        score.addcmul_(gradient, gradient)
-    else:
-        score.add_(gradient.square().to(score.device))
 
 
 def arrived_in_parts(name: str) -> RuntimeError:

@@ -16,19 +16,20 @@ from peft_child.tensors.quantised import is_quantised
 
 
 def can_call_channels(module: nn.Module, weight: Composition) -> bool:
-    """Whether a linear layer runs without hooks, and all that is trained of its weight are input channels."""
+    """Whether a linear layer has no hooks, and only input channels of its weight are trained."""
     if not torch.is_grad_enabled() or weight.base.requires_grad or is_quantised(weight.base):
         return False
+    # A forward on the instance, such as accelerate's, wraps the original one as a hook does.
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or "forward" in vars(module):
         return False
     return all(isinstance(child.indices, Channels) and child.delta.requires_grad for child in weight.children)
 
 
 def call_channels(x: Tensor, weight: Composition, bias: Tensor | None) -> Tensor:
-    """A linear layer with the composed weight; of the inputs it keeps those of the chosen channels for backward.
+    """Run a linear layer with the composed weight, keeping only the inputs of the chosen channels for backward.
 
-    With output gradients d, the gradient of some columns of the weight is `d.T @ x[..., columns]`: as much smaller a
-    product as the child network is smaller than the weight.
+    With output gradients d, the gradient of some columns of the weight is `d.T @ x[..., columns]`: at a density of 0.1
+    a tenth of the work that the whole gradient takes.
 
     Args:
         x: Inputs, shape `(..., in)`.
@@ -51,7 +52,7 @@ class _ChannelLinear(torch.autograd.Function):
         ctx.dtypes = [delta.dtype for delta in deltas]
         ctx.dtype = x.dtype
         chosen = [child.indices.chosen for child in weight.children if isinstance(child.indices, Channels)]
-        # Autocast may have computed in a lower precision; what it did, backward does.
+        # Autocast may have run in a lower precision; backward uses the same one.
         ctx.save_for_backward(*(x.index_select(-1, numbers).to(y.dtype) for numbers in chosen))
         return y
 
@@ -79,7 +80,7 @@ class _ChannelLinear(torch.autograd.Function):
 
 def _is_transposed(weight: Composition) -> bool:
     layouts = [child.indices.layout for child in weight.children if isinstance(child.indices, Channels)]
-    return layouts[0].outer == 1
+    return layouts[0].are_rows(len(weight.base))
 
 
 def _of_delta(left: Tensor, right: Tensor, mask: MaskUse | None, dtype: torch.dtype) -> Tensor:

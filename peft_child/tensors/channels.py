@@ -1,7 +1,7 @@
 """Child networks of whole input channels: all the weights of a tensor that read one input feature.
 
-The gradient of some input channels of a linear layer is a product of those input features alone, and their index is a
-list of numbers. So they train as fast as a LoRA does, and are chosen without the gradient of any weight.
+The weights of some input channels need only those input features for their gradient, and their index is a short list
+of channel numbers. So they train as fast as LoRA, and are chosen without the gradient of any weight.
 """
 
 from __future__ import annotations
@@ -41,24 +41,22 @@ class ChannelLayout(NamedTuple):
         """Entries of a channel."""
         return self.outer * self.inner
 
+    def are_rows(self, height: int) -> bool:
+        """Whether the channels of a matrix of this height are its rows, and not its columns."""
+        return self.outer == 1 and self.per_group == height and self.inner * height > 1
+
     def sums(self, values: Tensor) -> Tensor:
         """The sum of each channel of a tensor of `numel` entries, shape `(number,)`."""
         return values.reshape(self).sum((1, 3)).reshape(-1)
 
     def positions(self, channels: Tensor) -> Tensor:
-        """Flat positions of the entries of some channels.
-
-        Args:
-            channels: Their numbers, int64, strictly increasing.
-
-        Returns:
-            Strictly increasing positions, int64, on the device of `channels`.
-        """
+        """Strictly increasing flat positions, int64, of all entries of channels with strictly increasing numbers."""
         group, channel = channels // self.per_group, channels % self.per_group
         first = ((group * self.outer) * self.per_group + channel) * self.inner
         device = channels.device
         steps = torch.arange(self.outer, device=device).view(-1, 1, 1) * (self.per_group * self.inner)
         found = steps + first.view(1, -1, 1) + torch.arange(self.inner, device=device)
+        # Ordered by row, channel and entry inside; with several groups the rows of a later group come too early.
         return found.reshape(-1) if self.groups == 1 else found.reshape(-1).sort().values
 
     def channel_of(self, positions: Tensor) -> Tensor:
@@ -67,10 +65,10 @@ class ChannelLayout(NamedTuple):
         return row // self.outer * self.per_group + inside // self.inner
 
     def holding(self, positions: Tensor) -> Tensor:
-        """The channels that flat positions belong to, int64, strictly increasing; each of them is there as a whole.
+        """The channels that flat positions consist of, int64, strictly increasing.
 
         Raises:
-            ValueError: If a channel is there in part.
+            ValueError: If a channel is not complete.
         """
         found: Tensor
         found, entries = self.channel_of(positions).unique(return_counts=True)
@@ -80,10 +78,10 @@ class ChannelLayout(NamedTuple):
 
 
 class Channels(NamedTuple):
-    """Some channels of a tensor in one group, in place of the positions of their entries.
+    """Chosen channels of a tensor with a single group; used in place of the positions of their entries.
 
     Attributes:
-        layout: How the tensor is divided, in one group.
+        layout: How the tensor is divided into channels.
         chosen: Numbers of the channels, int64, shape `(m,)`, strictly increasing.
     """
 
@@ -95,7 +93,7 @@ class Channels(NamedTuple):
         return self.layout.positions(self.chosen)
 
     def of(self, tensor: Tensor) -> Tensor:
-        """A contiguous tensor in its layout; dimension 1 are the channels."""
+        """A contiguous tensor as `(outer, per_group, inner)`, so that dimension 1 counts the channels."""
         return tensor.view(*self.layout[1:])
 
     def of_delta(self, delta: Tensor) -> Tensor:
@@ -106,20 +104,20 @@ class Channels(NamedTuple):
 def choose_channels(
     scores: Mapping[str, Tensor], layouts: Mapping[str, ChannelLayout], budget: int
 ) -> dict[str, Tensor]:
-    """Choose whole channels, those with the largest mean score of an entry first, until the next exceeds the budget.
+    """Choose whole channels, in the order of their mean score per entry, until the next one would exceed the budget.
 
     Ties go to the earlier tensor in `scores`, then to the channel with the smaller number.
 
     Args:
-        scores: Sum of the scores of the entries of each channel, not negative, finite, shape `(number,)`, by name.
+        scores: Sum of the scores of each channel's entries, finite and not negative, shape `(number,)`, by name.
         layouts: How each tensor is divided, by name.
-        budget: Entries to choose at most.
+        budget: Largest number of entries to choose.
 
     Returns:
-        Numbers of the chosen channels by name, int64, strictly increasing, on the CPU; perhaps none in some tensors.
+        Numbers of the chosen channels by name, int64, strictly increasing, on the CPU; empty where none is chosen.
 
     Raises:
-        ValueError: If the budget is smaller than the first channel, or a score is negative or not finite.
+        ValueError: If the channel with the largest score exceeds the budget, or a score is negative or not finite.
     """
     for name, score in scores.items():
         if not bool(score.isfinite().all()) or bool((score < 0).any()):
@@ -131,6 +129,7 @@ def choose_channels(
     if not taken.numel():
         total = sum(layouts[name].numel for name in scores)
         least = int(sizes[order[0]]) / total
+        # Four significant digits, rounded up: a density rounded down would be too small again.
         digits = 10 ** (3 - math.floor(math.log10(least)))
         raise ValueError(
             f"The density is too small for one input channel: it allows {budget} of {total} entries, and the channel "

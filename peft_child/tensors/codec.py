@@ -1,9 +1,9 @@
 """Sorted flat indices as bytes and back.
 
-Child networks chosen by Fisher information are far from random: whole rows and columns of a weight matter more than
-others. A compressed bitmap profits from that, in the order of the rows or of the columns, whichever repeats itself
-more; for sparse children compressed gaps between positions take its place. Each block describes and checks itself,
-because the place where PEFT writes it has no room for metadata.
+Child networks chosen by Fisher information are far from random: some rows and columns of a weight hold many more
+chosen entries than others. So a bitmap compresses well, by rows or by columns, whichever repeats itself more. Sparse
+child networks are stored as compressed gaps between positions instead. Each block carries its own header and checksum,
+because PEFT writes no metadata.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _HEADER = struct.Struct("<4sBBBxQQQIII")  # magic, version, the fields of Header
 _CHECKSUM = struct.Struct("<I")
 _LAYOUT = struct.Struct("<QQQQ")  # the fields of ChannelLayout
 HEADER_SIZE = _HEADER.size
-_SPARSE = 12  # gaps below one position in so many
-_PROBE = 1 << 16  # bytes that decide how to compress
+_SPARSE = 12  # below a density of 1 / 12, gaps take the place of a bitmap
+_PROBE = 1 << 16  # leading bytes that are tried to decide how to compress
 
 Indices = npt.NDArray[np.int64]
 Block = bytes | memoryview
@@ -82,16 +82,15 @@ def encode(
     numel = int(np.prod(shape, dtype=np.int64))
     width = numel // shape[0] if shape else 1
     _check_indices(indices, numel, ValueError)
+    encoding, order, payload = ALL, ROWS, b""
     if layout is not None:
         chosen = layout.holding(torch.from_numpy(indices)).numpy()
-        payload = zlib.compress(_LAYOUT.pack(*layout) + _planes(np.diff(chosen, prepend=-1) - 1), 9)
-        return _sealed(Header(CHANNELS, ROWS, numel, width, indices.size, fingerprint, 0), payload)
-    if indices.size == numel:
-        return _sealed(Header(ALL, ROWS, numel, width, numel, fingerprint, 0), b"")
-    encoding = GAPS if _SPARSE * indices.size < numel else BITMAP
-    write = _write_gaps if encoding == GAPS else _write_bitmap
-    orders = [ROWS] if width in (1, numel) else [ROWS, COLUMNS]
-    order, payload = _smallest(lambda order: write(indices, numel, width, order), orders)
+        encoding, payload = CHANNELS, zlib.compress(_LAYOUT.pack(*layout) + _gap_planes(chosen), 9)
+    elif indices.size < numel:
+        encoding = GAPS if _SPARSE * indices.size < numel else BITMAP
+        write = _write_gaps if encoding == GAPS else _write_bitmap
+        orders = [ROWS] if width in (1, numel) else [ROWS, COLUMNS]  # which are the same for a single row or column
+        order, payload = _compressed(lambda order: write(indices, numel, width, order), orders)
     return _sealed(Header(encoding, order, numel, width, indices.size, fingerprint, 0), payload)
 
 
@@ -129,7 +128,7 @@ def read_header(block: Block) -> Header:
         raise FormatError(f"A child index block starts with {MAGIC!r}, got {magic!r}.")
     if version != VERSION:
         raise FormatError(f"This version of peft_child reads child index blocks of version {VERSION}, got {version}.")
-    head = bytes(block[: _HEADER.size - _CHECKSUM.size])
+    head = bytes(block[: _HEADER.size - _CHECKSUM.size])  # byte 7 of it is padding, which has to be 0
     if zlib.crc32(block[_HEADER.size :], zlib.crc32(head)) != checksum or head[7]:
         raise FormatError("The checksum of the child index block does not match its content.")
     header = Header(*fields)
@@ -147,7 +146,7 @@ def read_header(block: Block) -> Header:
 def decode(block: Block) -> Indices:
     """Read the positions of a block.
 
-    Memory and time are bounded by the size of the tensor that the header claims; compare that with the real one first.
+    Memory and time are bounded by the tensor size that the header claims, so first compare it with the real one.
 
     Returns:
         Row-major positions, int64, shape `(size,)`, strictly increasing.
@@ -175,10 +174,10 @@ def _check_indices(indices: Indices, numel: int, error: type[ValueError]) -> Non
         raise error(f"Positions must be strictly increasing; entry {at + 1} is {indices[at + 1]} after {indices[at]}.")
 
 
-def _smallest(write: Callable[[int], bytes], orders: list[int]) -> tuple[int, bytes]:
-    """The order and the way of compressing that are best for the first part, and the compressed bytes.
+def _compressed(write: Callable[[int], bytes], orders: list[int]) -> tuple[int, bytes]:
+    """Choose the order and the compression that are best for the first `_PROBE` bytes; return order and payload.
 
-    Random children have nothing to repeat; searching them would take long, and find less than entropy coding alone.
+    Random child networks repeat nothing: there a search for repetitions is slow, and Huffman coding alone is smaller.
     """
     written = {order: write(order) for order in orders}
     quick = {order: len(_compress(data[:_PROBE], 1)) for order, data in written.items()}
@@ -225,34 +224,37 @@ def _transposed(bits: npt.NDArray[np.bool_], width: int) -> npt.NDArray[np.bool_
 
 
 def _write_gaps(indices: Indices, numel: int, width: int, order: int) -> bytes:
-    """Gaps less one, with bytes of equal weight side by side: the high ones are mostly zero and cost nothing."""
     positions = np.sort(indices % width * (numel // width) + indices // width) if order == COLUMNS else indices
-    return _planes(np.diff(positions, prepend=-1) - 1)
+    return _gap_planes(positions)
 
 
-def _planes(gaps: Indices) -> bytes:
-    """Numbers with bytes of equal weight side by side, as many of each as the largest one needs."""
-    weights = max(1, (int(gaps.max()).bit_length() + 7) // 8)
-    planes = gaps.astype("<u8").view(np.uint8).reshape(-1, 8)[:, :weights]
+def _gap_planes(numbers: Indices) -> bytes:
+    """The gaps less one between increasing numbers: the lowest bytes of all, then the second ones, and so on.
+
+    High bytes are mostly zero, and side by side they compress to almost nothing.
+    """
+    gaps = np.diff(numbers, prepend=-1) - 1
+    length = max(1, (int(gaps.max()).bit_length() + 7) // 8)
+    planes = gaps.astype("<u8").view(np.uint8).reshape(-1, 8)[:, :length]
     return np.ascontiguousarray(planes.T).tobytes()
 
 
 def _read_gaps(payload: Block, header: Header) -> Indices:
-    positions = _increasing(_decompress(payload, 8 * header.size, exact=False), header.size, header.numel)
+    positions = _from_gap_planes(_decompress(payload, 8 * header.size, exact=False), header.size, header.numel)
     if header.order == COLUMNS:
         height = header.numel // header.width
-        _check_indices(positions, header.numel, FormatError)
+        _check_indices(positions, header.numel, FormatError)  # before sorting, which would hide positions out of range
         positions = np.sort(positions % height * header.width + positions // height)
     return positions
 
 
-def _increasing(data: bytes, count: int, limit: int) -> Indices:
-    """As many numbers below a limit from their gaps less one, in planes of bytes."""
-    weights = len(data) // count
-    if not weights or weights > 8 or weights * count != len(data):
+def _from_gap_planes(data: bytes, count: int, limit: int) -> Indices:
+    """What `_gap_planes` wrote: `count` numbers, each gap below `limit`; the numbers themselves are not checked."""
+    length = len(data) // count
+    if not length or length > 8 or length * count != len(data):
         raise FormatError(f"Gaps of {count} positions take 1 to 8 bytes each, got {len(data)} bytes in all.")
     planes = np.zeros((count, 8), dtype=np.uint8)
-    planes[:, :weights] = np.frombuffer(data, dtype=np.uint8).reshape(weights, count).T
+    planes[:, :length] = np.frombuffer(data, dtype=np.uint8).reshape(length, count).T
     gaps = planes.view("<u8").reshape(-1)
     if gaps.max() >= limit:  # so that the sum below cannot overflow unnoticed
         raise FormatError(f"A gap of a child index block must be less than {limit}, got {gaps.max()}.")
@@ -282,7 +284,7 @@ def _channels(payload: Block, header: Header) -> tuple[ChannelLayout, Indices]:
     count, left = divmod(header.size, layout.size)
     if left or header.order != ROWS:
         raise FormatError(f"{header.size} positions are no whole channels of {layout.size} in the order of rows.")
-    chosen = _increasing(data[_LAYOUT.size :], count, layout.number)
+    chosen = _from_gap_planes(data[_LAYOUT.size :], count, layout.number)
     _check_indices(chosen, layout.number, FormatError)
     return layout, chosen
 
@@ -294,12 +296,15 @@ def _read_channels(payload: Block, header: Header) -> Indices:
 
 def _read_all(payload: Block, header: Header) -> Indices:
     if len(payload) or header.size != header.numel or header.order != ROWS:
-        raise FormatError("A child index block of all positions has no payload, says so, and is in the order of rows.")
+        raise FormatError(
+            f"A child index block of all positions has no payload, order {ROWS} and size {header.numel}; "
+            f"got {len(payload)} bytes, order {header.order} and size {header.size}."
+        )
     return np.arange(header.numel, dtype=np.int64)
 
 
 def _decompress(payload: Block, size: int, exact: bool = True) -> bytes:
-    """At most, or exactly, `size` bytes; a payload that expands to more is noticed before it does."""
+    """Expand a payload to at most, or exactly, `size` bytes; refuses a longer one before expanding all of it."""
     stream = zlib.decompressobj()
     try:
         data = stream.decompress(payload, size + 1)

@@ -57,7 +57,8 @@ def combine_deltas(
         return deltas[0]
     kept = [_thin(delta, combination_type, density, generator) for delta in deltas]
     union = torch.cat([delta.indices for delta in kept]).unique()
-    same = [delta.fingerprint for delta in kept if delta.indices.equal(union)]
+    # A delta that covers the union knows the fingerprint of the base values there.
+    fingerprint = next((delta.fingerprint for delta in kept if delta.indices.equal(union)), 0)
     rows = []
     for delta, weight in zip(kept, weights, strict=True):
         values = delta.values.to(torch.promote_types(delta.values.dtype, torch.float32))
@@ -66,12 +67,10 @@ def combine_deltas(
     if combination_type.endswith("ties"):
         combined = _agreeing_mean(torch.stack(rows), majority_sign_method)
     else:
-        combined = rows[0]
-        for row in rows[1:]:
-            combined = combined + row
+        combined = sum(rows[1:], start=rows[0])
     layouts = {delta.layout for delta in kept}
     layout = layouts.pop() if len(layouts) == 1 else None
-    return SparseDelta(deltas[0].shape, union, combined, same[0] if same else 0, layout)
+    return SparseDelta(deltas[0].shape, union, combined, fingerprint, layout)
 
 
 def combine_named(
@@ -83,7 +82,7 @@ def combine_named(
     majority_sign_method: str = "total",
     seed: int = 0,
 ) -> Lazy[SparseDelta]:
-    """Combine the deltas of several adapters tensor by tensor, wherever one of them has a child; see `combine_deltas`.
+    """Combine the deltas of several adapters tensor by tensor, wherever any has a child; see `combine_deltas`.
 
     Args:
         adapters: Deltas by name of the tensor, of each adapter.
@@ -119,12 +118,12 @@ def combine_named(
 
 
 def union_of_names(adapters: Iterable[Mapping[str, SparseDelta]]) -> list[str]:
-    """Names of the tensors in which one adapter or another has a child, in the order of their first appearance."""
+    """Names of the tensors in which any adapter has a child, in the order of their first appearance."""
     return list(dict.fromkeys(name for deltas in adapters for name in deltas))
 
 
 def density_of(deltas: Mapping[str, SparseDelta], progress: Progress = silent) -> float:
-    """Share of the entries of all tensors together that combined deltas change; asks for each of them once."""
+    """Share of the entries of all tensors together that the deltas hold; computes each delta once."""
     chosen = numel = 0
     for name in progress(list(deltas), "Combining"):
         delta = deltas[name]
@@ -133,7 +132,7 @@ def density_of(deltas: Mapping[str, SparseDelta], progress: Progress = silent) -
 
 
 def check_combination(combination_type: str, density: float, majority_sign_method: str) -> None:
-    """Raise a `ValueError` if one of these is no argument of `combine_deltas`."""
+    """Raise a `ValueError` if one of these is not a valid argument of `combine_deltas`."""
     if combination_type not in COMBINATIONS:
         raise ValueError(f"combination_type must be one of {', '.join(COMBINATIONS)}, got {combination_type!r}.")
     if majority_sign_method not in MAJORITIES:
@@ -142,14 +141,14 @@ def check_combination(combination_type: str, density: float, majority_sign_metho
 
 
 def _thin(delta: SparseDelta, combination_type: str, density: float, generator: torch.Generator | None) -> SparseDelta:
-    """The share `density` of a delta: its largest values, or for DARE random ones, rescaled."""
+    """Keep the share `density` of a delta: its largest values, or for DARE random ones, rescaled."""
     count = round(density * delta.indices.numel())
     if combination_type == "linear" or count == delta.indices.numel():
         return delta
     if delta.layout is not None:
         raise ValueError(
             f"A density of {density} would cut the input channels of a child network: combine such adapters at a "
-            "density of 1.0, or keep their largest channels before (keep_largest)."
+            "density of 1.0, or first keep their largest channels (keep_largest)."
         )
     if not count:
         return delta._replace(indices=delta.indices[:0], values=delta.values[:0], fingerprint=0)
@@ -163,6 +162,7 @@ def _thin(delta: SparseDelta, combination_type: str, density: float, generator: 
 
 
 def _agreeing_mean(rows: Tensor, majority_sign_method: str) -> Tensor:
+    """TIES: at each entry, the mean of the nonzero values that have the sign of the majority."""
     votes = rows.sign() if majority_sign_method == "frequency" else rows
     agree = (rows.sign() == votes.sum(0).sign()) & (rows != 0)
     return torch.where(agree, rows, 0).sum(0) / agree.sum(0).clamp(min=1)

@@ -1,4 +1,4 @@
-"""A sparse change of one tensor, and what one can do with it: merge, extract, compare.
+"""A sparse change of one tensor: how it is merged, extracted and compared.
 
 Everything here works on plain tensors, one at a time, so that checkpoints of any size can be streamed.
 """
@@ -55,9 +55,9 @@ class SparseDelta(NamedTuple):
     Attributes:
         shape: Shape of the tensor.
         indices: Flat row-major positions, int64, shape `(k,)`, strictly increasing.
-        values: What is added there, floating point, shape `(k,)`; zeros belong to the child network as well.
+        values: Changes to add there, floating point, shape `(k,)`; an entry with change 0 is in the child network too.
         fingerprint: Of the base values at the positions, 32 bits; 0 if unknown.
-        layout: If they are those of whole input channels, how channels lie in the tensor.
+        layout: How channels lie in the tensor, if the child network consists of whole input channels; else None.
     """
 
     shape: tuple[int, ...]
@@ -76,10 +76,10 @@ class Overlap(NamedTuple):
     """How much two child networks in the same tensors share.
 
     Attributes:
-        shared: Entries that both have chosen.
+        shared: Entries in both.
         first: Entries of the first one.
         second: Entries of the second one.
-        numel: Entries of the tensors together.
+        numel: Entries of all the tensors.
     """
 
     shared: int
@@ -89,7 +89,7 @@ class Overlap(NamedTuple):
 
     @property
     def jaccard(self) -> float:
-        """Shared entries over those that either has; 1.0 for equal child networks."""
+        """Shared entries over the entries in either; 1.0 for equal child networks."""
         return self.shared / max(1, self.first + self.second - self.shared)
 
     @property
@@ -105,7 +105,7 @@ class Overlap(NamedTuple):
 
 
 def check_share(name: str, share: object) -> None:
-    """Raise a `ValueError` if a share, known to the user by this name, is not a number in (0, 1]."""
+    """Raise a `ValueError` if a share is not a number in (0, 1]; `name` is the user's name for it."""
     is_number = isinstance(share, (int, float)) and not isinstance(share, bool)
     if not is_number or not 0 < share <= 1:  # type: ignore[operator]  # NaN as well
         raise ValueError(f"{name} must be a number in (0, 1], got {share!r}.")
@@ -114,7 +114,7 @@ def check_share(name: str, share: object) -> None:
 def fresh_delta(
     tensor: Tensor, indices: Tensor, init_weights: bool = True, layout: ChannelLayout | None = None
 ) -> SparseDelta:
-    """A delta to be trained, float32: of zeros, or of small random values if `init_weights` is False."""
+    """A float32 delta to be trained: zeros, or small random values if `init_weights` is False."""
     values = torch.zeros(indices.numel()) if init_weights else torch.randn(indices.numel()) * 0.02
     return SparseDelta(tuple(tensor.shape), indices, values, layout=layout)
 
@@ -124,7 +124,7 @@ def rounded_sum(base: Tensor, change: Tensor) -> Tensor:
 
     Args:
         base: Base values, any floating dtype and shape.
-        change: What is added, floating point, of the same shape.
+        change: The change, any floating dtype, of the same shape.
 
     Returns:
         A new tensor, of the shape and dtype of `base`.
@@ -136,8 +136,8 @@ def rounded_sum(base: Tensor, change: Tensor) -> Tensor:
 def extract_delta(base: Tensor, tuned: Tensor, indices: Tensor | None = None) -> SparseDelta:
     """The change between two tensors, at given positions or wherever they differ in a bit.
 
-    Wherever they differ, applying the delta to `base` gives `tuned` bit for bit; the values are float32, or float64
-    where float32 cannot express the change.
+    At given positions the values are float32. Otherwise applying the delta to `base` gives `tuned` bit for bit, and
+    the values are float32, or float64 if float32 cannot express every change.
 
     Args:
         base: The tensor before.
@@ -148,7 +148,7 @@ def extract_delta(base: Tensor, tuned: Tensor, indices: Tensor | None = None) ->
         The delta, on the device of `base`.
 
     Raises:
-        ValueError: If shapes or dtypes differ, or a change cannot be expressed exactly where that is promised.
+        ValueError: If shapes or dtypes differ, or, without `indices`, float64 cannot express a change.
     """
     if base.shape != tuned.shape or base.dtype != tuned.dtype:
         raise ValueError(
@@ -163,11 +163,10 @@ def extract_delta(base: Tensor, tuned: Tensor, indices: Tensor | None = None) ->
         values = torch.empty(indices.numel(), dtype=dtype, device=base.device)
         for part, found in zip(indices.split(_PIECE), values.split(_PIECE), strict=True):
             found.copy_(after[part].double() - before[part].double())
-            inexact = _bits(rounded_sum(before[part], found)) != _bits(after[part])
-            if lossless and inexact.any():
+            if lossless and (inexact := _bits(rounded_sum(before[part], found)) != _bits(after[part])).any():
                 at = int(part[inexact][0])
                 break
-        else:
+        else:  # every piece is exact
             return SparseDelta(tuple(base.shape), indices, values)
     raise ValueError(
         f"The change from {before[at].item()} to {after[at].item()} at position {at} cannot be expressed as a float64 "
@@ -176,18 +175,18 @@ def extract_delta(base: Tensor, tuned: Tensor, indices: Tensor | None = None) ->
 
 
 def count_different(base: Tensor, tuned: Tensor) -> int:
-    """Number of entries that differ in a bit, of two tensors of the same floating point dtype and shape."""
+    """Number of entries in which two tensors of the same floating point dtype and shape differ in a bit."""
     return int((_bits(base.reshape(-1)) != _bits(tuned.reshape(-1))).sum())
 
 
 def change(base: Tensor, tuned: Tensor) -> Tensor:
-    """Absolute change of every entry, float32, as scores to choose the largest changes by."""
+    """Absolute change of every entry as a float32 score."""
     scores = torch.empty(base.shape, device=base.device)
     precise = torch.promote_types(base.dtype, torch.float32)
     flat = (tensor.reshape(-1).split(_PIECE) for tensor in (base, tuned, scores))
     for before, after, score in zip(*flat, strict=True):
         score.copy_((after.to(precise) - before.to(precise)).abs())
-        score[_bits(before) == _bits(after)] = 0  # of infinities and NaN as well
+        score[_bits(before) == _bits(after)] = 0  # equal infinities and NaN too, whose difference is NaN
     return scores
 
 

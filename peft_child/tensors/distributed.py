@@ -1,4 +1,4 @@
-"""Exchanges between the ranks that train one model (torch.distributed), in which errors travel as well.
+"""Exchanges between the ranks that train one model (torch.distributed), which also carry errors.
 
 A rank that fails still takes part in the next exchange: it sends its error, and all ranks raise it. So none waits for
 ever. Without torch.distributed, or in one process, nothing is exchanged.
@@ -26,7 +26,7 @@ class _Failure(NamedTuple):
 
 
 class _FailedElsewhereError(Exception):
-    """Another rank failed in the middle of the work, and this one has taken part in the exchange that says so."""
+    """Another rank failed in the middle of the work, and this one has received its error in an exchange."""
 
     def __init__(self, answers: list[Any]) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ def rank() -> int:
 
 
 def gathered(value: T) -> list[T]:
-    """The values of all ranks, in their order; they have to be picklable."""
+    """The picklable values of all ranks, in rank order."""
     if world_size() == 1:
         return [value]
     values: list[T | None] = [None] * world_size()
@@ -53,10 +53,10 @@ def gathered(value: T) -> list[T]:
 
 
 def on_every_rank(work: Callable[[], T]) -> T:
-    """Do this rank's part of the work.
+    """Do this rank's part of the work, and raise on every rank what fails on any.
 
     Args:
-        work: The part. It takes part in no exchange but those of `in_step`.
+        work: The part. It must exchange nothing but through `in_step`.
 
     Returns:
         What `work` returns here.
@@ -80,20 +80,20 @@ def on_every_rank(work: Callable[[], T]) -> T:
 
 
 def in_step(items: Iterable[T], has_enough: Callable[[int], bool], shared: bool) -> Iterator[tuple[int, T]]:
-    """This rank's items, each taken when all ranks take one, so that all know at once if one fails.
+    """Iterate over this rank's items in step with the other ranks, so that all know at once if one fails.
 
     Some dataloaders communicate between ranks themselves. So ranks that have enough keep iterating until all are done.
 
     Args:
-        items: The items of this rank; the numbers of items may differ.
-        has_enough: Whether no more items of a rank are needed.
-        shared: Whether every rank gets the items of all ranks, one after the other; they have to be picklable.
+        items: The items of this rank; ranks may have different numbers of them.
+        has_enough: Whether no more items of a given rank are needed.
+        shared: Whether every rank gets the items of all ranks, in rank order; they have to be picklable then.
 
     Yields:
         The rank that an item belongs to, and the item.
 
     Raises:
-        _FailedElsewhereError: If another rank failed; only inside of `on_every_rank`, which knows what to do.
+        _FailedElsewhereError: If another rank failed; `on_every_rank`, which has to enclose the loop, handles it.
     """
     iterator = iter(items)
     is_over = False
@@ -135,11 +135,7 @@ def _failure(error: Exception) -> _Failure:
 
 
 def check_equal(settings: Mapping[str, object]) -> None:
-    """Raise a `ValueError` on every rank if the settings are not the same on all of them.
-
-    Args:
-        settings: Values by the name that people know, with an exact and short `repr`.
-    """
+    """Raise a `ValueError` on every rank if settings, by their names for users, differ in `repr` between ranks."""
     shown = gathered({name: repr(value) for name, value in settings.items()})
     for name in settings:
         values = [each.get(name) for each in shown]
@@ -152,17 +148,13 @@ def check_equal(settings: Mapping[str, object]) -> None:
 
 
 def add_over_ranks(tensor: Tensor) -> None:
-    """Put the sum over all ranks into a contiguous tensor, on the device where it is.
-
-    Args:
-        tensor: Of the same shape and dtype on every rank.
-    """
+    """Sum a contiguous tensor over all ranks, in place; it has the same shape and dtype on every rank."""
     if world_size() > 1:
         distributed.all_reduce(tensor)
 
 
 def check_can_add(device: torch.device) -> None:
-    """Raise a `ValueError` if tensors of this device cannot be added over the ranks."""
+    """Raise a `ValueError` if the process group cannot sum tensors on this device."""
     if device.type == "cpu" and world_size() > 1 and distributed.get_backend() == "nccl":
         raise ValueError(
             "The process group's backend is nccl, which takes tensors on GPUs only: move the model to its GPU before "
@@ -176,23 +168,22 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor itself, or all of one that is sharded; every rank has to ask for those."""
+    """The tensor, gathered if it is sharded; then every rank has to call this."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def own_part(tensor: Tensor) -> Tensor:
-    """A tensor itself, or this rank's shard of one that is sharded."""
+    """The tensor, or this rank's shard if it is sharded."""
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def alike(tensor: Tensor, example: Tensor | None) -> Tensor:
-    """A tensor itself, or sharded as an example is; every rank has to ask for that, with the same tensor."""
+    """The tensor, sharded if the example is; then every rank has to call this with the same tensor."""
     if example is None or not is_sharded(example):
         return tensor
     from torch.distributed.tensor import distribute_tensor  # not in every build of torch
 
-    whole = tensor.to(example.device)
-    return distribute_tensor(whole, example.device_mesh, example.placements)  # type: ignore[attr-defined]
+    return distribute_tensor(tensor.to(example.device), example.device_mesh, example.placements)  # type: ignore[attr-defined]
 
 
 def check_has_values(what: str, tensor: Tensor) -> None:

@@ -1,8 +1,8 @@
 """The gradient mask of task-free Child-Tuning: 0 or 1/p for every entry, drawn anew at every optimizer step.
 
 The mask of a tensor is a pure function of a seed, the number of optimizer steps done, and the tensor's name. So all
-micro-batches of a step and all processes have the same one, nothing has to be kept, and a resumed run goes on with the
-masks that the interrupted one would have had.
+micro-batches of a step and all processes use the same mask, no mask is stored, and a resumed run draws the masks that
+the interrupted one would have drawn.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class GradientMask(NamedTuple):
         return kept.to(gradient.dtype).mul_(gradient).div_(self.density)
 
     def pack(self) -> Tensor:
-        """Everything about the mask as a tensor, int64, shape `(4,)`: steps done, steps per mask, seed, density."""
+        """The mask as a tensor, int64, shape `(4,)`: steps done, steps per mask, seed, bits of the density."""
         (density,) = struct.unpack("<q", struct.pack("<d", self.density))
         return torch.tensor([self.step, self.every, self.seed, density], dtype=torch.int64)
 
@@ -85,7 +85,7 @@ class GradientMask(NamedTuple):
         """Read what `pack` wrote.
 
         Raises:
-            ValueError: If it is something else.
+            ValueError: If the tensor or a value in it is not valid.
         """
         if packed.shape != (PACKED_SIZE,) or packed.dtype != torch.int64:
             raise ValueError(
@@ -102,7 +102,7 @@ class GradientMask(NamedTuple):
         """This mask.
 
         Raises:
-            ValueError: If a setting, by the name that users know it by, or the step is out of range.
+            ValueError: If the step or a setting is out of range; names the configuration's field.
         """
         check_share("density", self.density)
         if not 0 <= self.seed < 1 << 63:
@@ -122,6 +122,7 @@ def _draw_on_cpu(numel: int, density: float, seed: int) -> Tensor:
     """One random byte decides for most entries; the few that it leaves undecided get 64 bits more."""
     source = np.random.SFC64(seed)
     threshold = int(density * 256)
+    # Eight bytes of every 64 bits, in little-endian order on every machine.
     random = source.random_raw((numel + 7) // 8).astype("<u8", copy=False).view(np.uint8)[:numel]
     kept = random < threshold
     undecided = np.flatnonzero(random == threshold)

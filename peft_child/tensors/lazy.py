@@ -1,4 +1,4 @@
-"""A mapping whose items are computed when they are asked for, and not kept: memory is that of one item at a time."""
+"""A mapping that computes its items on every access and keeps none: memory is that of one item at a time."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ T = TypeVar("T")
 
 
 class Lazy(Mapping[str, T]):
-    """Named items, each computed whenever it is asked for.
+    """Named items, each computed on every access.
 
     Args:
         names: The names, in order.
-        compute: Gives the item of one of these names.
+        compute: Returns the item of a name.
         loop: Wraps every loop over the names, as a progress bar does.
     """
 
@@ -45,7 +45,7 @@ class Lazy(Mapping[str, T]):
 
 
 def read_ahead(items: Mapping[str, T], names: Iterable[str]) -> Iterator[T]:
-    """The items of some names, the next one computed in a thread of its own while the present one is used."""
+    """The items of some names, each computed in a second thread while the one before it is used."""
     with ThreadPoolExecutor(1) as thread:
         coming: Future[T] | None = None
         for name in names:

@@ -1,4 +1,4 @@
-"""Quantised weights that look like dense ones: tensor subclasses that can give their dense values (torchao)."""
+"""Quantised weights that look like dense ones: tensor subclasses that can be dequantised (torchao)."""
 
 from __future__ import annotations
 

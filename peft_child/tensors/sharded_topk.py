@@ -1,4 +1,4 @@
-"""The exact global choice from scores in shards: processes exchange counts and chosen positions, and no scores."""
+"""The exact global choice from sharded scores: processes exchange counts and chosen positions, but no scores."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from peft_child.tensors.topk import Cutoff, check_scores, choose, count_ties, fi
 
 
 def select_largest_of_shards(scores: Mapping[str, Tensor], size: int) -> dict[str, Tensor]:
-    """Choose the `size` largest scores of all tensors together; `select_largest` says what that means.
+    """Choose the `size` largest scores of all tensors together, with the ties of `select_largest`.
 
-    Every rank calls it with the same names and size. None holds more scores than its own shards.
+    Every rank has to call it with the same names and size. No rank holds more scores than its own shards.
 
     Args:
         scores: float32 DTensors by name, sharded in their first dimension over all processes.
@@ -40,6 +40,7 @@ def select_largest_of_shards(scores: Mapping[str, Tensor], size: int) -> dict[st
     parts = {name: own_part(score) for name, score in scores.items()}
     cutoff = find_cutoff(parts, size, partial(_add_counts, next(iter(parts.values())).device))
     ties = gathered([count_ties(part, cutoff) for part in parts.values()])
+    # Shards are rows in the order of the ranks, so among ties lower ranks go first, as smaller flat indices do.
     left = cutoff.ties
     chosen = {}
     for position, (name, part) in enumerate(parts.items()):
@@ -52,7 +53,7 @@ def select_largest_of_shards(scores: Mapping[str, Tensor], size: int) -> dict[st
 
 
 def _starts(scores: Mapping[str, Tensor]) -> dict[str, int]:
-    """Flat position of the first entry of this rank's shard in each whole tensor."""
+    """Check the scores; the flat position of the first entry of this rank's shard in each whole tensor."""
     starts = {}
     for name, score in scores.items():
         _check_placement(name, score)

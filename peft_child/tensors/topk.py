@@ -1,9 +1,9 @@
 """The exact global choice: a given number of the largest scores over all tensors together.
 
 Non-negative float32 numbers sort like their bit patterns read as integers. One histogram over the upper half of the
-bits finds the bin of the threshold, a second one over the lower half of that bin the threshold itself: no sorting, no
-joining of the tensors, and memory for one piece of one tensor at a time. Where all scores are at hand, a sample of
-them tells what the threshold is about, and only the scores close to it go through the histograms.
+bits finds the bin of the threshold, and a second one over the lower half of the bits in that bin finds the threshold
+itself: without sorting, concatenating tensors, or more memory than for one piece of one tensor. Where all scores are
+at hand, a sample brackets the threshold, and only the scores inside the bracket go through the histograms.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 SCORE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _BINS = 1 << 16
 _INFINITY = 0x7F80_0000  # bit pattern; larger ones are NaN, negative ones negative numbers
-_PIECE = 1 << 18  # scores looked at together: few enough for the cache, and a bound on the extra memory
+_PIECE = 1 << 18  # scores processed together: few enough for the cache, and a bound on the extra memory
 
 
 class Cutoff(NamedTuple):
@@ -29,7 +29,7 @@ class Cutoff(NamedTuple):
 
     Attributes:
         threshold: The smallest score that is chosen; all larger ones are chosen.
-        ties: How many scores equal to it are chosen, from here on in the order of the tensors.
+        ties: How many scores equal to it are still to be chosen, in this tensor and the later ones.
     """
 
     threshold: float
@@ -40,8 +40,8 @@ def select_largest(scores: Mapping[str, Tensor], size: int) -> dict[str, Tensor]
     """Choose the `size` largest scores of all tensors together (Child-Tuning_D; Xu et al., 2021).
 
     Ties at the threshold go to the earlier tensor in `scores`, then to the smaller flat index, so that exactly `size`
-    entries are chosen and equal scores give equal choices. Besides the result it takes little memory: 50 MB for a
-    billion scores, and the result of the largest tensor once more.
+    entries are chosen and equal scores give equal choices. It takes little memory besides the result: 50 MB for a
+    billion scores, and as much as the result of the largest tensor.
 
     Args:
         scores: Non-negative finite scores by name, float32, bfloat16 or float16, any shape, on any device.
@@ -58,13 +58,15 @@ def select_largest(scores: Mapping[str, Tensor], size: int) -> dict[str, Tensor]
         check_scores(name, score)
     _check_size(size, sum(score.numel() for score in scores.values()))
     found, left = _candidates(scores, size, *_guess(scores, size))
-    if not 1 <= left <= sum(candidates.scores.numel() for candidates in found.values()):  # the sample misled
+    if (
+        not 1 <= left <= sum(candidates.scores.numel() for candidates in found.values())
+    ):  # the threshold is outside the bracket
         threshold = find_cutoff(scores, size).threshold
         found, left = _candidates(scores, size, threshold, threshold)
     cutoff = find_cutoff({name: candidates.scores for name, candidates in found.items()}, left)
     chosen = {}
     for name in scores:
-        chosen[name], cutoff = found.pop(name).choose(cutoff)
+        chosen[name], cutoff = found.pop(name).choose(cutoff)  # popped to free its memory
     return chosen
 
 
@@ -74,9 +76,9 @@ def find_cutoff(
     """Find what separates the `size` largest scores of all tensors together from the others.
 
     Args:
-        scores: As in `select_largest`. They are asked for twice, one at a time, so they may be computed lazily.
+        scores: As in `select_largest`. Each is read twice, one tensor at a time, so they may be computed lazily.
         size: Number of entries to choose, from 1 to the number of scores.
-        add_up: Adds what other processes have counted to int64 counts, in place, if each has a part of the scores.
+        add_up: If each process has a part of the scores, adds the int64 counts of the other processes in place.
 
     Returns:
         The cutoff for the first of the tensors.
@@ -108,11 +110,11 @@ def find_cutoff(
 
 
 def choose(score: Tensor, cutoff: Cutoff) -> tuple[Tensor, Cutoff]:
-    """Choose the scores of one tensor that a cutoff lets pass.
+    """Choose the scores of one tensor that pass a cutoff.
 
     Args:
-        score: As in `select_largest`, of any shape.
-        cutoff: That of this tensor.
+        score: As in `select_largest`.
+        cutoff: The cutoff for this tensor.
 
     Returns:
         Strictly increasing flat indices, int64, shape `(k,)`, and the cutoff for the next tensor.
@@ -130,8 +132,8 @@ class _Candidates(NamedTuple):
 
     Attributes:
         positions: Flat indices of the candidates, increasing, int64.
-        unsure: Which of them are not certainly chosen, as increasing indices into `positions`, int64.
-        scores: Theirs, float32.
+        unsure: Increasing indices into `positions`, int64, of those that the cutoff decides on; the others are in.
+        scores: Scores of the unsure candidates, float32.
     """
 
     positions: Tensor
@@ -151,13 +153,8 @@ class _Candidates(NamedTuple):
             start, count = start + piece.numel(), count + positions.numel()
         return cls(*map(torch.cat, zip(*parts, strict=True)))
 
-    @property
-    def num_certain(self) -> int:
-        """Candidates that are chosen whatever the cutoff."""
-        return self.positions.numel() - self.unsure.numel()
-
     def choose(self, cutoff: Cutoff) -> tuple[Tensor, Cutoff]:
-        """The positions that a cutoff lets pass, and the cutoff for the next tensor."""
+        """The positions that pass a cutoff, and the cutoff for the next tensor."""
         ties = _where(self.scores == cutoff.threshold)
         kept = torch.ones(self.positions.numel(), dtype=torch.bool, device=self.positions.device)
         kept[self.unsure] = self.scores > cutoff.threshold
@@ -170,12 +167,13 @@ def _candidates(
 ) -> tuple[dict[str, _Candidates], int]:
     """The candidates of every tensor, and how many of the unsure ones there is room for."""
     found = {name: _Candidates.of(score, low, high) for name, score in scores.items()}
-    return found, size - sum(candidates.num_certain for candidates in found.values())
+    return found, size - sum(each.positions.numel() - each.unsure.numel() for each in found.values())
 
 
 def _guess(scores: Mapping[str, Tensor], size: int) -> tuple[float, float]:
-    """Two scores with the threshold between them, as far as a sample can tell (six standard deviations)."""
+    """Two scores that bracket the threshold, except with the small probability of six standard deviations."""
     total = sum(score.numel() for score in scores.values())
+    # A sample of n ** (2 / 3) leaves about as many scores inside the bracket: the smallest sum of both.
     step = max(1, round(total ** (1 / 3)))
     sample = torch.cat([score.detach().reshape(-1)[::step].float().cpu() for score in scores.values()])
     ordered, share = sample.sort(descending=True).values, size / total
@@ -223,10 +221,10 @@ def _pieces(score: Tensor) -> Iterator[Tensor]:
 
 
 def check_scores(name: str, score: Tensor) -> None:
-    """Raise a `ValueError` if scores are negative, NaN, infinite, or of a dtype that scores do not have."""
+    """Raise a `ValueError` if scores are negative, NaN, infinite, or not of one of `SCORE_DTYPES`."""
     if score.dtype not in SCORE_DTYPES:
         raise ValueError(f"Scores must be float32, bfloat16 or float16, those of '{name}' are {score.dtype}.")
-    for piece in _pieces(score) if score.numel() else ():
+    for piece in _pieces(score) if score.numel() else ():  # an empty piece has no minimum
         low, high = _bits(piece).aminmax()
         if low < 0 or high >= _INFINITY:
             raise ValueError(f"Scores must be finite and not negative; those of '{name}' hold another value.")
@@ -273,6 +271,6 @@ def draw_random(name: str, numel: int, count: int, seed: int) -> Tensor:
 
 
 def seeded(name: str, seed: int) -> torch.Generator:
-    """A random generator of its own for every name and seed, the same in every process."""
+    """A random generator for a name and a seed, the same in every process."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from peft import get_peft_model
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from peft_child import ChildTuningConfig, estimate_fisher, keep_largest, select_child_network
 from peft_child.tensors.channels import choose_channels
@@ -10,7 +12,7 @@ from peft_child.tensors.codec import CHANNELS, read_header
 from peft_child.tuner.layer import child_tuning_layers
 
 from ..helpers import assert_same, child_of, chosen_model, config_for, logits, move
-from ..problems import PROBLEMS, batch_of, build
+from ..problems import PROBLEMS, Regression, batch_of, build
 from .test_batch_scorer import LENGTHS, assert_close, forward_passes, padded, passes_at_once, singles
 
 
@@ -171,3 +173,28 @@ def test_adapters_of_both_granularities_work_in_one_model():
     assert torch.equal(logits(model, batch), both)
     model.unmerge_adapter()
     assert torch.equal(logits(model, batch), both)
+
+
+@pytest.mark.parametrize(("wide", "narrow"), [(6, 1), (1, 6), (1, 1), (6, 3)])
+@pytest.mark.parametrize("kind", [nn.Linear, lambda wide, narrow: Conv1D(narrow, wide)])
+def test_scores_of_layers_of_one_input_or_output(kind, wide, narrow):
+    def scores(granularity):
+        torch.manual_seed(0)
+        base = Regression(nn.Sequential(kind(wide, narrow)))
+        config = ChildTuningConfig(density=1.0, target_parameters=["body.0.weight"], granularity=granularity)
+        model = get_peft_model(base, config)
+        return layouts_of(model), estimate_fisher(model, batches, progress_bar=False)
+
+    batches = [{"x": torch.randn(5, 4, wide), "labels": torch.randn(5, 4, narrow)} for _ in range(2)]
+    layouts, found = scores("input_channel")
+    assert_close(found, {name: layouts[name].sums(score) for name, score in scores("entry")[1].items()})
+
+
+def test_all_channels_of_an_adapter_can_be_kept_at_its_own_density():
+    model = chosen_model("conv2d", granularity="input_channel", density=0.5, variant="random")
+    move(model)
+    before = child_of(model)
+    with pytest.raises(ValueError, match="density must be at most that of the adapter"):
+        keep_largest(model, 0.6)
+    keep_largest(model, 0.5)
+    assert_same(child_of(model), before)

@@ -26,7 +26,9 @@ def test_tuples_with_a_forward_fn_and_a_loss_fn():
         loss_fn=lambda output, batch: loss(output, batch[1]),
     )
     assert_same(whole, split)
-    with pytest.raises(ValueError, match=r"Batches must be mappings of tensors .* got a list\. Of.*pass a forward_fn"):
+    with pytest.raises(
+        ValueError, match=r"Batches must be mappings of tensors .* got a list\. For.*pass a forward_fn"
+    ):
         scored(model, loader)
 
 

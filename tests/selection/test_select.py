@@ -120,7 +120,10 @@ def test_choosing_again_after_training_is_refused():
     [
         (lambda s: s.pop("body.0.bias"), "exactly one tensor for each.*1 are missing: 'body.0.bias'"),
         (lambda s: s.update(other=torch.ones(2)), "exactly one tensor for each.*1 are extra: 'other'"),
-        (lambda s: s.update({"body.0.bias": torch.ones(3)}), r"those of 'body.0.bias' have \(3,\), .*\(8,\)"),
+        (
+            lambda s: s.update({"body.0.bias": torch.ones(3)}),
+            r"those of 'body.0.bias' have the shape \(3,\), .*\(8,\)",
+        ),
         (lambda s: s["body.0.bias"].fill_(-1), "finite and not negative; those of 'body.0.bias'"),
         (lambda s: s["body.0.bias"].fill_(float("nan")), "finite and not negative; those of 'body.0.bias'"),
         (

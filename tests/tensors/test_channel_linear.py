@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from peft import get_peft_model
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from peft_child import ChildTuningConfig
 from peft_child.tensors.channel_linear import call_channels, can_call_channels
@@ -139,6 +140,23 @@ def test_the_transposed_weight_of_conv1d():
     gradients = torch.autograd.grad(found, [x, delta], upstream)
     for gradient, twin in zip(gradients, torch.autograd.grad(expected, [x, delta], upstream), strict=True):
         torch.testing.assert_close(gradient, twin, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("wide", "narrow"), [(8, 1), (1, 8), (1, 1)])
+@pytest.mark.parametrize("kind", [nn.Linear, lambda wide, narrow: Conv1D(narrow, wide)])
+def test_layers_of_one_input_or_output(kind, wide, narrow):
+    base = nn.Sequential(kind(wide, narrow))
+    config = {"density": 1.0, "target_parameters": ["0.weight"], "granularity": "input_channel"}
+    model = get_peft_model(base, ChildTuningConfig(**config, variant="random", init_weights=False))
+    x = torch.randn(3, wide, requires_grad=True)
+    unmerged = model(x)
+    unmerged.square().sum().backward()
+    (delta,) = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(x), unmerged, rtol=0, atol=0 if wide + narrow > 2 else 1e-6)
+    weight = merged[0].weight.requires_grad_()
+    (expected,) = torch.autograd.grad(merged(x).square().sum(), weight)
+    torch.testing.assert_close(delta, expected.flatten())
 
 
 class Scaled(nn.Linear):
