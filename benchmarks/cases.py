@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import get_peft_model
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks import authors
 from benchmarks.measure import DEVICE, Turns, in_fresh_process, peak_memory, say, take_turns, timed
@@ -73,11 +73,6 @@ def measure(name: str, plan: Plan) -> dict[str, Any]:
         "file sizes": file_sizes,
         "fisher": fisher,
         "choice": choice,
-        "memory of a batch": {
-            method: in_fresh_process(peak_of_training, shape, method, plan.density, batches[-1], None)
-            - in_fresh_process(peak_of_base, shape)
-            for method in ("lora", "channels")
-        },
         "choice memory": {who: in_fresh_process(peak_of_choice, shape, plan.density, who) for who in ("ours", "peer")},
     }
 
@@ -163,19 +158,9 @@ def task_driven(shape: Shape, density: float, granularity: str = "entry") -> Any
     return get_peft_model(model, config)
 
 
-def forward_and_backward(model: nn.Module, batches: list[Any]) -> None:
-    """What a pass over some batches takes without the gradient of any weight."""
-    model.requires_grad_(False)
-    model.get_input_embeddings().requires_grad_(True)
-    for batch in batches:
-        model(**on_device(batch)).loss.backward()
-    model.zero_grad()
-
-
 def measure_choosing(shape: Shape, density: float, length: int, turns: int) -> tuple[Turns, Turns]:
     """A Fisher pass over some examples, and the choice from its scores; `peer` is the authors' way."""
     ours, theirs = task_driven(shape, density), build(shape).to(DEVICE)
-    channels, plain = task_driven(shape, density, "input_channel"), build(shape).to(DEVICE).eval()
     batch = batch_of(shape, EXAMPLES, length)
     examples = [on_device(example) for example in in_parts(batch, 1)]
     batches = in_parts(batch, TOGETHER)
@@ -183,8 +168,6 @@ def measure_choosing(shape: Shape, density: float, length: int, turns: int) -> t
     work = {
         "ours": {"pass": lambda: found.update(estimate_fisher(ours, batches, progress_bar=False))},
         "peer": {"pass": partial(authors.estimate_fisher, theirs, dict(targeted(theirs)), examples)},
-        "channels": {"pass": lambda: estimate_fisher(channels, batches, progress_bar=False)},
-        "plain": {"pass": partial(forward_and_backward, plain, batches)},
     }
     fisher = take_turns(work, turns)
     size = round(density * sum(score.numel() for score in found.values()))

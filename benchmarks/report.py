@@ -13,6 +13,7 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.fits import growth
+from benchmarks.granularity import by_granularity
 from benchmarks.measure import Turns, machine, ratio, total
 from benchmarks.peers import METHODS, STEP
 from benchmarks.tables import made_with, ms, table
@@ -46,19 +47,20 @@ class Goal(NamedTuple):
         )
 
 
-def step_ratio(other: str, phases: Sequence[str] = STEP, own: str = "task_driven") -> Callable[[Case], list[float]]:
-    """Ratios of our step to another method's, by batch."""
+def step_ratio(other: str, phases: Sequence[str] = STEP) -> Callable[[Case], list[float]]:
+    """Ratios of CT_D's step to another method's, by batch."""
     return lambda case: [
-        ratio(total(seconds[own], phases), total(seconds[other], phases)) for seconds in case["steps"].values()
+        ratio(total(seconds["task_driven"], phases), total(seconds[other], phases))
+        for seconds in case["steps"].values()
     ]
 
 
-def inference_ratio(phase: str, own: str = "task_driven") -> Callable[[Case], list[float]]:
-    """Ratios of our inference to the base model's, by batch."""
+def inference_ratio(phase: str) -> Callable[[Case], list[float]]:
+    """Ratios of CT_D's inference to the base model's, by batch."""
     return lambda case: [
-        ratio(seconds[own][phase], seconds["native"]["inference"])
+        ratio(seconds["task_driven"][phase], seconds["native"]["inference"])
         for seconds in case["steps"].values()
-        if phase in seconds[own]
+        if phase in seconds["task_driven"]
     ]
 
 
@@ -90,22 +92,6 @@ GOALS = (
         64,
         True,
         lambda case: [case["choice memory"]["ours"] / 1e6],
-    ),
-    Goal("*input channels:* training step, to full fine-tuning", 0.82, True, step_ratio("full", own="channels")),
-    Goal("training step, to PEFT LoRA, r = 8", 1.00, True, step_ratio("lora", own="channels")),
-    Goal(
-        "peak memory of training above the base in the largest batch, to LoRA's",
-        1.00,
-        True,
-        lambda case: [case["memory of a batch"]["channels"] / case["memory of a batch"]["lora"]],
-    ),
-    Goal("inference with the adapter, to the base", 1.15, True, inference_ratio("inference", "channels")),
-    Goal("merged inference, to the base", 1.00, True, inference_ratio("merged inference", "channels")),
-    Goal(
-        "Fisher pass, to a forward and backward pass without gradients of weights",
-        1.10,
-        True,
-        lambda case: [ratio(case["fisher"]["channels"]["pass"], case["fisher"]["plain"]["pass"])],
     ),
 )
 
@@ -152,7 +138,7 @@ def peers(results: Mapping[str, Any]) -> str:
     goals.append([f"choice from {results['many']['scores']:,} scores, s", "<= 20", *[many] * len(cases)])
     names = [f"{case['model']} ({', '.join(case['steps'])})" for case in cases]
     return "\n\n".join(
-        ["## Beside other methods", made_with(results), table(["", "goal", *names], goals), *map(of_model, cases)]
+        ["## Beside other methods", made_with(results), table(["CT_D", "goal", *names], goals), *map(of_model, cases)]
     )
 
 
@@ -226,4 +212,8 @@ def choosing(case: Case) -> str:
     return "Choosing the child network from 24 examples in batches of 8; milliseconds:\n\n" + table(head, rows)
 
 
-PARTS: dict[str, Callable[[Mapping[str, Any]], str]] = {"peers": peers, "growth": growth}  # and how they are written
+PARTS: dict[str, Callable[[Mapping[str, Any]], str]] = {  # and how they are written
+    "channels": by_granularity,
+    "peers": peers,
+    "growth": growth,
+}

@@ -51,6 +51,15 @@ def test_the_benchmark_measures_every_method_and_phase(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.by_hand
+def test_input_channels_are_measured_beside_the_others(tmp_path):
+    page, stored = run("channels", tmp_path)
+    assert page.count(": **input channels** |") == 2
+    assert stored["channels"]["cases"][0]["memory"].keys() == {"full", "lora", "random", "channels"}
+    assert "\nA Fisher pass takes " in page
+
+
+@pytest.mark.slow
+@pytest.mark.by_hand
 def test_growth_fits_every_phase_and_keeps_the_other_part_of_the_page(tmp_path):
     (tmp_path / "benchmarks.json").write_text(json.dumps({"other": {}}))
     page, stored = run("growth", tmp_path)
