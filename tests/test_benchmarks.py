@@ -70,6 +70,7 @@ def test_growth_fits_every_phase_and_keeps_the_other_part_of_the_page(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # torch's, about SHiRA
 def test_the_command_for_a_gpu_runs_tiny_without_one(tmp_path):
     results = gpu.main(["--output", str(tmp_path), "--no-tests", "--turns", "1"])
     page = (tmp_path / "gpu.md").read_text()

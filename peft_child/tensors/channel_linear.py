@@ -15,14 +15,26 @@ from peft_child.tensors.mask_steps import MaskUse
 from peft_child.tensors.quantised import is_quantised
 
 
-def can_call_channels(module: nn.Module, weight: Composition) -> bool:
-    """Whether a linear layer has no hooks, and only input channels of its weight are trained."""
+def can_call_channels(module: nn.Module, weight: Composition, is_transposed: bool) -> bool:
+    """Whether a linear layer has no hooks, and only input channels of its weight are trained.
+
+    Args:
+        module: The layer.
+        weight: Its weight.
+        is_transposed: Whether the weight has the shape `(in, out)`, so that input channels are its rows. The channels
+            of a head that is tied to the embeddings are the rows of a weight that is not transposed.
+    """
     if not torch.is_grad_enabled() or weight.base.requires_grad or is_quantised(weight.base):
         return False
     # A forward on the instance, such as accelerate's, wraps the original one as a hook does.
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or "forward" in vars(module):
         return False
-    return all(isinstance(child.indices, Channels) and child.delta.requires_grad for child in weight.children)
+    return all(
+        isinstance(child.indices, Channels)
+        and child.indices.layout.are_rows(len(weight.base)) == is_transposed
+        and child.delta.requires_grad
+        for child in weight.children
+    )
 
 
 def call_channels(x: Tensor, weight: Composition, bias: Tensor | None) -> Tensor:

@@ -76,8 +76,10 @@ class ChildTuningLayer(LayerState):
     def _is_by_channels(self, call: Callable[..., Any], weight: Composition) -> bool:
         # A compiler decides for itself what it keeps for backward, and a traced program holds no Python functions.
         is_seen = torch.compiler.is_compiling() or is_traced()
-        is_linear = type(self.base_layer).forward in (nn.Linear.forward, Conv1D.forward)
-        return call is self.base_layer and is_linear and not is_seen and can_call_channels(self.base_layer, weight)
+        forward = type(self.base_layer).forward
+        if call is not self.base_layer or is_seen or forward not in (nn.Linear.forward, Conv1D.forward):
+            return False
+        return can_call_channels(self.base_layer, weight, is_transposed=forward is Conv1D.forward)
 
     def _locked(self) -> AbstractContextManager[Any]:
         # Another thread may have its own tensors in the base layer. Compilers cannot trace a lock.

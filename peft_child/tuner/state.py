@@ -192,7 +192,8 @@ class LayerState(nn.Module, BaseTunerLayer):
 
     def _layout(self, adapter_name: str, parameter: str) -> ChannelLayout | None:
         """How input channels lie in a parameter, if the child network consists of whole ones."""
-        channels = decode_channels(self.child_index.of(adapter_name)[parameter].cpu().numpy().data)
+        block = self.child_index.of(adapter_name)[parameter]
+        channels = None if block.is_meta else decode_channels(block.cpu().numpy().data)
         return None if channels is None else channels[0]
 
     def _indices(self, adapter_name: str, parameter: str) -> Tensor | Channels:

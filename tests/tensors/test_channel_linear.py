@@ -115,13 +115,14 @@ def instance():
 def test_only_what_is_trained_by_channels_and_has_no_hooks_is_called_this_way(make, can):
     module = make().requires_grad_(False)
     weight = composition(module.weight, [1, 2])
-    assert can_call_channels(module, weight) == can
+    assert can_call_channels(module, weight, False) == can
     frozen = Composition(module.weight, (weight.children[0]._replace(delta=weight.children[0].delta.detach()),))
-    assert not can_call_channels(module, frozen)
+    assert not can_call_channels(module, frozen, False)
     mixed = Composition(module.weight, (weight.children[0]._replace(indices=torch.tensor([1])),))
-    assert not can_call_channels(module, mixed)
+    assert not can_call_channels(module, mixed, False)
+    assert not can_call_channels(module, weight, is_transposed=True)
     with torch.no_grad():
-        assert not can_call_channels(module, weight)
+        assert not can_call_channels(module, weight, False)
 
 
 def test_the_transposed_weight_of_conv1d():
