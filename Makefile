@@ -38,7 +38,7 @@ wheel: $(VENV)/.installed  ## Build the wheel, and try it in an environment of i
 	cp -r tests examples benchmarks docs pyproject.toml README.md "$$folder"; \
 	cd "$$folder"; venv/bin/pytest -m smoke
 
-benchmark: $(VENV)/.installed  ## All methods side by side, into docs: 20 minutes on two cores; FLAGS=--long takes longer
+benchmark: $(VENV)/.installed  ## All methods side by side, into docs: 40 minutes on two cores; FLAGS=--long takes longer
 	$(BIN)/python -m benchmarks.run --output docs $(FLAGS)
 
 gpu: $(VENV)/.installed  ## On a machine with a GPU: its tests, steps, memory and the choice, into docs; 8 minutes
