@@ -4,7 +4,6 @@ python -m benchmarks.channels [--quick] [--output docs]
 """
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -28,11 +27,11 @@ def measure(name: str, batches: list[tuple[int, int]], turns: int) -> dict[str, 
     shape = SHAPES[name]
     say(f"{name}: memory of {batches[-1]}")
     base = in_fresh_process(peak_of_base, shape)
-    training = (shape, DENSITY, batches[-1], Path())  # no chosen child network, which none of these needs
     memory = {
-        method: in_fresh_process(peak_of_training, training[0], method, *training[1:]) - base for method in METHODS
+        method: in_fresh_process(peak_of_training, shape, method, DENSITY, batches[-1], None) - base
+        for method in METHODS
     }
-    peers = {method: Peer(shape, method, DENSITY, Path()) for method in METHODS}
+    peers = {method: Peer(shape, method, DENSITY, None) for method in METHODS}
     steps = {}
     for size, length in batches:
         say(f"{name}: steps of {size} x {length} tokens")

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.measure import ratio, total
+from benchmarks.peers import STEP
 from benchmarks.tables import made_with, ms, table
 
 
-STEP = ("forward", "backward", "optimizer")
 METHODS = {
     "full": "full fine-tuning",
     "lora": "PEFT LoRA, r = 8",

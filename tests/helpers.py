@@ -21,6 +21,12 @@ def config_for(name, **changes):
     return ChildTuningConfig(**{**defaults, **PROBLEMS[name].targets, **changes})
 
 
+def settings_of(variant):
+    """Settings of a variant, of which 'channels' is the task-driven one with whole input channels."""
+    channels = {"variant": "task_driven", "granularity": "input_channel"}
+    return channels if variant == "channels" else {"variant": variant}
+
+
 def chosen_model(name, base=None, **changes):
     """A PeftModel of a problem with its child network chosen, at the base weights."""
     model = get_peft_model(build(name) if base is None else base, config_for(name, **changes))

@@ -23,12 +23,12 @@ TREES = {source: ast.parse(source.read_text()) for source in SOURCES}
 ROOMS = ["tensors", "card", "files", "tuner", "selection", "integrations", "cli"]
 MODULES = {
     "tensors": [
-        *("lazy", "quantised", "channels", "delta", "codec", "distributed", "topk", "sharded_topk", "combine"),
+        *("lazy", "quantised", "topk", "channels", "delta", "codec", "distributed", "sharded_topk", "combine"),
         *("gradient_mask", "mask_steps", "compose", "channel_linear", "composed_on_use"),
     ],
     "tuner": [
         *("granularity", "unheld", "buffers", "mask_hooks", "config", "state", "layer"),
-        *("targets", "injection", "state_dict", "model"),
+        *("targets", "drawing", "injection", "state_dict", "model"),
     ],
 }
 LONG = {
@@ -63,18 +63,16 @@ PRIVATE = {
         "_init_flat_weights": "recurrent layers keep the tensors that they ran with",
         "_parameters": "tensors in place of parameters for one call, faster than functional_call",
         "_top_saved_tensors_default_hooks": "hooks of activation checkpointing around ours, which replace them",
-        "_version": "in-place changes between forward and backward",
+        "_version": "in-place changes, of composed tensors, of what they are composed from, and of buffers",
     },
     "tensors/composed_on_use.py": {
         "_C": "torch functions without the subclass, to ask for metadata",
         "_disabled_torch_function_impl": "a subclass that torch's fast paths take for a tensor",
         "_make_wrapper_subclass": "a tensor that has metadata and no memory",
-        "_version": "whether a function has written to a tensor",
         "torch.utils._pytree": "our tensors in the arguments of a torch function",
     },
     "tuner/buffers.py": {
         "_load_from_state_dict": "the hook of nn.Module before tensors are loaded",
-        "_version": "whether something was written into a buffer",
         "peft.tuners._buffer_dict": "buffers by adapter that PEFT's state dicts know",
     },
     "tuner/injection.py": {

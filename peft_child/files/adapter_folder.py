@@ -121,8 +121,7 @@ def _read_delta(file: Path, name: str, keys: Mapping[str, str], size: ChildSize)
             f"The child of '{name}' cannot be loaded. Its entries, chosen entries and index bytes are {list(size)} in "
             f"the settings and {list(child.size())} in the file."
         )
-    shape = (child.header.numel // child.header.width, child.header.width)
-    return SparseDelta(shape, child.indices(name), child.delta, child.header.fingerprint, child.layout())
+    return child.sparse_delta(name)
 
 
 def write_adapter(

@@ -13,18 +13,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from peft_child.tensors.channels import ChannelLayout
 from peft_child.tensors.codec import (
     HEADER_SIZE,
     FormatError,
     Header,
-    decode,
-    decode_channels,
+    decode_index,
     read_header,
     unchecked_header,
     with_delta_checksum,
 )
-from peft_child.tensors.delta import ChildSize
+from peft_child.tensors.delta import ChildSize, SparseDelta
 from peft_child.tensors.distributed import check_has_values, whole
 from peft_child.tensors.gradient_mask import GradientMask
 from peft_child.tensors.quantised import is_quantised
@@ -55,8 +53,8 @@ class StoredChild(NamedTuple):
         """Its size; `checked_child` has verified the header."""
         return ChildSize(self.header.numel, self.header.size, self.block.numel())
 
-    def indices(self, name: str) -> Tensor:
-        """Flat row-major positions, int64, shape `(k,)`.
+    def sparse_delta(self, name: str) -> SparseDelta:
+        """The child network, in the shape of a matrix with the tensor's rows: the file knows no more.
 
         Args:
             name: Name of the parameter, for the error.
@@ -65,12 +63,11 @@ class StoredChild(NamedTuple):
             FormatError: If the block holds other positions than its header says.
         """
         with _naming(name):
-            return torch.from_numpy(decode(self.block.cpu().numpy().data))
-
-    def layout(self) -> ChannelLayout | None:
-        """How input channels lie in the tensor, if the child network consists of whole ones."""
-        channels = decode_channels(self.block.cpu().numpy().data)
-        return None if channels is None else channels[0]
+            layout, found = decode_index(self.block.cpu().numpy().data)
+        indices = torch.from_numpy(found)
+        positions = indices if layout is None else layout.positions(indices)
+        shape = (self.header.numel // self.header.width, self.header.width)
+        return SparseDelta(shape, positions, self.delta, self.header.fingerprint, layout)
 
 
 def read_children(tensors: Mapping[str, Tensor]) -> tuple[dict[str, StoredChild], dict[str, Tensor]]:

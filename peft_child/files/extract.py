@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from math import prod
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -90,7 +89,12 @@ def extract_channels(
     """
     check_share("density", density)
     names = _comparable(base, tuned)
-    layouts = {name: _layout_of(name, base.places[name].shape) for name in names}
+    layouts = {
+        name: ChannelLayout.of_shape(
+            base.places[name].shape, is_bias=name.endswith("bias"), by_rows=bool(_EMBEDDING.search(name))
+        )
+        for name in names
+    }
     scores = {
         name: layouts[name].sums(_scores(name, base[name], tuned[name]).square_())
         for name in progress(names, "Comparing")
@@ -105,15 +109,6 @@ def extract_channels(
     adapter = _adapter_of(base, Lazy(found, extract), density)
     adapter.settings["granularity"] = "input_channel"
     return adapter
-
-
-def _layout_of(name: str, shape: Sequence[int]) -> ChannelLayout:
-    numel = prod(shape)
-    if len(shape) < 2:
-        return ChannelLayout(1, 1, 1, numel) if name.endswith("bias") else ChannelLayout(1, 1, numel, 1)
-    if _EMBEDDING.search(name):
-        return ChannelLayout(1, 1, shape[0], numel // shape[0])
-    return ChannelLayout(1, shape[0], shape[1], numel // (shape[0] * shape[1]))
 
 
 def _adapter_of(base: Checkpoint, deltas: Mapping[str, SparseDelta], density: float) -> SparseAdapter:

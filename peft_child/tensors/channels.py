@@ -7,11 +7,13 @@ of channel numbers. So they train as fast as LoRA, and are chosen without the gr
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from peft_child.tensors.topk import check_scores
 
 
 class ChannelLayout(NamedTuple):
@@ -25,6 +27,23 @@ class ChannelLayout(NamedTuple):
     outer: int
     per_group: int
     inner: int
+
+    @classmethod
+    def of_shape(cls, shape: Sequence[int], *, is_bias: bool, by_rows: bool) -> ChannelLayout:
+        """The layout of a tensor that is not a stack of experts.
+
+        Args:
+            shape: Its shape.
+            is_bias: Whether a vector is a bias, which reads the constant input 1 and is one channel. In other vectors
+                every entry is a channel.
+            by_rows: Whether the first dimension of a matrix counts its inputs, and not the second one.
+        """
+        numel = math.prod(shape)
+        if len(shape) < 2:
+            return cls(1, 1, 1, numel) if is_bias else cls(1, 1, numel, 1)
+        if by_rows:
+            return cls(1, 1, shape[0], math.prod(shape[1:]))
+        return cls(1, shape[0], shape[1], math.prod(shape[2:]))
 
     @property
     def numel(self) -> int:
@@ -117,11 +136,11 @@ def choose_channels(
         Numbers of the chosen channels by name, int64, strictly increasing, on the CPU; empty where none is chosen.
 
     Raises:
-        ValueError: If the channel with the largest score exceeds the budget, or a score is negative or not finite.
+        ValueError: If the channel with the largest score exceeds the budget, or scores are not what `check_scores`
+            wants.
     """
     for name, score in scores.items():
-        if not bool(score.isfinite().all()) or bool((score < 0).any()):
-            raise ValueError(f"Scores must be finite and not negative; those of '{name}' hold another value.")
+        check_scores(name, score)
     sizes = torch.cat([torch.full((layouts[name].number,), layouts[name].size) for name in scores])
     means = torch.cat([score.detach().flatten().double().cpu() / layouts[name].size for name, score in scores.items()])
     order = means.sort(descending=True, stable=True).indices

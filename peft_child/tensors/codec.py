@@ -154,13 +154,25 @@ def decode(block: Block) -> Indices:
     Raises:
         FormatError: If the block is not what `encode` writes.
     """
+    layout, found = decode_index(block)
+    return found if layout is None else layout.positions(torch.from_numpy(found)).numpy()
+
+
+def decode_index(block: Block) -> tuple[ChannelLayout | None, Indices]:
+    """Read a block as it is written: the layout and the numbers of its channels, or None and its positions.
+
+    Raises:
+        FormatError: If the block is not what `encode` writes.
+    """
     header = read_header(block)
-    read = {BITMAP: _read_bitmap, GAPS: _read_gaps, ALL: _read_all, CHANNELS: _read_channels}[header.encoding]
-    indices = read(block[_HEADER.size :], header)
+    payload = block[_HEADER.size :]
+    if header.encoding == CHANNELS:
+        return _read_channels(payload, header)
+    indices = {BITMAP: _read_bitmap, GAPS: _read_gaps, ALL: _read_all}[header.encoding](payload, header)
     if indices.size != header.size:
         raise FormatError(f"A child index block says {header.size} positions and holds {indices.size}.")
     _check_indices(indices, header.numel, FormatError)
-    return indices
+    return None, indices
 
 
 def _check_indices(indices: Indices, numel: int, error: type[ValueError]) -> None:
@@ -271,10 +283,10 @@ def decode_channels(block: Block) -> tuple[ChannelLayout, Indices] | None:
         FormatError: If the block is not what `encode` writes.
     """
     header = read_header(block)
-    return _channels(block[_HEADER.size :], header) if header.encoding == CHANNELS else None
+    return _read_channels(block[_HEADER.size :], header) if header.encoding == CHANNELS else None
 
 
-def _channels(payload: Block, header: Header) -> tuple[ChannelLayout, Indices]:
+def _read_channels(payload: Block, header: Header) -> tuple[ChannelLayout, Indices]:
     data = _decompress(payload, _LAYOUT.size + 8 * header.size, exact=False)
     if len(data) < _LAYOUT.size:
         raise FormatError(f"A list of channels starts with {_LAYOUT.size} bytes of layout, got {len(data)}.")
@@ -287,11 +299,6 @@ def _channels(payload: Block, header: Header) -> tuple[ChannelLayout, Indices]:
     chosen = _from_gap_planes(data[_LAYOUT.size :], count, layout.number)
     _check_indices(chosen, layout.number, FormatError)
     return layout, chosen
-
-
-def _read_channels(payload: Block, header: Header) -> Indices:
-    layout, chosen = _channels(payload, header)
-    return layout.positions(torch.from_numpy(chosen)).numpy()
 
 
 def _read_all(payload: Block, header: Header) -> Indices:

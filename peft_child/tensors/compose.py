@@ -26,6 +26,11 @@ from peft_child.tensors.quantised import dense
 Index = Tensor | Channels | None
 
 
+def changes_in(tensor: Tensor) -> int:
+    """Count of the in-place changes of a tensor that autograd knows of; inference tensors have none."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 class Child(NamedTuple):
     """One adapter's child network in one tensor.
 
@@ -88,7 +93,7 @@ class Composition(NamedTuple):
     def versions(self) -> tuple[int, ...]:
         """Counts of the in-place changes that autograd knows of, to notice one between forward and backward."""
         tensors = (self.base, *(child.delta for child in self.children))
-        return tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)
+        return tuple(map(changes_in, tensors))
 
 
 def is_traced() -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from peft_child.tensors.compose import Composition, composed_again_in_backward
+from peft_child.tensors.compose import Composition, changes_in, composed_again_in_backward
 
 
 READ_ONLY = (
@@ -118,9 +118,9 @@ _REFUSED = {  # what changes its first argument, or keeps something for it
 
 def _unwritten(func: Callable[..., Any], args: Any, kwargs: Any, composed: Sequence[Tensor]) -> Any:
     """Call a function with composed tensors; an error if it writes to them, or if somebody writes to its result."""
-    before = [_changes(tensor) for tensor in composed]
+    before = [changes_in(tensor) for tensor in composed]
     result = func(*args, **kwargs)
-    if before != [_changes(tensor) for tensor in composed]:
+    if before != [changes_in(tensor) for tensor in composed]:
         raise RuntimeError(READ_ONLY)
     if isinstance(result, np.ndarray):
         result.flags.writeable = False
@@ -131,11 +131,6 @@ def _unwritten(func: Callable[..., Any], args: Any, kwargs: Any, composed: Seque
         return tensor.as_subclass(_View) if is_view else tensor
 
     return tree_map_only(Tensor, read_only, result)
-
-
-def _changes(tensor: Tensor) -> int:
-    """Count of its changes in place."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 class _View(torch.Tensor):

@@ -13,7 +13,8 @@ from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
 from peft_child.tensors.channels import Channels
-from peft_child.tensors.codec import decode, decode_channels
+from peft_child.tensors.codec import decode_index
+from peft_child.tensors.compose import changes_in
 from peft_child.tensors.gradient_mask import GradientMask
 
 
@@ -47,7 +48,7 @@ class _ReadBuffers(nn.ModuleDict, Generic[T]):
         if type(buffer) is not Tensor:  # torch.export traces with tensors that have no values
             if known is None:
                 raise RuntimeError("Run the model once before torch.export, or call merge_and_unload() before it.")
-        elif known is None or known[0] is not buffer or known[1] != _changes(buffer):
+        elif known is None or known[0] is not buffer or known[1] != changes_in(buffer):
             with torch.inference_mode(False):  # else it could never be used in training
                 self.remember(adapter_name, parameter, self._read(buffer))
         return self.known(adapter_name, parameter)
@@ -55,7 +56,7 @@ class _ReadBuffers(nn.ModuleDict, Generic[T]):
     def remember(self, adapter_name: str, parameter: str, value: T) -> None:
         """Keep what the buffer holds now."""
         buffer = self.of(adapter_name)[parameter]
-        self._known[adapter_name, parameter] = buffer, _changes(buffer), value
+        self._known[adapter_name, parameter] = buffer, changes_in(buffer), value
 
     def read_again(self, adapter_name: str | None = None) -> None:
         """Read the buffers, or those of one adapter, when they are needed next."""
@@ -92,10 +93,11 @@ class IndexBuffers(_ReadBuffers[Tensor | Channels]):
 
     def _read(self, buffer: Tensor) -> Tensor | Channels:
         block = buffer.cpu().numpy().data
-        channels = decode_channels(block)
-        if channels is not None and channels[0].groups == 1:
-            return Channels(channels[0], torch.from_numpy(channels[1]))
-        return torch.from_numpy(decode(block))
+        layout, found = decode_index(block)
+        if layout is None:
+            return torch.from_numpy(found)
+        channels = torch.from_numpy(found)
+        return Channels(layout, channels) if layout.groups == 1 else layout.positions(channels)
 
 
 class MaskBuffers(_ReadBuffers[GradientMask]):
@@ -110,7 +112,3 @@ class MaskBuffers(_ReadBuffers[GradientMask]):
 
     def _read(self, buffer: Tensor) -> GradientMask:
         return GradientMask.unpack(buffer)
-
-
-def _changes(buffer: Tensor) -> int:
-    return 0 if buffer.is_inference() else buffer._version

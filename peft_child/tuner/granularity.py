@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from math import prod
-
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -31,11 +29,7 @@ def layout_of(module: nn.Module, key: str, parameter: nn.Parameter) -> ChannelLa
         parameter: The parameter, of any shape.
     """
     shape = parameter.shape
-    if len(shape) < 2:
-        return ChannelLayout(1, 1, 1, prod(shape)) if key.endswith("bias") else ChannelLayout(1, 1, prod(shape), 1)
-    if isinstance(module, _TRANSPOSED):
-        return ChannelLayout(1, 1, shape[0], prod(shape[1:]))
     if len(shape) == 3 and not isinstance(module, _CONVOLUTIONS):  # experts, of which some are stored transposed
         is_transposed = getattr(module, "is_transposed", False)
         return ChannelLayout(shape[0], 1, *shape[1:]) if is_transposed else ChannelLayout(*shape, 1)
-    return ChannelLayout(1, shape[0], shape[1], prod(shape[2:]))
+    return ChannelLayout.of_shape(shape, is_bias=key.endswith("bias"), by_rows=isinstance(module, _TRANSPOSED))

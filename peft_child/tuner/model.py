@@ -8,25 +8,22 @@ plan, so that an adapter that is refused leaves the model as it was.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
-import torch
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
 from peft_child.files.adapter_folder import WITHOUT_SELECTION
-from peft_child.tensors.channels import choose_channels
 from peft_child.tensors.combine import combine_named, density_of
 from peft_child.tensors.delta import SparseDelta, fresh_delta
 from peft_child.tensors.distributed import check_has_values
-from peft_child.tensors.topk import apportion, draw_random, seeded
 from peft_child.tuner.config import ChildTuningConfig
-from peft_child.tuner.granularity import INPUT_CHANNEL, layout_of
+from peft_child.tuner.drawing import drawn_children
 from peft_child.tuner.injection import (
     Parents,
     check_name_is_free,
@@ -62,26 +59,13 @@ class _Plan(NamedTuple):
         entries: Targets and owners by module, under the name by which PEFT's loop comes to the module.
         layers: The Child-Tuning layers of the model by base layer.
         parents: By module, every module that it is a child of, and its name there.
-        counts: If the child network needs no data, how many entries to draw, by name of the target.
-        channels: Or else the input channels that were drawn, by name of the target.
+        drawn: The child networks by name of the target, if they need no data.
     """
 
     entries: dict[str, dict[nn.Module, list[tuple[Target, Owner]]]]
     layers: dict[nn.Module, ChildTuningLayer]
     parents: Parents
-    counts: dict[str, int] | None
-    channels: dict[str, Tensor] | None
-
-
-def _draw_channels(targets: list[Target], size: int, seed: int) -> dict[str, Tensor]:
-    """Random input channels by name of the target, the same in every process."""
-    owners = {target.name: target.owners[0] for target in targets}
-    layouts = {
-        target.name: layout_of(owners[target.name].place.module, owners[target.name].parameter, target.parameter)
-        for target in targets
-    }
-    scores = {name: torch.rand(layout.number, generator=seeded(name, seed)) for name, layout in layouts.items()}
-    return choose_channels({name: score * layouts[name].size for name, score in scores.items()}, layouts, size)
+    drawn: Mapping[str, SparseDelta] | None
 
 
 class ChildTuningModel(BaseTuner):
@@ -96,6 +80,7 @@ class ChildTuningModel(BaseTuner):
     prefix = "child_"
     tuner_layer_cls = ChildTuningLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
+    _plan = _Plan({}, {}, {}, None)
 
     def __init__(
         self,
@@ -118,6 +103,8 @@ class ChildTuningModel(BaseTuner):
         except Exception:
             remove_adapter(model, adapter_name)
             raise
+        finally:  # a plan refers to parameters, which FSDP2 replaces and which could not be freed
+            self._plan = _Plan({key: {} for key in self._plan.entries}, {}, {}, None)
         keep_buffers_from_ddp(model)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
@@ -139,15 +126,8 @@ class ChildTuningModel(BaseTuner):
             for owner in target.owners:
                 by_module = entries.setdefault(owner.place.entry, {})
                 by_module.setdefault(owner.place.module, []).append((target, owner))
-        counts = channels = None
-        if peft_config.variant in ("random", "task_free") and targets:
-            size = peft_config.child_size(sum(numels.values()))
-            if peft_config.granularity == INPUT_CHANNEL:
-                channels = _draw_channels(targets, size, peft_config.seed)
-            else:
-                counts = apportion(numels, size)
         layers = {layer.base_layer: layer for layer in child_tuning_layers(model).values()}
-        self._plan = _Plan(entries, layers, parents_of(model), counts, channels)
+        self._plan = _Plan(entries, layers, parents_of(model), drawn_children(targets, peft_config))
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
         if key in self._plan.entries:
@@ -194,35 +174,28 @@ class ChildTuningModel(BaseTuner):
 
     def _fill(self, layer: ChildTuningLayer, adapter_name: str, config: ChildTuningConfig) -> None:
         """Give an adapter a child network that needs no data, or room for the one that will be loaded."""
-        children = self._children_without_data(layer, adapter_name, config)
-        if children is not None:
-            layer.set_child(adapter_name, children, trainable=False)
         if config.child_sizes is not None:
             layer.allocate(adapter_name, config.child_sizes, trainable=False)
+        elif (children := self._plan.drawn or self._children_of_twin(layer, adapter_name, config)) is not None:
+            layer.set_child(adapter_name, children, trainable=False)
         if config.child_sizes is not None or config.inference_mode:
             layer.await_file(adapter_name)
 
-    def _children_without_data(
+    def _children_of_twin(
         self, layer: ChildTuningLayer, adapter_name: str, config: ChildTuningConfig
     ) -> dict[str, SparseDelta] | None:
-        """Fresh deltas by name of the target, if their entries can be known before selection or loading."""
-        bases = layer.base_parameters(adapter_name)
-        counts, channels, init = self._plan.counts, self._plan.channels, config.init_weights
-        if counts is not None:
-            drawn = {name: draw_random(name, base.numel(), counts[name], config.seed) for name, base in bases.items()}
-            return {name: fresh_delta(base, drawn[name], init) for name, base in bases.items()}
-        if channels is not None:
-            layouts = layer.layouts(adapter_name)
-            return {
-                name: fresh_delta(base, layouts[name].positions(channels[name]), init, layouts[name])
-                for name, base in bases.items()
-            }
-        # TRL adds a second adapter with the same configuration object, as a frozen copy of the first: the reference.
+        """Fresh deltas on the child networks of another adapter that has this very configuration object.
+
+        TRL adds such an adapter as the reference, a frozen copy of the first one.
+        """
         twins = [name for name, other in self.peft_config.items() if other is config and name != adapter_name]
         if not twins or not layer.has_adapter(twins[0]) or not layer.is_chosen(twins[0]):
             return None
-        deltas = layer.sparse_deltas(twins[0])
-        return {name: fresh_delta(bases[name], delta.indices, init, delta.layout) for name, delta in deltas.items()}
+        bases = layer.base_parameters(adapter_name)
+        return {
+            name: fresh_delta(bases[name], delta.indices, config.init_weights, delta.layout)
+            for name, delta in layer.sparse_deltas(twins[0]).items()
+        }
 
     def _inject_parameters(
         self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool

@@ -162,7 +162,7 @@ def _differs_from_base(
     """Whether a child network was chosen on other base values, as far as is known; raises if it does not fit."""
     name, base = layer.targets_of(adapter_name)[parameter], layer.base_parameter(parameter)
     check_numel(name, child, base)
-    indices = child.indices(name)
+    indices = child.sparse_delta(name).indices
     came_alone = child.size() != (config.present_sizes or {}).get(name)  # without its configuration
     if config.variant == "random" and came_alone and name in layer.named_deltas(adapter_name):
         drawn = layer.indices(adapter_name, parameter)
@@ -175,12 +175,8 @@ def _differs_from_base(
 
 
 def _check_density(config: ChildTuningConfig, targeted: int, chosen: int) -> None:
-    is_right = (
-        chosen <= config.child_size(targeted)
-        if config.granularity == INPUT_CHANNEL
-        else (chosen == config.child_size(targeted))
-    )
-    if not is_right:
+    wanted = config.child_size(targeted)
+    if chosen > wanted or (chosen < wanted and config.granularity != INPUT_CHANNEL):
         raise ValueError(
             f"The saved child network must have the density of the configuration, {config.density}; it has {chosen} "
             f"of {targeted} entries."

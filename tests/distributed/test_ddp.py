@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from peft_child import ChildTuningCallback, ChildTuningConfig, select_child_network
 from peft_child.tuner.layer import child_tuning_layers
 
-from ..helpers import assert_same, child_of, config_for, snapshot, train
+from ..helpers import assert_same, child_of, config_for, settings_of, snapshot, train
 from ..integrations.test_trainer import Rows, trainer_for
 from ..problems import build, tiny_bert
 from ..ranks import on_two_ranks
@@ -36,8 +36,7 @@ def batches(rank=None):
 def model_for(variant, rank=None):
     torch.manual_seed(0)
     base = tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    channels = {"variant": "task_driven", "granularity": "input_channel"}
-    changes = channels if variant == "channels" else {"variant": variant}
+    changes = settings_of(variant)
     model = get_peft_model(base, config_for("bert", **changes)).train()
     if changes["variant"] == "task_driven":
         select_child_network(model, batches(rank)[:2], progress_bar=False)

@@ -16,7 +16,7 @@ from peft_child import estimate_fisher, keep_largest, select_child_network
 from peft_child.tensors.sharded_topk import select_largest_of_shards
 
 from .. import reference
-from ..helpers import assert_same, child_of, config_for, logits, move, snapshot, train
+from ..helpers import assert_same, child_of, config_for, logits, move, settings_of, snapshot, train
 from ..integrations.test_trainer import trainer_for
 from ..problems import batch_of, build, tiny_bert, tiny_llama
 from ..ranks import on_two_ranks
@@ -58,8 +58,7 @@ def model_for(name, variant, folder, rank=None):
         move(model)
         model.save_pretrained(folder / f"seed5 {rank}")
         return PeftModel.from_pretrained(base_of(name), folder / f"seed5 {rank}", is_trainable=True).train()
-    channels = {"variant": "task_driven", "granularity": "input_channel"}
-    changes = channels if variant == "channels" else {"variant": variant}
+    changes = settings_of(variant)
     model = get_peft_model(base_of(name), config_for(name, **changes)).train()
     if changes["variant"] == "task_driven":
         select_child_network(model, batches(name, rank)[:2], progress_bar=False)

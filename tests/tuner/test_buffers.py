@@ -3,7 +3,7 @@
 import torch
 from peft import PeftModel
 
-from peft_child.tensors.codec import decode
+from peft_child.tensors.codec import decode_index
 from peft_child.tuner import buffers
 
 from ..helpers import child_of, chosen_model, logits, move
@@ -15,7 +15,7 @@ def test_an_index_that_was_loaded_is_decoded_once(tmp_path, monkeypatch):
     move(model)
     model.save_pretrained(tmp_path)
     decoded = []
-    monkeypatch.setattr(buffers, "decode", lambda block: decoded.append(block) or decode(block))
+    monkeypatch.setattr(buffers, "decode_index", lambda block: decoded.append(block) or decode_index(block))
     model.load_adapter(tmp_path, "second")
     before = logits(model, batch_of("linear"))
     for adapter in ("second", "default", "second"):

@@ -1,6 +1,8 @@
 """What the tuner does beyond PEFT: several adapters at once, combined, merged and refused."""
 
 import copy
+import gc
+import weakref
 
 import peft
 import pytest
@@ -137,3 +139,29 @@ def test_injection_from_a_state_dict():
         base = peft.inject_adapter_in_model(config, build("llama"), state_dict=bare)
     peft.set_peft_model_state_dict(base, state)
     assert torch.equal(logits(base, batch_of("llama")), logits(model, batch_of("llama")))
+
+
+def test_nothing_is_drawn_where_a_file_says_the_child_network(tmp_path, monkeypatch):
+    def drawn(*args):
+        raise AssertionError("drawn")
+
+    models = {variant: chosen_model("llama", variant=variant) for variant in ("random", "task_free")}
+    for variant, model in models.items():
+        move(model)
+        model.save_pretrained(tmp_path / variant)
+    monkeypatch.setattr("peft_child.tuner.drawing.draw_random", drawn)
+    for variant, model in models.items():
+        loaded = PeftModel.from_pretrained(build("llama"), tmp_path / variant)
+        assert_same(snapshot(loaded), snapshot(model))
+
+
+def test_an_injected_model_refers_to_no_parameter_but_its_own():
+    """FSDP2 replaces parameters; whoever refers to the earlier ones keeps a whole model in memory."""
+    model = chosen_model("linear", variant="random")
+    freed = [weakref.ref(parameter) for parameter in model.parameters()]
+    for module in list(model.modules()):
+        for name in list(module._parameters):
+            module._parameters[name] = None
+    gc.collect()
+    assert freed
+    assert not any(reference() is not None for reference in freed)
