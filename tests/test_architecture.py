@@ -46,6 +46,7 @@ PRIVATE = {
     "selection/batches.py": {"torch.utils._pytree": "tensors in nested batches; torch.utils has no public one"},
     "selection/capture.py": {
         "_parameters": "parameters that a module itself owns, by key",
+        "torch.utils._python_dispatch": "weights that are used without a call of their module",
         "torch.utils._pytree": "tensors in the arguments of a call",
     },
     "selection/module_gradients.py": {

@@ -19,8 +19,8 @@ from peft_child.selection.batches import rows_of_example, some_examples
 from peft_child.selection.capture import CannotCaptureError, Owners
 from peft_child.selection.example_gradients import Part, add_squares
 from peft_child.selection.loss import Loss
+from peft_child.selection.loss_squares import LossSquares
 from peft_child.selection.reduction import Comparison, Reduction
-from peft_child.selection.squares import squaring
 from peft_child.tensors.channels import ChannelLayout
 
 
@@ -31,7 +31,7 @@ class BatchScorer:
     """Adds the squared gradients of examples to the scores of the targets.
 
     Args:
-        loss: How to get the loss of a batch from the model, in which the targets alone require gradients.
+        loss: How to get the loss of a batch from the model, in which no parameter requires gradients.
         targets: Parameters by name, none of them sharded if `at_once`.
         scores: Where to add, by name: in the shape of the parameter, or a number for each of its channels.
         layouts: How input channels lie in the targets, by name; empty if single entries are scored.
@@ -50,6 +50,7 @@ class BatchScorer:
         self._targets = targets
         self._scores = scores
         self._layouts = layouts
+        self._alone = LossSquares(loss, targets, scores, layouts)
         self._owners = Owners(loss.model, targets)
         self._reduction = Reduction()
         self._divisions: set[tuple[Any, ...]] = set()  # those that a comparison has confirmed
@@ -81,13 +82,11 @@ class BatchScorer:
         self, batch: Any, numbers: Sequence[int], observe: Callable[[str, Tensor], None] | None = None
     ) -> list[float]:
         """Score examples by the definition; returns their losses."""
-        losses = []
-        with squaring(self._targets, self._scores, layouts=self._layouts, observe=observe) as square:
-            for index, number in enumerate(numbers):
-                loss = self._loss.checked(some_examples(batch, [index], len(numbers)), number)
-                losses.append(loss.item())
-                square(loss)
-        return losses
+        size = len(numbers)
+        return [
+            self._alone.add(some_examples(batch, [index], size), number, observe)
+            for index, number in enumerate(numbers)
+        ]
 
     def _add_at_once(self, batch: Any, size: int) -> bool:
         """Score all examples together, unless comparisons have not shown yet that this is right for such a batch."""
@@ -176,5 +175,5 @@ class BatchScorer:
             norms[name][index] = squares.sum(dtype=torch.float64)
 
 
-def _note_norm(norms: dict[str, Tensor], index: int, name: str, gradient: Tensor) -> None:
-    norms[name][index] = gradient.square().sum(dtype=torch.float64)
+def _note_norm(norms: dict[str, Tensor], index: int, name: str, norm: Tensor) -> None:
+    norms[name][index] = norm

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from peft_child.selection.example_gradients import Part
 from peft_child.selection.module_gradients import Use, formula_of
@@ -44,6 +45,11 @@ class Owners:
             if owned:
                 self.keys[module] = owned
 
+    def without_formula(self) -> set[str]:
+        """Names of the targets whose gradients need autograd, since a module that owns them is of no common kind."""
+        owned = ((module, key, name) for module, names in self.keys.items() for key, name in names.items())
+        return {name for module, key, name in owned if formula_of(module, key) is None}
+
     def to_run_again(self) -> tuple[int, str]:
         """Number of weights in matrices without a formula, and the kinds of the modules that own them."""
         weights, kinds = 0, set()
@@ -55,22 +61,60 @@ class Owners:
         return weights, ", ".join(sorted(kinds))
 
     @contextmanager
-    def capture(self, examples: int, rows: Collection[int]) -> Iterator[Capture]:
-        """Hook the modules for a forward and a backward pass of a batch.
+    def capture(self, examples: int, rows: Collection[int] | None = None) -> Iterator[Capture]:
+        """Hook the modules for a forward and a backward pass of a batch, in which the targets require no gradients.
 
         Args:
             examples: Number of its examples.
-            rows: How many rows one example can have in the output of a module; see `rows_of_example`.
+            rows: How many rows one example can have in the output of a module; see `rows_of_example`. By default any
+                number, which is right for a single example.
         """
         capture = Capture(self, examples, rows)
         with ExitStack() as stack:
-            for parameter in self.targets.values():
-                parameter.requires_grad_(False)
-                stack.callback(parameter.requires_grad_, True)
             for module in self.keys:
                 handle = module.register_forward_hook(capture.keep, with_kwargs=True, prepend=True)
                 stack.callback(handle.remove)
             yield capture
+
+    @contextmanager
+    def used_elsewhere(self) -> Iterator[set[str]]:
+        """Watch a forward pass for targets that are used while no module is called that owns them.
+
+        Yields:
+            Their names, complete when the context is left.
+        """
+        watch = _Watch({id(parameter): name for name, parameter in self.targets.items()})
+        with ExitStack() as stack:
+            for module, owned in self.keys.items():
+                enter, leave = partial(watch.enter, owned), partial(watch.leave, owned)
+                stack.callback(module.register_forward_pre_hook(enter).remove)
+                stack.callback(module.register_forward_hook(leave, prepend=True).remove)
+            stack.enter_context(watch)
+            yield watch.found
+
+
+class _Watch(TorchDispatchMode):
+    """Notes which tensors are read while no owner of them runs."""
+
+    def __init__(self, names: Mapping[int, str]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._names = names
+        self._running: list[str] = []
+        self.found: set[str] = set()
+
+    def enter(self, owned: Mapping[str, str], *_: Any) -> None:
+        self._running += owned.values()
+
+    def leave(self, owned: Mapping[str, str], *_: Any) -> None:
+        for name in owned.values():
+            self._running.remove(name)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for leaf in tree_leaves((args, kwargs)):
+            name = self._names.get(id(leaf))
+            if name is not None and name not in self._running:
+                self.found.add(name)
+        return func(*args, **(kwargs or {}))
 
 
 class Capture:
@@ -80,7 +124,7 @@ class Capture:
         divisions: How the inputs of the modules are divided among the examples, as `Use.division` describes it.
     """
 
-    def __init__(self, owners: Owners, examples: int, rows: Collection[int]) -> None:
+    def __init__(self, owners: Owners, examples: int, rows: Collection[int] | None) -> None:
         self._owners = owners
         self._examples = examples
         self._rows = rows
@@ -97,7 +141,9 @@ class Capture:
         length = len(output) if isinstance(output, Tensor) and output.dim() else 0
         shared = length == 1 < self._examples
         each, left = divmod(length, self._examples)
-        if not shared and (left or each not in self._rows):
+        if not length and self._rows is None:  # nothing was computed, such as by an expert without tokens
+            return None
+        if not shared and (left or (self._rows is not None and each not in self._rows)):
             shape = tuple(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"
             raise CannotCaptureError(
                 f"a {type(module).__name__} should return one tensor, in whose first dimension each of "

@@ -20,7 +20,8 @@ from tqdm.auto import tqdm
 from peft_child.selection.batch_scorer import BatchScorer
 from peft_child.selection.batches import batch_size, check_batch, labelled, some_examples, to_device
 from peft_child.selection.loss import Forward, Loss
-from peft_child.selection.squares import average, squaring
+from peft_child.selection.loss_squares import LossSquares
+from peft_child.selection.squares import average
 from peft_child.tensors.channels import ChannelLayout
 from peft_child.tensors.distributed import (
     check_can_add,
@@ -31,7 +32,6 @@ from peft_child.tensors.distributed import (
     rank,
     world_size,
 )
-from peft_child.tensors.quantised import is_quantised
 from peft_child.tuner.layer import child_tuning_layers
 
 
@@ -67,7 +67,7 @@ class FisherPass:
         """Fisher information of the targets, float32: in their shapes, or summed over each input channel."""
         shared = any(is_sharded(parameter) for parameter in targets.values())  # then all ranks score all examples
         self._check(targets, shared)
-        with _scoring(self.model, targets.values(), training=self._by_batch):
+        with _scoring(self.model, training=self._by_batch):
             if shared:  # all ranks run the same example, which needs the same dropout
                 torch.manual_seed(gathered(torch.initial_seed())[0])
             sums = {name: self._zeros(name, parameter) for name, parameter in targets.items()}
@@ -90,12 +90,6 @@ class FisherPass:
                 f"num_examples must be None or at least the number of processes, {world_size()}; "
                 f"got {self.num_examples}."
             )
-        for name, parameter in targets.items():
-            if is_quantised(parameter):
-                raise ValueError(
-                    f"'{name}' is quantised ({type(parameter).__name__}), and no gradient reaches it: estimate the "
-                    "Fisher information in the base model as it was before, and pass it as scores=."
-                )
         if any(parameter.dtype == torch.float16 for parameter in targets.values()):
             warnings.warn(
                 "Gradients of float16 weights below 6e-8 become zero, and so does their Fisher information: load the "
@@ -105,8 +99,6 @@ class FisherPass:
         if not shared:
             device = next(iter(targets.values())).device
             check_can_add(torch.device("cpu" if self.score_folder else self.score_device or device))
-        elif self.layouts:
-            raise ValueError("Input channels are chosen before a model is sharded (fully_shard), not after it.")
         elif not (self.score_device is self.score_folder is None):
             raise ValueError(
                 "Scores of a sharded model stay with its shards; leave out score_device and score_folder."
@@ -130,10 +122,10 @@ class FisherPass:
     ) -> int:
         """Add the squared gradients of this rank's data, in step with the others; returns the number of losses."""
         loss = Loss(self.model, self.forward_fn, self.loss_fn)
-        scorer = None
-        if self.split_batches and not self._by_batch:
-            at_once = not any(is_sharded(parameter) for parameter in self.model.parameters())
-            scorer = BatchScorer(loss, targets, sums, self.layouts, at_once)
+        of_batches = LossSquares(loss, targets, sums, self.layouts, 1.0 if self._by_batch else None)
+        # Shards of gradients are those of all ranks; what input channels need is not sharded.
+        at_once = bool(self.layouts) or not any(map(is_sharded, self.model.parameters()))
+        of_examples = BatchScorer(loss, targets, sums, self.layouts, at_once)
         device = next(iter(targets.values())).device
         left = [_share(self.num_examples, number) for number in range(world_size())]  # to score of each rank's data
         losses = 0
@@ -146,13 +138,12 @@ class FisherPass:
                     continue
                 kept = to_device(kept, device)
                 size = batch_size(kept) if self.split_batches else 1
-                if scorer is None:
-                    with squaring(targets, sums, 1.0 if self._by_batch else None, self.layouts) as square:
-                        square(loss.checked(kept, self.examples))
+                if self._by_batch or not self.split_batches:
+                    of_batches.add(kept, self.examples)
                     losses += 1
                 else:
                     available, size = size, min(size, left[source])
-                    scorer.add(some_examples(kept, range(size), available), size, self.examples)
+                    of_examples.add(some_examples(kept, range(size), available), size, self.examples)
                     losses += size
                 left[source] -= size
                 self.examples += size
@@ -197,8 +188,8 @@ def _total(dataloader: Iterable[Any], num_examples: int | None) -> int | None:
 
 
 @contextmanager
-def _scoring(model: nn.Module, targets: Iterable[nn.Parameter], training: bool) -> Iterator[None]:
-    """Let gradients flow to the targets alone, in the base model, and restore everything afterwards."""
+def _scoring(model: nn.Module, training: bool) -> Iterator[None]:
+    """Let no parameter take gradients, in the base model, and restore everything afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     # Only training mode changes buffers, such as running means.
@@ -214,8 +205,6 @@ def _scoring(model: nn.Module, targets: Iterable[nn.Parameter], training: bool) 
             model.train(training)
             for parameter, _, _ in parameters:
                 parameter.requires_grad_(False).grad = None
-            for parameter in targets:
-                parameter.requires_grad_(True)
             yield
         finally:
             for module, mode in modes:

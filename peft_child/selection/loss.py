@@ -44,17 +44,17 @@ class Loss(NamedTuple):
             return output[0] if isinstance(output[0], Tensor) and not output[0].dim() else None
         return getattr(output, "loss", None)
 
-    def checked(self, batch: Any, number: int) -> Tensor:
-        """The loss of a batch, a finite scalar with a graph.
+    def check(self, loss: Any, batch: Any, number: int) -> Tensor:
+        """The raw loss output for a batch, as a finite scalar with a graph.
 
         Args:
+            loss: What `unchecked` returned.
             batch: The batch.
             number: Number of its first example, for errors.
 
         Raises:
-            ValueError: If there is no such loss.
+            ValueError: If it is no such loss.
         """
-        loss = self.unchecked(batch)
         if loss is None:
             keys = f" (they have {', '.join(map(str, batch))})" if isinstance(batch, Mapping) else ""
             raise ValueError(

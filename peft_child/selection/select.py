@@ -84,9 +84,9 @@ def select_child_network(
     it creates the parameters to be trained.
 
     In several processes (torch.distributed) every rank calls it with its own shard of the data, before the model is
-    wrapped in DDP; see `estimate_fisher`. All end with the same child network, which is checked. The scores of a model
-    that is sharded already (FSDP2) stay in shards; to train what was chosen in it, save the adapter, and load that
-    before sharding.
+    wrapped in DDP; see `estimate_fisher`. All end with the same child network, which is checked. In a model that is
+    sharded already (FSDP2) the scores of entries stay in shards; to train what was chosen there, save the adapter, and
+    load that before sharding.
 
     Args:
         model: A model with a Child-Tuning adapter: a `PeftModel`, or a transformers model after `add_adapter`.
@@ -183,6 +183,10 @@ def estimate_fisher(
 
     A model that is sharded (FSDP2) averages the gradients of all ranks. So its ranks send each other their examples,
     and score all of them together, which takes as long as in one process.
+
+    Input channels are scored without the gradient of their weights, so these may be quantised, too: only the inputs
+    of their modules and the gradients of the outputs are needed. Weights of other modules than linear, embedding and
+    norm layers, and those that the model uses without calling their modules, take gradients as usual.
 
     Args:
         model: A model with a Child-Tuning adapter.

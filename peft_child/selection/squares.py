@@ -6,14 +6,15 @@ Each gradient is squared and dropped as it arrives, so that memory holds the sco
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from peft_child.tensors.channels import ChannelLayout
-from peft_child.tensors.distributed import add_over_ranks, gathered, on_every_rank, own_part, whole
+from peft_child.tensors.distributed import add_over_ranks, gathered, is_sharded, on_every_rank, own_part, whole
+from peft_child.tensors.quantised import is_quantised
 
 
 @contextmanager
@@ -23,22 +24,23 @@ def squaring(
     max_norm: float | None = None,
     layouts: Mapping[str, ChannelLayout] | None = None,
     observe: Callable[[str, Tensor], None] | None = None,
-) -> Iterator[Callable[[Tensor], None]]:
-    """For a while, square each gradient of the parameters as it arrives, add it to the sums and drop it.
+) -> Iterator[None]:
+    """For one backward pass, let parameters take gradients; square each as it arrives, add it to the sums and drop it.
 
     Args:
-        parameters: Leaves that require gradients, by name. Their `.grad` must be None, and is None afterwards.
+        parameters: Leaves by name. Their `.grad` must be None, and is None afterwards.
         sums: Where to add the squares, by name: float32, in the shape of the parameter, on any device.
         max_norm: Clip each parameter's gradient to this L2 norm before squaring, as the authors' code does.
         layouts: If given, add the sums over the entries of each input channel instead, shape `(number of channels,)`.
-        observe: Called with the name and the gradient in float32 of every parameter that a loss reaches.
-
-    Yields:
-        A function that runs backward from a scalar loss.
+        observe: Called with the name and the squared norm (float64) of the gradient of every parameter that a loss
+            reaches.
 
     Raises:
-        RuntimeError: If one backward pass delivers a parameter's gradient in parts, which cannot be squared.
+        ValueError: If a parameter is quantised, or a sharded one has a layout.
+        RuntimeError: If a parameter's gradient is delivered in parts, which cannot be squared.
     """
+    for name, parameter in parameters.items():
+        _check_can_take_gradients(name, parameter, bool(layouts))
     arrived: set[str] = set()
 
     def add_square(name: str, parameter: Tensor) -> None:
@@ -49,31 +51,44 @@ def squaring(
             raise arrived_in_parts(name)
         arrived.add(name)
         gradient = (gradient.to_dense() if gradient.is_sparse else gradient).float()
-        if max_norm is not None:  # the factor of torch.nn.utils.clip_grad_norm_
-            gradient = gradient * (max_norm / (whole(gradient.norm()) + 1e-6)).clamp(max=1.0)
         if observe is not None:
-            observe(name, gradient)
+            observe(name, gradient.square().sum(dtype=torch.float64))
+        if max_norm is not None:
+            gradient = gradient * clipping(whole(gradient.norm()), max_norm)
         if gradient.device == sums[name].device and not layouts:
             sums[name].addcmul_(gradient, gradient)  # needs no memory for the squares
         else:
             squares = gradient.square()
             sums[name].add_((layouts[name].sums(squares) if layouts else squares).to(sums[name].device))
 
-    def square(loss: Tensor) -> None:
-        arrived.clear()
-        loss.backward()
+    with ExitStack() as stack:
+        for name, parameter in parameters.items():
+            stack.callback(_restore, parameter, parameter.requires_grad)
+            parameter.requires_grad_(True)
+            stack.callback(parameter.register_post_accumulate_grad_hook(partial(add_square, name)).remove)
+        yield
 
-    handles = [
-        parameter.register_post_accumulate_grad_hook(partial(add_square, name))
-        for name, parameter in parameters.items()
-    ]
-    try:
-        yield square
-    finally:
-        for handle in handles:
-            handle.remove()
-        for parameter in parameters.values():
-            parameter.grad = None
+
+def _check_can_take_gradients(name: str, parameter: nn.Parameter, by_channels: bool) -> None:
+    if is_quantised(parameter):
+        raise ValueError(
+            f"'{name}' is quantised ({type(parameter).__name__}), and no gradient reaches it: estimate the Fisher "
+            "information in the base model as it was before, and pass it as scores=."
+        )
+    if by_channels and is_sharded(parameter):
+        raise ValueError(
+            f"The input channels of '{name}' are scored by gradients, since its module is of no common kind, and "
+            "those are sharded: choose them before the model is sharded (fully_shard)."
+        )
+
+
+def _restore(parameter: nn.Parameter, required: bool) -> None:
+    parameter.requires_grad_(required).grad = None
+
+
+def clipping(norm: Tensor, max_norm: float) -> Tensor:
+    """The factor by which `torch.nn.utils.clip_grad_norm_` scales a gradient of this norm."""
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
 def arrived_in_parts(name: str) -> RuntimeError:

@@ -268,6 +268,43 @@ def test_the_choice_of_a_sharded_model_is_that_of_one_process(tmp_path):
     assert "(rank 1 of 2)" in errors[1]
 
 
+def choose_channels_on_shards(folder):
+    rank = distributed.get_rank()
+    found = {}
+    for fisher in ("per_example", "authors"):
+        model = shard(unchosen(fisher, granularity="input_channel"))
+        data = [rows(*indices) for indices in SHARES[rank]]
+        with counted_gathers() as gathered:
+            scores = estimate_fisher(model, data, progress_bar=False)
+        assert not gathered
+        select_child_network(model, data, progress_bar=False)
+        model.save_pretrained(folder / fisher, is_main_process=rank == 0)
+        found[fisher] = scores, child_of(model)
+    base = base_of("bert")
+    config = config_for("bert", granularity="input_channel", target_modules=["LayerNorm"])
+    base.bert.encoder.layer[0].attention.output.LayerNorm.forward = torch.tanh  # of no common kind
+    error = raised(lambda: estimate_fisher(shard(get_peft_model(base, config)), data, progress_bar=False))
+    return found, error
+
+
+def test_input_channels_are_chosen_in_a_sharded_model_as_in_one_process(tmp_path):
+    (first, error), (second, second_error) = on_two_ranks(choose_channels_on_shards, tmp_path)
+    for fisher, (scores, child) in first.items():
+        assert_same(scores, second[fisher][0])
+        assert_same(child, second[fisher][1])
+        alone = unchosen(fisher, granularity="input_channel")
+        data = [rows(*indices) for indices in IN_ROUNDS]
+        expected = estimate_fisher(alone, data, progress_bar=False)
+        for name, score in scores.items():
+            torch.testing.assert_close(score, expected[name], rtol=1e-4, atol=1e-12)
+        select_child_network(alone, scores=scores)
+        assert_same(child_of(alone), child)
+        loaded = PeftModel.from_pretrained(base_of("bert"), tmp_path / fisher, is_trainable=True)
+        assert_same(child_of(loaded), child)
+    assert error == second_error
+    assert "LayerNorm.weight' are scored by gradients, since its module is of no common kind" in error
+
+
 # Three of the eight examples are on rank 0 and five on rank 1.
 SHARES = ((0, 1), (2,)), ((3, 4, 5), (6, 7))
 IN_ROUNDS = (0, 1), (3, 4, 5), (2,), (6, 7)
@@ -277,10 +314,10 @@ def rows(*indices):
     return {key: value[list(indices)] for key, value in batches("bert")[0].items()}
 
 
-def unchosen(fisher, dropout=0.0):
+def unchosen(fisher, dropout=0.0, **changes):
     torch.manual_seed(0)
     base = tiny_bert(hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
-    return get_peft_model(base, config_for("bert", fisher=fisher))
+    return get_peft_model(base, config_for("bert", fisher=fisher, **changes))
 
 
 def scored(model, examples, **options):

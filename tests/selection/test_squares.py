@@ -9,8 +9,11 @@ def diagonal_fisher(parameters, losses, max_norm=None):
     """The mean of the squared gradients of losses."""
 
     sums = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in parameters.items()}
-    with squaring(parameters, sums, max_norm) as square:
-        count = sum(square(loss) is None for loss in losses)
+    count = 0
+    for loss in losses:
+        with squaring(parameters, sums, max_norm):
+            loss.backward()
+        count += 1
     average(sums, count, shared=False)
     return sums
 

@@ -12,6 +12,7 @@ from peft_child.tuner.layer import child_tuning_layers
 
 from ..helpers import assert_same, child_of, config_for, logits, snapshot, train
 from ..problems import batch_of, build
+from ..selection.test_batch_scorer import assert_close
 
 
 # torchao warns of enumerations that torch has come to know, and of extensions that need a GPU.
@@ -140,6 +141,21 @@ def test_scores_come_from_the_dense_model(quantised):
     dense = model_of(build("llama"))
     select_child_network(dense, scores=scores)
     assert_same(child_of(model), child_of(dense))
+
+
+def test_input_channels_are_chosen_in_the_quantised_model(quantised):
+    """As in the same model with unpacked weights: channels need no gradient of a weight."""
+    batches = [batch_of("llama", seed) for seed in range(2)]
+    base = quantised()
+    twin = dense_twin(base)
+    found = []
+    for each in (base, twin):
+        model = model_of(each, granularity="input_channel")
+        found.append(estimate_fisher(model, batches, progress_bar=False))
+        select_child_network(model, batches, progress_bar=False)
+        found.append(child_of(model))
+    assert_close(found[0], found[2])
+    assert_same(found[1], found[3])
 
 
 def test_merging_is_refused(quantised):

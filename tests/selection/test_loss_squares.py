@@ -1,0 +1,121 @@
+"""Squared gradients of one loss at a time, which input channels get without the gradient of any weight."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import get_peft_model
+from torch import nn
+
+from peft_child import ChildTuningConfig, estimate_fisher, select_child_network
+from peft_child.selection.loss import Loss
+from peft_child.selection.loss_squares import LossSquares
+from peft_child.tensors.channels import ChannelLayout
+from peft_child.tuner.layer import child_tuning_layers
+
+from ..helpers import assert_same, child_of, config_for
+from ..problems import Regression, batch_of, build
+from .test_batch_scorer import assert_close
+
+
+class Untrainable(torch.Tensor):
+    """A weight that cannot take gradients, as packed ones cannot."""
+
+    def requires_grad_(self, required=True):
+        if required:
+            raise RuntimeError("asked for a gradient")
+        return super().requires_grad_(False)
+
+
+def untrainable(base):
+    """A model whose linear and embedding weights cannot take gradients."""
+    for module in base.modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            module.weight = nn.Parameter(module.weight.detach().as_subclass(Untrainable), requires_grad=False)
+    return base
+
+
+@pytest.mark.parametrize(
+    ("fisher", "split_batches"), [("per_example", True), ("per_example", False), ("authors", True)]
+)
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_channels_are_chosen_without_the_gradient_of_any_weight(name, fisher, split_batches):
+    def scores(base):
+        modules = [path for path, module in base.named_modules() if isinstance(module, (nn.Linear, nn.Embedding))]
+        config = ChildTuningConfig(granularity="input_channel", density=0.3, target_modules=modules, fisher=fisher)
+        model = get_peft_model(base, config)
+        torch.manual_seed(0)
+        found = estimate_fisher(model, batches, split_batches=split_batches, progress_bar=False)
+        select_child_network(model, scores=found)
+        return found, child_of(model)
+
+    batches = [batch_of(name, seed) for seed in range(2)]
+    found, chosen = scores(untrainable(build(name)))
+    expected, as_usual = scores(build(name))
+    assert_same(found, expected)
+    assert_same(chosen, as_usual)
+
+
+class UsedElsewhere(nn.Module):
+    """A linear layer whose weight is used a second time, without calling the layer."""
+
+    def __init__(self, always):
+        super().__init__()
+        self.first, self.second, self.always = nn.Linear(4, 4), nn.Linear(4, 4), always
+
+    def forward(self, x):
+        hidden = self.second(self.first(x).tanh())
+        return hidden + F.linear(hidden, self.first.weight) if self.always or x[0, 0] > 0 else hidden
+
+
+@pytest.mark.parametrize("always", [True, False])
+def test_weights_that_are_used_without_their_modules_are_scored_as_well(always):
+    """Also if only some examples use them so."""
+
+    def scores(granularity):
+        torch.manual_seed(0)
+        config = ChildTuningConfig(
+            granularity=granularity, density=0.5, target_modules=["body.first", "body.second"], fisher="per_example"
+        )
+        model = get_peft_model(Regression(UsedElsewhere(always)), config)
+        layouts = {k: v for layer in child_tuning_layers(model).values() for k, v in layer.layouts("default").items()}
+        return layouts, estimate_fisher(model, batches, progress_bar=False)
+
+    torch.manual_seed(1)
+    batches = [{"x": torch.randn(1, 4), "labels": torch.randn(1, 4)} for _ in range(6)]
+    assert len({bool(batch["x"][0, 0] > 0) for batch in batches}) == 2
+    layouts, found = scores("input_channel")
+    assert_close(found, {name: layouts[name].sums(score) for name, score in scores("entry")[1].items()})
+
+
+@pytest.mark.parametrize("max_norm", [None, 0.01, 100.0])
+def test_a_loss_over_a_batch_is_squared_as_it_is(max_norm):
+    torch.manual_seed(0)
+    model = Regression(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2))).requires_grad_(False)
+    batch = {"x": torch.randn(5, 4), "labels": torch.randn(5, 2)}
+    targets = {name: parameter for name, parameter in model.named_parameters() if parameter.dim() == 2}
+    layouts = {name: ChannelLayout(1, *parameter.shape, 1) for name, parameter in targets.items()}
+    found = {name: torch.zeros(layout.number) for name, layout in layouts.items()}
+    norms = {}
+    squares = LossSquares(Loss(model, None, None), targets, found, layouts, max_norm)
+    loss = squares.add(batch, 0, norms.__setitem__)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    for parameter in targets.values():
+        parameter.requires_grad_(True)
+    expected = model(**batch).loss
+    assert loss == expected.item()
+    expected.backward()
+    for name, parameter in targets.items():
+        torch.testing.assert_close(norms[name], parameter.grad.square().sum(dtype=torch.float64), rtol=1e-6, atol=0)
+        if max_norm is not None:
+            nn.utils.clip_grad_norm_([parameter], max_norm)
+        torch.testing.assert_close(found[name], parameter.grad.square().sum(0), rtol=1e-5, atol=1e-12)
+
+
+def test_an_error_of_the_model_leaves_nothing_behind():
+    model = get_peft_model(build("bert"), config_for("bert", granularity="input_channel", density=0.5))
+    before = [parameter.requires_grad for parameter in model.parameters()]
+    batch = batch_of("bert")
+    with pytest.raises(IndexError):
+        estimate_fisher(model, [{**batch, "input_ids": batch["input_ids"] + 10_000}], progress_bar=False)
+    assert [parameter.requires_grad for parameter in model.parameters()] == before
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
