@@ -1,7 +1,7 @@
 """Child-Tuning (Xu et al., EMNLP 2021) as an adapter for Hugging Face PEFT.
 
-Importing this package makes PEFT know the method: `get_peft_model`, `PeftModel.from_pretrained` and the rest work with
-a `ChildTuningConfig` as with any other.
+Importing this package registers the method with PEFT: `get_peft_model`, `PeftModel.from_pretrained` and the rest then
+take a `ChildTuningConfig` like any other configuration.
 """
 
 from peft_child.integrations.registration import register

@@ -110,6 +110,7 @@ PRIVATE = {
     },
     "tuner/state.py": {
         "_load_from_state_dict": "the hook of nn.Module before tensors are loaded",
+        "_save_to_state_dict": "the hook of nn.Module before tensors are collected",
         "_modules": "deltas of an adapter, without an error where there are none",
         "_move_adapter_to_device_of_base_layer": "overridden: deltas keep their precision",
         "_parameters": "parameters that the base layer itself owns, by key",

@@ -67,7 +67,7 @@ pip install peft-child
 ```
 
 ```python
-import peft_child  # makes PEFT know the method
+import peft_child  # registers the method with PEFT
 from peft import PeftModel
 {imports}
 base = {base}
@@ -82,8 +82,8 @@ TABLE_HEAD = """\
 
 REMINDER = """\
 <!--
-Write here: text outside the two markers above is kept when the adapter is saved again. Worth telling: the data that
-the child network was trained on, its results beside those of the base model, its intended use and its limits.
+Write here: text outside the two markers above is kept when the adapter is saved again. Worth mentioning: the data that
+the child network was trained on, its results compared with the base model's, its intended use and its limits.
 `license` and `language` belong in the front matter at the top.
 -->"""
 
@@ -117,7 +117,7 @@ def completed_card(card: str, settings: Mapping[str, Any], has_heat_map: bool, n
         card: The whole card, which may be empty.
         settings: As for `complete_card`.
         has_heat_map: Whether the heat map is beside the card.
-        name: What errors call the card.
+        name: The card's name in error messages.
 
     Raises:
         ValueError: If the front matter of the card cannot be read.
@@ -132,7 +132,7 @@ def tagged_card(card: str, tags: Iterable[str], name: str) -> str:
     Args:
         card: The whole card.
         tags: The tags to add.
-        name: What errors call the card.
+        name: The card's name in error messages.
 
     Raises:
         ValueError: If the front matter of the card cannot be read.

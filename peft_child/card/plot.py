@@ -18,8 +18,9 @@ from typing import NamedTuple, TypeVar
 from peft_child.tensors.delta import ChildSize, total_size
 
 
+# STACK.LAYER.KIND, where LAYER is the first number between dots: `model.layers` . `3` . `mlp.up_proj`.
 LAYERED = re.compile(r"(?:(?P<stack>.+?)\.)?(?P<layer>[0-9]{1,6})\.(?P<kind>.+)", re.DOTALL)
-NUMBER = re.compile(r"(?<![^.])[0-9]+(?![^.])")
+NUMBER = re.compile(r"(?<![^.])[0-9]+(?![^.])")  # a whole part of a dotted name
 CELL = (0.75, 0.28)  # inches, enough for a number of three digits
 LONGEST = 30  # inches; beyond it cells shrink, and are not annotated
 MAX_LABELS = 100  # on one axis
@@ -42,9 +43,10 @@ class Place(NamedTuple):
 
 
 def places_of(names: Iterable[str]) -> dict[str, Place]:
-    """The place of every parameter by its name: by layer, what is outside the layers last, then by kind."""
+    """The place of every parameter by name, sorted by layer, with those outside the layers last, then by kind."""
     parts = {name: _split(name) for name in names}
     stacks = {stack for stack, layer, _ in parts.values() if layer is not None}
+    # With several stacks of layers, such as an encoder and a decoder, the kind has to say which one it is in.
     places = {
         name: Place(layer, f"{stack}.*.{kind}" if layer is not None and len(stacks) > 1 else kind)
         for name, (stack, layer, kind) in parts.items()
@@ -116,7 +118,7 @@ def draw_overlap(names: Sequence[str], matrix: Sequence[Sequence[float]], path: 
 
 
 class _HeatMap(NamedTuple):
-    """What a heat map shows, hashable; NaN is a cell without a number."""
+    """What a heat map shows, hashable for the cache of `_drawn`; NaN is a cell without a number."""
 
     rows: tuple[str, ...]
     columns: tuple[str, ...]
@@ -129,7 +131,7 @@ class _HeatMap(NamedTuple):
 def _write(path: str | Path, heat_map: _HeatMap) -> None:
     import matplotlib.style
 
-    # Names are no formulas, and may have characters that the font lacks.
+    # Do not read `$` in names as formulas, nor warn about characters that the font lacks.
     with matplotlib.style.context(["default", {"text.parse_math": False}]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph ", category=UserWarning)
         Path(path).write_bytes(_drawn(heat_map))
@@ -165,5 +167,5 @@ def _drawn(heat_map: _HeatMap) -> bytes:
                     color = "black" if 2 * value > highest else "white"
                     axes.text(column, row, f"{value:.3g}", ha="center", va="center", color=color, size=8)
     png = BytesIO()
-    figure.savefig(png, format="png", metadata={"Software": None})
+    figure.savefig(png, format="png", metadata={"Software": None})  # else it names the version of matplotlib
     return png.getvalue()

@@ -61,7 +61,7 @@ def load_with_adapter(adapter: Path, base: Path, check_base: str = "warn") -> Pe
         check_base: What to do if the base has other weights than the adapter was made on: 'warn', 'error' or 'off'.
 
     Raises:
-        ValueError: If the class is unknown, the adapter does not fit, or neither of the two has all tensors.
+        ValueError: If the class is unknown, the adapter does not fit, or the model needs a tensor that neither has.
     """
     stored = open_adapter(adapter)
     model_class = _model_class(stored.settings, base)
@@ -83,7 +83,7 @@ def load_with_adapter(adapter: Path, base: Path, check_base: str = "warn") -> Pe
 
 
 def _model_class(settings: Mapping[str, Any], base: Path) -> Any:
-    """By the adapter's task, else by the class that it was made on, else by the one that saved the checkpoint."""
+    """The class for the adapter's task, else the class it was made on, else the class that saved the checkpoint."""
     if not (base / "config.json").is_file():
         raise ValueError(f"To be loaded as a model, '{base}' must be a folder with 'config.json'.")
     task = AUTO_CLASSES.get(str(settings.get("task_type")))
@@ -93,7 +93,7 @@ def _model_class(settings: Mapping[str, Any], base: Path) -> Any:
     name = str(mapping.get("base_model_class")) if isinstance(mapping, dict) else _architecture(base)
     found = getattr(transformers, name, None)
     if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
-        raise ValueError(f"transformers has no model class '{name}', which '{base}' would have to be loaded with.")
+        raise ValueError(f"transformers has no model class '{name}', but '{base}' has to be loaded as one.")
     return found
 
 
@@ -116,7 +116,7 @@ def model_settings(base: Path) -> dict[str, Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence transformers' report of missing tensors, which are checked here, and its progress bars in files."""
+    """Silence transformers' report of missing tensors, which we check, and its progress bars outside a terminal."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     if not sys.stderr.isatty():

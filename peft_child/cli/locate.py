@@ -29,16 +29,16 @@ WEIGHTS_FILES = (CHECKPOINT_NAME, INDEX_NAME, "model-*-of-*.safetensors")
 def locate_adapter(
     name: str, revision: str | None = None, token: str | None = None, subfolder: str | None = None
 ) -> Path:
-    """Folder of an adapter.
+    """Find the folder of an adapter, downloading it from the Hub if it is not a local path.
 
     Args:
         name: A path, or the name of a repository on the Hub. A path that exists is preferred.
-        revision: Branch, tag or commit on the Hub; by default its main branch.
+        revision: Branch, tag or commit on the Hub; by default the repository's main branch.
         token: Access token for the Hub; by default that of the environment or of `hf auth login`.
-        subfolder: Where the adapter lies in the folder or the repository, if not at its top.
+        subfolder: Where the adapter is in the folder or the repository, if not at the top level.
 
     Returns:
-        The path itself, or the folder in the Hub's cache; with the subfolder.
+        The path itself, or the folder in the Hub's cache, followed by the subfolder.
 
     Raises:
         OSError: If there is no such path, and the repository cannot be downloaded; the message says why.
@@ -50,7 +50,8 @@ def locate_adapter(
 
 
 def locate_checkpoint(name: str, revision: str | None = None, token: str | None = None) -> Path:
-    """Folder or file of a checkpoint, with what lies beside the weights; otherwise as `locate_adapter`."""
+    """Find the folder or file of a checkpoint, with the files beside its weights; otherwise as `locate_adapter`."""
+    # Nothing in subfolders: the Hub's patterns let `*` match a slash as well.
     return _locate(name, revision, token, [*WEIGHTS_FILES, *DESCRIBING, *LICENCES], ["*/*"])
 
 

@@ -115,15 +115,15 @@ def inspect(
 ) -> None:
     """Show what an adapter holds: its child network by tensor, layer and module, its settings and its base model.
 
-    Targeted tensors in which nothing was chosen are not in the file. So the density of the total can be above that of
-    the settings, which counts them.
+    Targeted tensors in which nothing was chosen are not in the file. So the total density shown can be higher than the
+    density in the settings, which counts these tensors too.
     """
     _check_file(plot, force)
     folder = locate_adapter(adapter, revision, subfolder=subfolder)
     _check_apart(plot, folder)
     stored = open_adapter(folder)
     summary = summarize(stored)
-    if plot:  # before printing, which ends early in `| head`
+    if plot:  # before printing, which a pipe such as `| head` may cut short
         with replacing(plot, force) as temporary:
             draw_child_network(stored.sizes, temporary)
     if as_json:
@@ -147,8 +147,9 @@ def compare(
 ) -> None:
     """Compare the child networks of two or more adapters of one base model, pair by pair.
 
-    Jaccard: entries that both have chosen, over entries that either has; 1 for equal child networks. Times chance:
-    shared entries, over what two random child networks of these sizes would share, in the tensors that either changes.
+    Jaccard: entries chosen by both, divided by entries chosen by either; 1 for equal child networks. Times chance:
+    entries chosen by both, divided by the number that two random child networks of these sizes would share, in the
+    tensors that either changes.
     """
     _check_file(plot, force)
     if len(adapters) < 2:
@@ -204,8 +205,9 @@ def extract(
     entries that changed most are kept. Changes of integer and FP8 tensors are refused; and, without --density, so are
     changes that need more than the 53 bits of a float64, such as from 1e30 to 1.
 
-    The adapter has the names of the checkpoint, so `merge` and `patch` always take it. PEFT takes it only if the model
-    has the same names: transformers renames or fuses tensors of some architectures on loading, such as Mixtral.
+    The adapter uses the tensor names of the checkpoint, so `merge` and `patch` always accept it. PEFT accepts it only
+    if the loaded model uses the same names: transformers renames or fuses tensors of some architectures, such as
+    Mixtral, on loading.
     """
     _check_folder(output, force)
     before = Checkpoint(locate_checkpoint(base, base_revision))
@@ -268,7 +270,7 @@ def combine(
     majority_sign: Annotated[
         str, typer.Option(metavar="|".join(MAJORITIES), help="How 'ties' and 'dare_ties' elect signs.")
     ] = "total",
-    seed: Annotated[int, typer.Option(help="Seed of the random drops, for all kinds of 'dare'.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the random drops of 'dare_linear' and 'dare_ties'.")] = 0,
     revision: Revisions = None,
     force: Force = False,
 ) -> None:
@@ -331,7 +333,7 @@ def verify(
     stored = read_adapter(folder)
     if not stored.deltas:
         raise FormatError("The file holds no child network; it was saved before one was chosen.")
-    ChildTuningConfig.from_pretrained(str(folder))
+    ChildTuningConfig.from_pretrained(str(folder))  # raises an error if a setting is not valid
     if base is not None:
         checkpoint = Checkpoint(_locate_base(base, stored, base_revision))
         try:
@@ -392,4 +394,4 @@ def _check_apart(output: Path | None, *inputs: Path) -> None:
         read = {file.resolve() for file in (place, *place.rglob("*")) if file.suffix != ".png"}
         around = {file for file in targets if place.resolve() in file.parents and file.suffix != ".png"}
         if (around and output.exists()) or any(target in (file, *file.parents) for target in targets for file in read):
-            raise FileExistsError(f"'{output}' is, holds or belongs to the input '{place}'; name another output.")
+            raise FileExistsError(f"'{output}' is, contains or is part of the input '{place}'; name another output.")

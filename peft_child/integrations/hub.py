@@ -115,8 +115,8 @@ def _prepare_card(card: Path, path: str, api: HfApi, repo_id: str, revision: str
         if path == CARD_NAME and tags:
             text = tagged_card(text, tags, name)
         card.write_bytes(text.encode())
-    except ValueError as error:  # the adapter is worth more than its card
-        card.unlink()
+    except ValueError as error:  # a card that cannot be read is no reason not to push the adapter
+        card.unlink()  # so that it does not replace the card on the Hub
         warnings.warn(f"The adapter is pushed, but the card on the Hub is left as it is. {error}", stacklevel=4)
 
 

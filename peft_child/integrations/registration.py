@@ -20,7 +20,7 @@ from peft_child.tuner.model import ChildTuningModel
 
 
 def register() -> None:
-    """Make PEFT know Child-Tuning; calling it again changes nothing.
+    """Register Child-Tuning with PEFT; calling this again changes nothing.
 
     Raises:
         RuntimeError: If PEFT, or another package, uses the name or the prefix for something else.
@@ -31,7 +31,7 @@ def register() -> None:
     prefixes: dict[Any, str] = mapping.PEFT_TYPE_TO_PREFIX_MAPPING
 
     known = configs.get(kind, ChildTuningConfig)
-    if known.__module__ != ChildTuningConfig.__module__:
+    if known.__module__ != ChildTuningConfig.__module__:  # not by identity: a reloaded module has a new class
         raise RuntimeError(
             f"PEFT already has a method '{kind.value}' ({known.__module__}.{known.__qualname__}), so peft_child "
             "cannot register its own; import only one of the two."

@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 class ChildTuningCallback(TrainerCallback):
     """Selects the child network when the Trainer is made, and logs how far it has moved while it trains.
 
-    Training needs neither: without data or scores the callback only logs, and a child network that is selected
-    already, or loaded, is kept. The selection is made at the end of the Trainer's construction, before there is an
-    optimizer; a Trainer with `model_init`, which makes a new model for each training, has to select in that function.
-    Resuming from a checkpoint replaces the selection by the checkpoint's child network. In several processes the
-    callback checks that all of them train the same one.
+    Training also works without this callback. Without data or scores the callback only logs, and a child network that
+    is already selected or loaded is kept. The selection is made at the end of the Trainer's construction, before there
+    is an optimizer; a Trainer with `model_init`, which makes a new model for each training, has to select in that
+    function. Resuming from a checkpoint replaces the selection with the checkpoint's child network. In several
+    processes the callback checks that all of them train the same child network.
 
     With every training loss it logs `child/moved`, the share of the chosen entries that differ from the base;
     `child/norm`, the L2 norm of the delta; and the norm by layer, as in `child/norm/layer.3`, with `child/norm/other`
@@ -71,6 +71,7 @@ class ChildTuningCallback(TrainerCallback):
         if model is None or (self.dataloader is None and self.scores is None):
             return
         layers = child_tuning_layers(model, self.adapter_name).values()
+        # Without layers, selecting raises an error that names the missing adapter.
         if not layers or not all(layer.is_chosen(self.adapter_name) for layer in layers):
             select_child_network(
                 model, self.dataloader, scores=self.scores, adapter_name=self.adapter_name, **self.kwargs
@@ -85,7 +86,7 @@ class ChildTuningCallback(TrainerCallback):
         if model is None or world_size() == 1:
             return
         for layer in child_tuning_layers(model).values():
-            layer.read_again()  # broadcasts write without raising the version that is checked
+            layer.clear_cache()  # broadcasts write without increasing the version counter that the cache relies on
         buffers, contents = dict(model.named_buffers()), {}
         for what, kind in (("child network", "child_index"), ("gradient masks", "child_mask")):
             held = {name: buffer for name, buffer in buffers.items() if f".{kind}.{self.adapter_name}." in name}

@@ -86,7 +86,7 @@ class _ChannelLinear(torch.autograd.Function):
                 ctx.saved_tensors, weight.children, ctx.dtypes, needed, strict=True
             ):
                 left, right = (kept, flat) if ctx.is_transposed else (flat, kept)
-                found.append(_of_delta(left, right, child.mask, dtype) if is_needed else None)
+                found.append(_channel_delta_gradient(left, right, child.mask, dtype) if is_needed else None)
         return of_x, of_bias, None, *found
 
 
@@ -95,6 +95,6 @@ def _is_transposed(weight: Composition) -> bool:
     return layouts[0].are_rows(len(weight.base))
 
 
-def _of_delta(left: Tensor, right: Tensor, mask: MaskUse | None, dtype: torch.dtype) -> Tensor:
+def _channel_delta_gradient(left: Tensor, right: Tensor, mask: MaskUse | None, dtype: torch.dtype) -> Tensor:
     found = (left.reshape(-1, left.shape[-1]).T @ right.reshape(-1, right.shape[-1])).reshape(-1).to(dtype)
     return found if mask is None else mask.apply(found)

@@ -115,7 +115,7 @@ class Channels(NamedTuple):
         """A contiguous tensor as `(outer, per_group, inner)`, so that dimension 1 counts the channels."""
         return tensor.view(*self.layout[1:])
 
-    def of_delta(self, delta: Tensor) -> Tensor:
+    def as_block(self, delta: Tensor) -> Tensor:
         """A delta of these channels as `(outer, m, inner)`."""
         return delta.view(self.layout.outer, -1, self.layout.inner)
 

@@ -2,8 +2,9 @@
 
 A child network of a tensor is a compact 1-D delta and the flat indices of the entries that it moves. The tensor that a
 module computes with is composed from the frozen base and the delta when the module runs, and composed again when
-backward asks for it, so that no copy of the weight lives from forward to backward. Backward gathers the child's
-entries from the dense gradient and lets the rest go: this is the gradient mask of Child-Tuning.
+backward asks for it, so that no copy of the weight lives from forward to backward. Backward gathers the chosen entries
+from the dense gradient and drops the others: this is the fixed mask of CT_D. The random mask of CT_F, if there is one,
+is applied to the gathered entries (`_delta_gradient`).
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ class _Compose(torch.autograd.Function):
             gradient = gradient.to_dense()
         flat = gradient.reshape(-1)
         gathered = [
-            _of_delta(flat, index, mask, dtype) if needed else None
+            _delta_gradient(flat, index, mask, dtype) if needed else None
             for index, mask, dtype, needed in zip(
                 ctx.indices, ctx.masks, ctx.dtypes, ctx.needs_input_grad[3:], strict=True
             )
@@ -132,8 +133,8 @@ def positions_of(index: Tensor | Channels) -> Tensor:
     return index.positions() if isinstance(index, Channels) else index.long()
 
 
-def _of_delta(gradient: Tensor, indices: Index, mask: MaskUse | None, dtype: torch.dtype) -> Tensor:
-    """What the gradient of a tensor, flat, is for a delta."""
+def _delta_gradient(gradient: Tensor, indices: Index, mask: MaskUse | None, dtype: torch.dtype) -> Tensor:
+    """The gradient of one delta, from that of the whole tensor, flat: its entries, cast, then masked (CT_F)."""
     if isinstance(indices, Channels):
         gradient = indices.of(gradient).index_select(1, indices.chosen).view(-1)
     elif indices is not None:
@@ -153,7 +154,7 @@ def _composed(base: Tensor, deltas: Sequence[Tensor], indices: Sequence[Index]) 
             if index is None:
                 total.view(-1).add_(delta)
             elif isinstance(index, Channels):
-                index.of(total).index_add_(1, index.chosen, index.of_delta(delta.to(precise)))
+                index.of(total).index_add_(1, index.chosen, index.as_block(delta.to(precise)))
             else:
                 total.view(-1).index_add_(0, index, delta.to(precise))
         return total.to(base.dtype)
@@ -163,7 +164,7 @@ def _composed(base: Tensor, deltas: Sequence[Tensor], indices: Sequence[Index]) 
     total = base.clone(memory_format=torch.contiguous_format)  # only the chosen entries need the wider type
     if isinstance(index, Channels):
         before = index.of(total).index_select(1, index.chosen)
-        index.of(total).index_copy_(1, index.chosen, rounded_sum(before, index.of_delta(delta)))
+        index.of(total).index_copy_(1, index.chosen, rounded_sum(before, index.as_block(delta)))
         return total
     total.view(-1).index_copy_(0, index.long(), rounded_sum(total.view(-1).index_select(0, index), delta))
     return total

@@ -61,7 +61,8 @@ class _Step:
     Attributes:
         open: Optimizers whose steps have begun and not ended.
         counted: Identities of the parameters that it was counted for.
-        has_news: Whether a gradient was masked since a step began; then that one has ended, maybe with an error.
+        has_news: Whether a gradient was masked since the last step began. Then a step that is still open has failed,
+            and another one begins.
     """
 
     def __init__(self) -> None:

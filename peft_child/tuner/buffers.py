@@ -1,6 +1,6 @@
-"""Index blocks and gradient masks as buffers, which travel with state dicts, and what was read from them.
+"""Index blocks and gradient masks, held in buffers so that state dicts carry them, with a cache of their values.
 
-A buffer is read once, and again only if something else was written into it.
+A buffer is decoded once, and again only after something else was written into it.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ T = TypeVar("T")
 
 
 class _ReadBuffers(nn.ModuleDict, Generic[T]):
-    """Buffers by adapter and parameter."""
+    """Buffers by adapter and parameter, each with a cache of its decoded value."""
 
     def __init__(self) -> None:
         super().__init__()
-        # By adapter and parameter: the buffer that was read, its in-place changes until then, and what it held.
+        # The cache, by adapter and parameter: the buffer, its count of in-place changes when decoded, and the value.
         self._known: dict[tuple[str, str], tuple[Tensor, int, T]] = {}
 
     def add_adapter(self, adapter_name: str) -> None:
@@ -49,7 +49,7 @@ class _ReadBuffers(nn.ModuleDict, Generic[T]):
             if known is None:
                 raise RuntimeError("Run the model once before torch.export, or call merge_and_unload() before it.")
         elif known is None or known[0] is not buffer or known[1] != changes_in(buffer):
-            with torch.inference_mode(False):  # else it could never be used in training
+            with torch.inference_mode(False):  # a value decoded as an inference tensor could not be used in training
                 self.remember(adapter_name, parameter, self._read(buffer))
         return self.known(adapter_name, parameter)
 
@@ -58,27 +58,27 @@ class _ReadBuffers(nn.ModuleDict, Generic[T]):
         buffer = self.of(adapter_name)[parameter]
         self._known[adapter_name, parameter] = buffer, changes_in(buffer), value
 
-    def read_again(self, adapter_name: str | None = None) -> None:
-        """Read the buffers, or those of one adapter, when they are needed next."""
+    def clear_cache(self, adapter_name: str | None = None) -> None:
+        """Clear the cache, or that of one adapter, so that buffers are decoded again when next needed."""
         self._known = {key: known for key, known in self._known.items() if adapter_name not in (None, key[0])}
 
     def _read(self, buffer: Tensor) -> T:
         raise NotImplementedError
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        """As torch's; forgets what was read of the buffers that are loaded, which makes torch.compile trace anew."""
+        """As torch's; also clears the cache of the loaded buffers, so that torch.compile traces them again."""
         self._known = {key: known for key, known in self._known.items() if prefix + ".".join(key) not in state_dict}
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles read their own buffers."""
+        """Leave out the cache: copies and unpickled objects decode their own buffers."""
         return {**self.__dict__, "_known": {}}
 
 
 class IndexBuffers(_ReadBuffers[Tensor | Channels]):
-    """Encoded positions, uint8; read as int32 or, where they do not fit, int64, or as channels of one group.
+    """Encoded positions, uint8; decoded to int32, to int64 where they do not fit, or to channels of one group.
 
-    What is read is on the device of the buffer. Reading raises a `FormatError` if a block is damaged.
+    The decoded value is on the buffer's device. Decoding raises a `FormatError` if a block is damaged.
     """
 
     def remember(self, adapter_name: str, parameter: str, value: Tensor | Channels) -> None:
@@ -107,7 +107,7 @@ class MaskBuffers(_ReadBuffers[GradientMask]):
     def count_step(self, adapter_name: str, parameter: str) -> None:
         """Go on to the mask of the next optimizer step."""
         mask = self.present(adapter_name, parameter)
-        self.of(adapter_name)[parameter][:1].add_(1)
+        self.of(adapter_name)[parameter][:1].add_(1)  # `GradientMask.pack` puts the number of steps first
         self.remember(adapter_name, parameter, mask._replace(step=mask.step + 1))
 
     def _read(self, buffer: Tensor) -> GradientMask:

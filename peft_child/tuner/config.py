@@ -21,9 +21,9 @@ T = TypeVar("T")
 
 
 class ChildPeftType(str, enum.Enum):
-    """PEFT's name for this method: members of PEFT's own enum cannot be added from outside.
+    """The method's name in PEFT, in an enum of our own, because PEFT's enum cannot be extended from outside.
 
-    It names the package, so that PEFT's `KeyError` says what to import where this package is missing.
+    The name is that of the package: where it was not imported, PEFT's `KeyError` shows what to import.
     """
 
     PEFT_CHILD = "PEFT_CHILD"
@@ -58,20 +58,20 @@ class ChildTuningConfig(PeftConfig):
         "How the child network is chosen. 'task_driven' (Child-Tuning_D): the entries with the largest Fisher "
         "information, by `select_child_network`. 'random': a fixed random one, drawn from `seed` and the names of the "
         "parameters; needs no data. 'task_free' (Child-Tuning_F): all entries, but each keeps its gradient only with "
-        "probability `density`, drawn anew for every optimizer step, scaled by 1/density; needs no data, and its "
-        "delta is dense. 'extracted': taken from the difference of checkpoints, or combined from adapters; only for "
-        "loading.",
+        "probability `density`, and kept gradients are scaled by 1/density; the mask is redrawn every "
+        "`resample_every` optimizer steps. It needs no data, and its delta is dense. 'extracted': taken from the "
+        "difference of checkpoints, or combined from adapters; only for loading.",
     )
     density: float = _setting(
         0.1,
-        "Share of the entries of all targeted parameters together that belong to the child network, in (0, 1]. "
-        "Exactly round(density * n) of n entries are chosen; memory and files grow with it. Called p_D or reserve_p "
-        "elsewhere. For 'task_free' the probability to keep a gradient, p_F.",
+        "Share of the entries that belong to the child network, in (0, 1], counted over all targeted parameters "
+        "together. Exactly round(density * n) of n entries are chosen; memory use and file size grow with the "
+        "density. Called p_D or reserve_p elsewhere. For 'task_free', the probability of keeping a gradient, p_F.",
     )
     gradient_density: float = _setting(
         1.0,
-        "Task-free Child-Tuning on top of a fixed child network: the probability, in (0, 1], with which each of its "
-        "entries keeps its gradient at an optimizer step, scaled by its inverse. 1.0 keeps all.",
+        "Task-free Child-Tuning on top of a fixed child network: the probability p, in (0, 1], with which each of its "
+        "entries keeps its gradient at an optimizer step; kept gradients are scaled by 1/p. 1.0 keeps all.",
     )
     granularity: str = _setting(
         "entry",
@@ -98,13 +98,13 @@ class ChildTuningConfig(PeftConfig):
         None, "Modules to leave out of `target_modules`: a list of names or endings, or an expression."
     )
     layers_to_transform: list[int] | int | None = _setting(
-        None, "Indices of the only layers in which a list of `target_modules` applies."
+        None, "Indices of the layers to which a list of `target_modules` is restricted; by default all layers."
     )
     layers_pattern: list[str] | str | None = _setting(
         None, "Name of the module list that holds the layers, if PEFT does not find it."
     )
     modules_to_save: list[str] | None = _setting(
-        None, "Modules trained densely and saved whole, outside the density, such as a new head."
+        None, "Modules trained densely and saved whole, such as a new head; the density does not count them."
     )
     seed: int = _setting(
         0, "Seed of the random child network and of the gradient masks, an integer from 0 to 2**63 - 1."
@@ -129,7 +129,7 @@ class ChildTuningConfig(PeftConfig):
     )
     check_base: str = _setting(
         "warn",
-        "What to do when an adapter is loaded onto other base weights than it was made on: 'warn', 'error' or 'off'. "
+        "What to do if the base weights differ from those the adapter was made on: 'warn', 'error' or 'off'. "
         "Chosen by whoever loads it, as in `PeftModel.from_pretrained(base, name, check_base='error')`; not saved.",
     )
     child_sizes: dict[str, ChildSize] | None = _setting(
@@ -168,8 +168,8 @@ class ChildTuningConfig(PeftConfig):
         if self.child_sizes is not None:
             _check_sizes(self.child_sizes)
             self.child_sizes = {name: ChildSize(*size) for name, size in self.child_sizes.items()}
-        # Loading and saving put the sizes for the next file here. They leave the field as it is, since the user may
-        # make another model with this object, whose sizes differ.
+        # Loading and saving record the sizes for the next file here, and leave `child_sizes` as it is: the user may
+        # make another model from this configuration, and that model's sizes may differ.
         self.present_sizes = self.child_sizes
 
     def child_size(self, numel: int) -> int:
@@ -195,9 +195,9 @@ class ChildTuningConfig(PeftConfig):
         return "\n".join(f"{item.name} = {item.default!r}\n    {item.metadata['help']}" for item in fields)
 
     def to_dict(self) -> dict[str, Any]:
-        """As PEFT's, with sets in a fixed order, so that equal configurations are equal files."""
+        """As PEFT's, with sets in a fixed order, so that equal configurations give equal files."""
         settings = super().to_dict() | {"child_sizes": self.present_sizes}
-        del settings["check_base"]
+        del settings["check_base"]  # chosen by whoever loads the adapter, see its help
         return {name: sorted(value) if isinstance(value, set) else value for name, value in settings.items()}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:

@@ -13,18 +13,18 @@ from peft_child.tuner.layer import ChildTuningLayer, child_tuning_layers
 from peft_child.tuner.targets import Target
 
 
-_TOLD_TO_DDP = "_ddp_params_and_buffers_to_ignore"  # DDP reads it from the module that it wraps
-_WRAPPERS = ("", "model.", "base_model.model.")  # what wraps the base model: nothing, the tuner, a PeftModel
+_TOLD_TO_DDP = "_ddp_params_and_buffers_to_ignore"  # an attribute that DDP reads from the module that it wraps
+_WRAPPERS = ("", "model.", "base_model.model.")  # name prefixes if DDP wraps the base model, the tuner or a PeftModel
 _OURS = (".child_index.", ".child_mask.")
 
 
 def check_name_is_free(model: nn.Module, adapter_name: str) -> None:
     """Raise a `ValueError` if a model cannot have another adapter of this name."""
-    is_ours = adapter_name in (*KINDS, MASK)  # by which our tensors are found in state dicts
+    is_ours = adapter_name in (*KINDS, MASK)  # names by which our tensors are found in state dicts
     if not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict(), adapter_name) or is_ours:
         raise ValueError(
-            f"adapter_name must be a name that a module can have: not empty, without dots, not that of a method, and "
-            f"none of {', '.join((*KINDS, MASK))}; got '{adapter_name}'."
+            f"adapter_name must be a name that a module can have: not empty, without dots, not the name of a method "
+            f"of nn.ModuleDict, and none of {', '.join((*KINDS, MASK))}; got '{adapter_name}'."
         )
     if child_tuning_layers(model, adapter_name):
         raise ValueError(
@@ -39,12 +39,13 @@ def check_sizes(sizes: Mapping[str, ChildSize], numels: Mapping[str, int]) -> No
         if numels.get(name) != size.numel:
             here = f"{numels[name]} entries" if name in numels else "no such target"
             raise ValueError(
-                f"The adapter does not fit the base model: its '{name}' has {size.numel} entries, this one has {here}."
+                f"The adapter does not fit the base model: its '{name}' has {size.numel} entries, the base model has "
+                f"{here}."
             )
 
 
 def check_vocabulary(model: nn.Module, targets: list[Target]) -> None:
-    """Raise a `ValueError` if the vocabulary has grown, so that rows of a targeted embedding are in no checkpoint."""
+    """Raise a `ValueError` if the vocabulary was resized: new rows of a targeted embedding would be in no file."""
     config: Any = getattr(model, "config", None)
     size, name = getattr(config, "vocab_size", None), getattr(config, "name_or_path", "")
     grown = [target.name for target in targets if target.parameter.dim() > 1 and len(target.parameter) == size]
@@ -66,7 +67,7 @@ Parents = dict[nn.Module, list[tuple[nn.Module, str]]]
 
 
 def parents_of(model: nn.Module) -> Parents:
-    """By module, every module that it is a child of, and its name there."""
+    """For every module, each of its parent modules and its name in that parent."""
     parents: Parents = {}
     for module in model.modules():
         for name, child in module._modules.items():
@@ -97,10 +98,10 @@ def remove_adapter(model: nn.Module, adapter_name: str) -> None:
 
 
 def keep_buffers_from_ddp(model: nn.Module) -> None:
-    """Tell DDP not to broadcast our buffers at every forward: all ranks have the same. Call it when adapters change.
+    """Tell DDP not to broadcast our buffers at every forward, since they are equal on all ranks.
 
-    Names that others have put there stay. If DDP wraps a `PeftModel` or the tuner, it finds the names as well, since
-    both look up attributes in the base model.
+    This has to be called again whenever adapters change. Names that other code has listed there stay. DDP finds the
+    list also if it wraps a `PeftModel` or the tuner, since both look up missing attributes in the base model.
 
     Args:
         model: The base model.

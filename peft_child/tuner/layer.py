@@ -33,7 +33,8 @@ class _Replaced(NamedTuple):
     values: Tensor
 
 
-# accelerate, transformers, FSDP and DDP mark modules with these. A mark of the base layer is none of this layer.
+# Prefixes of the attributes with which accelerate, transformers, FSDP and DDP mark modules. A mark on the base layer
+# says nothing about this layer, so these are not looked up there.
 _MARKS = ("_hf_", "_is_hf_", "_old_forward", "_fsdp", "_is_fsdp", "_ddp")
 
 
@@ -62,9 +63,10 @@ class ChildTuningLayer(LayerState):
             if not compositions:
                 return call(*args, **kwargs)
             if self.training and torch.is_grad_enabled() and getattr(self.base_layer, "gradient_checkpointing", False):
+                # The base layer would recompute after this call, when its own parameters are back in place.
                 raise RuntimeError(
-                    f"A {type(self.base_layer).__name__} checkpoints its own activations, and would compute them "
-                    "again without its child network: target the modules inside it, or turn checkpointing off."
+                    f"A {type(self.base_layer).__name__} checkpoints its own activations, and would recompute them "
+                    "without its child network: target the modules inside it, or turn checkpointing off."
                 )
             weight = compositions.get("weight")
             if weight is not None and len(args) == 1 and not kwargs and self._is_by_channels(call, weight):
@@ -82,7 +84,7 @@ class ChildTuningLayer(LayerState):
         return can_call_channels(self.base_layer, weight, is_transposed=forward is Conv1D.forward)
 
     def _locked(self) -> AbstractContextManager[Any]:
-        # Another thread may have its own tensors in the base layer. Compilers cannot trace a lock.
+        # Another thread may have swapped its composed tensors into the base layer. Compilers cannot trace a lock.
         return nullcontext() if torch.compiler.is_compiling() else lock_of(self.base_layer)
 
     def _compositions(self) -> dict[str, Composition]:
@@ -110,7 +112,7 @@ class ChildTuningLayer(LayerState):
         if getattr(self, "_is_replica", False):
             raise RuntimeError(
                 "Child-Tuning does not work in nn.DataParallel, whose replicas have no parameters: start one process "
-                "for each device (torchrun or accelerate launch), or show only one device."
+                "for each device (torchrun or accelerate launch), or make only one visible (CUDA_VISIBLE_DEVICES)."
             )
 
     def _check_present(self, parameter: str, base: Tensor) -> None:
@@ -119,7 +121,7 @@ class ChildTuningLayer(LayerState):
             raise RuntimeError(
                 f"Parameter '{parameter}' of a {type(self.base_layer).__name__} is sharded (a DTensor), so that it "
                 "cannot be composed or merged: apply fully_shard to modules around the Child-Tuning layer, not to the "
-                "module in it, and merge a saved adapter in one process."
+                "module inside it; to merge, save the adapter and load it in one process."
             )
 
     def _check_chosen(self) -> None:
@@ -129,8 +131,8 @@ class ChildTuningLayer(LayerState):
             self.check_is_chosen(adapter, "training")
             if self.has_adapter(adapter) and self.child_states[adapter].unsharded:
                 raise RuntimeError(
-                    f"Adapter '{adapter}' came to a model that was sharded already, so its gradients would not be "
-                    "averaged over the processes: save it, and load it before sharding, to train it."
+                    f"Adapter '{adapter}' was added to a model that was sharded already, so its gradients would not "
+                    "be averaged over the processes: to train it, save it and load it into a model before sharding."
                 )
 
     # What other modules see of this one
@@ -146,12 +148,12 @@ class ChildTuningLayer(LayerState):
 
     @property
     def weight(self) -> Any:
-        """The weight as the base layer computes with it, with its gradient path, for parents that read it."""
+        """The weight that the base layer computes with, differentiable, for parent modules that read it directly."""
         return self._seen("weight")
 
     @property
     def bias(self) -> Any:
-        """The bias as the base layer computes with it, with its gradient path, for parents that read it."""
+        """The bias that the base layer computes with, differentiable, for parent modules that read it directly."""
         return self._seen("bias")
 
     def _seen(self, name: str) -> Any:
@@ -179,19 +181,20 @@ class ChildTuningLayer(LayerState):
             return composition.base
         if refusal is not None or torch.is_grad_enabled():
             return ComposedOnUse(composition, refusal)
-        return ComposedToRead(composition)
+        return ComposedToRead(composition)  # composed now; torch's fast paths take it for a plain tensor
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """As torch's; parameters of the base layer are set there, but for those with a child network."""
+        """As torch's; base-layer parameters are set there, and those with a child network only to their own tensor."""
         base_layer = self.__dict__.get("_modules", {}).get("base_layer")
         if base_layer is None or name not in base_layer._parameters:
             super().__setattr__(name, value)
         elif name not in self.targeted():
             setattr(base_layer, name, value)
+        # Tying weights again sets a composed tensor whose base is the parameter that is already there.
         elif base_layer._parameters[name] is not getattr(value, "composition", Composition(value, ())).base:
             raise RuntimeError(
-                f"The child network of '{name}' belongs to the {type(base_layer).__name__} as it is, so that no other "
-                "tensor can be set or tied there: call unload() or merge_and_unload() before."
+                f"'{name}' of this {type(base_layer).__name__} has a child network, which belongs to the tensor that "
+                "is there, so no other tensor can be set or tied: call unload() or merge_and_unload() first."
             )
 
     # Merging
@@ -212,7 +215,7 @@ class ChildTuningLayer(LayerState):
             return
         self.check_mergeable(names, safe_merge)
         merged = [*self.merged_adapters, *names]
-        self._restore()  # so that several adapters are summed before the one rounding
+        self._restore()  # so that all merged adapters are summed first, and the sum is rounded once
         self._write(merged)
         self.merged_adapters = merged
 
@@ -233,8 +236,8 @@ class ChildTuningLayer(LayerState):
             if is_quantised(base):
                 raise ValueError(
                     f"'{parameter}' of a {type(self.base_layer).__name__} is quantised ({type(base).__name__}), and "
-                    "merging would round the child network away: merge it into the base model as it was before "
-                    "quantisation, and quantise that."
+                    "merging would round the child network away: merge the adapter into the unquantised base model, "
+                    "and quantise the result."
                 )
             if safe_merge and not torch.isfinite(Composition(base.detach(), children).tensor()).all():
                 raise ValueError(
@@ -294,12 +297,12 @@ def _features(module: nn.Module) -> tuple[int | None, int | None]:
         warnings.simplefilter("ignore", UserWarning)
         try:
             return _get_in_out_features(module)
-        except ValueError:  # attention with keys or values of another width than the queries
+        except ValueError:  # raised for nn.MultiheadAttention whose keys or values differ in width from its queries
             return None, None
 
 
 def _union(children: tuple[Child, ...]) -> Tensor | None:
-    """Positions of all children, some of them repeatedly, or None for all entries."""
+    """Positions of all children, possibly with repeats; None, for all entries, if a child covers the whole tensor."""
     indices = [positions_of(child.indices) for child in children if child.indices is not None]
     return torch.cat(indices) if len(indices) == len(children) else None
 

@@ -48,10 +48,10 @@ class GradientMaskHandle:
         return key, self._masks[key]
 
     def count_step(self, stepped: Container[int] | None = None) -> None:
-        """Go on to the masks of the next optimizer step; torch's optimizers cause it, other engines have to call it.
+        """Advance to the masks of the next optimizer step: automatic with torch's optimizers, called by other engines.
 
         Args:
-            stepped: Identities of the parameters that were updated; by default all.
+            stepped: The `id()` of each parameter that was updated; by default all were.
         """
         for name, parameter in self._by_name.items():
             if stepped is None or id(parameter) in stepped:
@@ -66,12 +66,12 @@ class GradientMaskHandle:
         """Go on with the masks of an interrupted run.
 
         Raises:
-            ValueError: If the parameters or the settings of the masks are others.
+            ValueError: If the names of the parameters, or the settings of their masks, are not the same.
         """
         masks = {name: GradientMask.unpack(packed) for name, packed in state.items()}
         if masks.keys() != self._masks.keys():
             raise ValueError(
-                f"The masks must belong to the same parameters; these are of {_some(masks)}, those to load them into "
+                f"The masks must belong to the same parameters; the saved ones are of {_some(masks)}, those here are "
                 f"of {_some(self._masks)}."
             )
         for name, mask in masks.items():
@@ -93,22 +93,23 @@ def mask_gradients(
 ) -> GradientMaskHandle:
     """Mask the gradients of any parameters, without an adapter: LoRA matrices, a head, or a whole model.
 
-    With `density` every entry keeps its gradient with that probability, scaled by its inverse, and the mask is drawn
-    anew at every optimizer step (Child-Tuning_F; Xu et al., 2021). With `child_network` only fixed entries keep their
-    gradients (Child-Tuning_D as the authors train it, with dense tensors). With both the two masks are multiplied.
+    With `density`, every entry keeps its gradient with that probability, kept gradients are scaled by its inverse, and
+    the mask is redrawn every `resample_every` optimizer steps (Child-Tuning_F; Xu et al., 2021). With `child_network`,
+    only fixed entries keep their gradients (Child-Tuning_D as the authors train it, with dense tensors). With both,
+    the two masks are multiplied.
 
     A hook sees gradients and nothing else. An optimizer with weight decay or momentum still moves masked entries, its
-    states stay dense, and nothing is saved sparsely: the fixed child network of an adapter has none of these limits.
+    state stays dense, and nothing is saved sparsely: the fixed child network of an adapter has none of these limits.
     Where parameters are sharded (FSDP, ZeRO-3), a hook sees pieces of gradients, or none at all; use an adapter there.
 
     Args:
         parameters: What `torch.optim.Optimizer` takes as well: parameters, or pairs of name and parameter, such as
             `model.named_parameters()`. Frozen ones are left alone. Without names the position stands for the name.
-        density: Probability to keep a gradient, in (0, 1].
+        density: Probability of keeping a gradient, in (0, 1].
         seed: Seed of the masks, from 0 to 2**63 - 1. Masks also depend on the names.
-        resample_every: Optimizer steps with the same mask.
+        resample_every: Number of optimizer steps for which a mask is used before it is redrawn.
         child_network: By name, the flat row-major positions that keep their gradients, int64, shape `(k,)`.
-            Parameters without an entry keep all.
+            Parameters that it does not name keep all gradients.
 
     Returns:
         A handle to remove the hooks, and to save and load the number of the present step.
@@ -134,7 +135,7 @@ def _named(parameters: Iterable[Tensor] | Iterable[tuple[str, Tensor]]) -> dict[
     for position, item in enumerate(parameters):
         name, parameter = item if isinstance(item, tuple) else (str(position), item)
         if name in named or any(parameter is other for other in named.values()):
-            raise ValueError(f"Parameters and their names must differ; '{name}' or its tensor comes twice.")
+            raise ValueError(f"Every parameter and name may be given only once; '{name}' or its tensor comes twice.")
         if _is_masked(parameter):
             raise ValueError(f"The gradient of '{name}' is masked already; remove that handle first.")
         if parameter.requires_grad:
@@ -166,7 +167,7 @@ def _some(names: Iterable[str]) -> str:
 
 
 def _masked(handle: GradientMaskHandle, indices: Tensor | None, mask: MaskUse | None, gradient: Tensor) -> Tensor:
-    """The hook. It holds the handle, which `MaskUse` looks up by a number that keeps nothing alive."""
+    """The gradient hook. It keeps the handle alive: `MaskUse` finds it by a number, through a weak reference."""
     if indices is not None:
         flat, indices = gradient.reshape(-1), indices.to(gradient.device)
         gradient = torch.zeros_like(flat).index_copy_(0, indices, flat[indices]).view(gradient.shape)

@@ -1,4 +1,4 @@
-"""The PEFT tuner: injects layers, assigns random child networks, and meets PEFT's state-dict hooks.
+"""The PEFT tuner: injects layers, assigns random child networks, and implements PEFT's state-dict hooks.
 
 PEFT matches and replaces modules by name, one at a time. Before its loop starts, `_prepare_model` resolves the
 configuration to parameters and the modules that own them, and makes every check. The loop then only carries out this
@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 from peft import PeftConfig, PeftModel
@@ -23,7 +24,7 @@ from peft_child.tensors.combine import combine_named, density_of
 from peft_child.tensors.delta import SparseDelta, fresh_delta
 from peft_child.tensors.distributed import check_has_values
 from peft_child.tuner.config import ChildTuningConfig
-from peft_child.tuner.drawing import drawn_children
+from peft_child.tuner.drawing import DRAWN, drawn_child, drawn_children
 from peft_child.tuner.injection import (
     Parents,
     check_name_is_free,
@@ -41,9 +42,10 @@ from peft_child.tuner.targets import Owner, Target, all_linear, find_targets, na
 
 
 def next_gradient_mask(model: nn.Module) -> None:
-    """Count one optimizer step on all deltas of a model, so that random gradient masks are drawn anew.
+    """Count one optimizer step on all deltas of a model, so that random gradient masks are redrawn.
 
-    Only for engines whose optimizer is no `torch.optim.Optimizer`; steps of those are counted by themselves.
+    Only for engines whose optimizer is not a `torch.optim.Optimizer`, or holds copies of the parameters (DeepSpeed).
+    Steps of a torch optimizer on the deltas themselves are counted automatically.
 
     Args:
         model: A model with Child-Tuning adapters; call this once after each optimizer step.
@@ -56,10 +58,10 @@ class _Plan(NamedTuple):
     """What one injection is to do.
 
     Attributes:
-        entries: Targets and owners by module, under the name by which PEFT's loop comes to the module.
+        entries: Targets and owners by module, under the name at which PEFT's loop reaches the module.
         layers: The Child-Tuning layers of the model by base layer.
-        parents: By module, every module that it is a child of, and its name there.
-        drawn: The child networks by name of the target, if they need no data.
+        parents: For every module, each of its parent modules and its name in that parent.
+        drawn: The child networks by name of the target, if they need neither data nor a file.
     """
 
     entries: dict[str, dict[nn.Module, list[tuple[Target, Owner]]]]
@@ -90,7 +92,7 @@ class ChildTuningModel(BaseTuner):
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        check_name_is_free(model, adapter_name)  # PEFT would first replace the configuration of the other adapter
+        check_name_is_free(model, adapter_name)  # before PEFT, which would overwrite the other adapter's configuration
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
     # Injection
@@ -103,7 +105,8 @@ class ChildTuningModel(BaseTuner):
         except Exception:
             remove_adapter(model, adapter_name)
             raise
-        finally:  # a plan refers to parameters, which FSDP2 replaces and which could not be freed
+        finally:  # drop the plan: FSDP2 replaces parameters, and the plan would keep the old ones alive
+            # The keys stay, for PEFT's `inspect_matched_modules`.
             self._plan = _Plan({key: {} for key in self._plan.entries}, {}, {}, None)
         keep_buffers_from_ddp(model)
 
@@ -127,13 +130,15 @@ class ChildTuningModel(BaseTuner):
                 by_module = entries.setdefault(owner.place.entry, {})
                 by_module.setdefault(owner.place.module, []).append((target, owner))
         layers = {layer.base_layer: layer for layer in child_tuning_layers(model).values()}
-        self._plan = _Plan(entries, layers, parents_of(model), drawn_children(targets, peft_config))
+        is_new = peft_config.child_sizes is None  # otherwise a file is about to be loaded
+        drawn = drawn_children(targets, peft_config) if is_new else None
+        self._plan = _Plan(entries, layers, parents_of(model), drawn)
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
         if key in self._plan.entries:
             return True
         matched = check_target_module_exists(peft_config, key)
-        return False if matched else matched  # an object of PEFT that says "excluded", or None
+        return False if matched else matched  # a falsy result is passed on: PEFT tells excluded from unmatched modules
 
     def _create_and_replace(
         self,
@@ -174,12 +179,15 @@ class ChildTuningModel(BaseTuner):
 
     def _fill(self, layer: ChildTuningLayer, adapter_name: str, config: ChildTuningConfig) -> None:
         """Give an adapter a child network that needs no data, or room for the one that will be loaded."""
+        children = self._plan.drawn
+        if children is None:
+            children = self._children_of_twin(layer, adapter_name, config)
+        if children is not None:
+            layer.set_child(adapter_name, children, trainable=False)
         if config.child_sizes is not None:
             layer.allocate(adapter_name, config.child_sizes, trainable=False)
-        elif (children := self._plan.drawn or self._children_of_twin(layer, adapter_name, config)) is not None:
-            layer.set_child(adapter_name, children, trainable=False)
-        if config.child_sizes is not None or config.inference_mode:
-            layer.await_file(adapter_name)
+        if config.child_sizes is not None or config.inference_mode:  # the configuration of an adapter being loaded
+            layer.mark_unloaded(adapter_name, partial(drawn_child, config) if config.variant in DRAWN else None)
 
     def _children_of_twin(
         self, layer: ChildTuningLayer, adapter_name: str, config: ChildTuningConfig
@@ -200,7 +208,7 @@ class ChildTuningModel(BaseTuner):
     def _inject_parameters(
         self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
     ) -> list[str]:
-        """Parameters were planned and wrapped with the modules; PEFT only wants to know their names."""
+        """Return the names that PEFT asks for; the parameters were planned and wrapped with the modules."""
         modules = [pairs for by_module in self._plan.entries.values() for pairs in by_module.values()]
         names = [owner.name for pairs in modules for _, owner in pairs]
         return [name for name in names if names_parameter(peft_config.target_parameters, name)]
@@ -247,7 +255,7 @@ class ChildTuningModel(BaseTuner):
             safe_merge: Check first that no value becomes NaN or infinite.
 
         Raises:
-            ValueError: If an adapter is unknown, or the check finds a value. Nothing is merged then.
+            ValueError: If an adapter is unknown, or the check finds a NaN or infinite value. Nothing is merged then.
         """
         if not self._merge(adapter_names, safe_merge):
             warnings.warn("All adapters are already merged, nothing to do.", stacklevel=2)
@@ -288,12 +296,12 @@ class ChildTuningModel(BaseTuner):
 
         Args:
             adapters: Names of the adapters to combine.
-            weights: One for each.
-            adapter_name: Name of the new adapter; it is not active.
+            weights: One weight for each adapter.
+            adapter_name: Name of the new adapter, which is not made active.
             combination_type: 'linear', 'ties', 'dare_linear', 'dare_ties' or 'magnitude_prune'.
             density: Share of each adapter's child network that is kept, in (0, 1]; by default all of it.
-            majority_sign_method: For the kinds of TIES, 'total' or 'frequency'.
-            seed: For the random choices of DARE.
+            majority_sign_method: For 'ties' and 'dare_ties', 'total' or 'frequency'.
+            seed: Seed of the random drops of 'dare_linear' and 'dare_ties'.
 
         Raises:
             ValueError: If an adapter is unknown or has modules saved whole, the new name is taken, or an argument is
@@ -341,7 +349,7 @@ class ChildTuningModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        """As PEFT's, which would leave a layer that is inside another layer where it is."""
+        """As PEFT's, but also takes out layers inside other layers, which PEFT would leave there."""
         layers = list(child_tuning_layers(self.model).values())
         if merge:
             self._merge(adapter_names, safe_merge)
@@ -356,7 +364,7 @@ class ChildTuningModel(BaseTuner):
         return model
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        """As PEFT's for modules saved whole, of any kind: PEFT would copy the weight that a single layer has."""
+        """As PEFT's for modules saved whole, without reading their `weight`: a head of several layers has none."""
         setattr(parent, child_name, new_module)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -367,9 +375,9 @@ class ChildTuningModel(BaseTuner):
     # State dict
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """As torch's; checks the child networks of all layers before any changes, and makes room for them.
+        """As torch's, but first checks the child networks of all layers, and then makes room for them.
 
-        In a state dict of the whole model, a layer without a child network is one in which nothing was chosen.
+        In a whole model's state dict, a layer without a child network is one in which nothing was chosen.
         """
         layers = {f"{prefix}{name}.": layer for name, layer in child_tuning_layers(self).items()}
         found = {
@@ -380,6 +388,7 @@ class ChildTuningModel(BaseTuner):
             if not any(sizes for sizes, _ in by_path.values()):
                 continue
             for path, (sizes, dtypes) in by_path.items():
+                # A layer without sizes is emptied only if its base weights are here: the state dict may be partial.
                 targets = [f"{path}base_layer.{parameter}" for parameter in layers[path].targets_of(adapter)]
                 if sizes or any(target in state_dict for target in targets):
                     layers[path].make_room(adapter, sizes, dtypes)
@@ -409,7 +418,7 @@ class ChildTuningModel(BaseTuner):
             return fit_state_dict(model, config, adapter_name, state_dict)
         except ValueError:
             layers = child_tuning_layers(model).values()
-            if any(layer.awaits_file(adapter_name) for layer in layers) and isinstance(model, PeftModel):
+            if any(layer.is_unloaded(adapter_name) for layer in layers) and isinstance(model, PeftModel):
                 if len(model.peft_config) > 1:
                     model.delete_adapter(adapter_name)
                 else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container, Iterator, Mapping
+from collections.abc import Callable, Collection, Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -23,6 +23,9 @@ from peft_child.tuner.granularity import layout_of
 from peft_child.tuner.unheld import expect_optimizer
 
 
+Draw = Callable[[str, Tensor, ChannelLayout, int], SparseDelta]
+
+
 @dataclass
 class AdapterState:
     """What a layer records of an adapter besides its tensors.
@@ -31,14 +34,17 @@ class AdapterState:
         targets: The targeted parameters of the base layer, with their names in the whole model.
         mask: The mask that the gradients of new deltas start with, or None.
         chosen: Whether the child network has been chosen or loaded.
-        awaits_file: Whether the adapter was added for a file that has not been loaded.
-        unsharded: Whether the deltas are not sharded though the base layer is (FSDP2).
+        unloaded: Whether the adapter was added for a file that has not been loaded.
+        draw: If the child network is random, draws that of a parameter in case no file comes, from the parameter's
+            name, the parameter, its layout and the number of entries.
+        unsharded: Whether the deltas were made when the base layer was sharded already (FSDP2), and are whole.
     """
 
     targets: dict[str, str]
     mask: GradientMask | None
     chosen: bool
-    awaits_file: bool = False
+    unloaded: bool = False
+    draw: Draw | None = None
     unsharded: bool = False
 
 
@@ -52,10 +58,12 @@ class LayerState(nn.Module, BaseTunerLayer):
         child_delta: By adapter and parameter, the trained change of the chosen entries, float32, shape `(k,)`.
         child_index: By adapter and parameter, the encoded flat indices of these entries, uint8.
         child_mask: By adapter and parameter, the packed mask of the delta's gradient, int64, if it is masked.
-        child_states: By adapter, what no tensor holds.
-        child_ties: Parameters of this layer whose tensor also belongs to an earlier layer, which holds its delta.
+        child_states: By adapter, its `AdapterState`.
+        child_ties: By parameter whose tensor also belongs to an earlier layer: that layer, which holds the delta, and
+            the parameter's name there.
     """
 
+    # PEFT looks for adapters in the attributes of these names: trainable parameters, then everything else.
     adapter_layer_names = ("child_delta",)
     other_param_names = ("child_index", "child_mask", "child_states")
 
@@ -81,12 +89,13 @@ class LayerState(nn.Module, BaseTunerLayer):
         Args:
             adapter_name: The new adapter.
             targets: Targeted parameters of the base layer and their names in the whole model.
-            ties: Parameters that are tied to those of an earlier layer, with that layer and the name there.
-            mask: Mask of the gradients of the deltas, as it starts; by default they are not masked.
+            ties: Parameters that are tied to those of an earlier layer, with that layer and their names in it.
+            mask: Gradient mask that the deltas start with; by default their gradients are not masked.
         """
         self.child_delta[adapter_name] = nn.ParameterDict()
         self.child_index.add_adapter(adapter_name)
         self.child_mask.add_adapter(adapter_name)
+        # With ties alone there is nothing to choose here: the earlier layers hold the child networks.
         self.child_states[adapter_name] = AdapterState(dict(targets), mask, chosen=not targets)
         self.child_ties.update(ties)
         if mask is not None:
@@ -113,7 +122,7 @@ class LayerState(nn.Module, BaseTunerLayer):
         return list(dict.fromkeys([*targets, *self.child_ties]))
 
     def is_chosen(self, adapter_name: str) -> bool:
-        """Whether the adapter's child network has been chosen or loaded; true as well if the adapter is not here."""
+        """Whether the child network is chosen, loaded, or allocated for a file; also true without the adapter."""
         return adapter_name not in self.child_states or self.child_states[adapter_name].chosen
 
     def check_is_chosen(self, adapter_name: str, what: str) -> None:
@@ -139,7 +148,7 @@ class LayerState(nn.Module, BaseTunerLayer):
         return parameter
 
     def base_parameters(self, adapter_name: str) -> dict[str, nn.Parameter]:
-        """The parameters that an adapter targets here by name in the whole model, never composed."""
+        """The parameters that an adapter targets in this layer, never composed, by name in the whole model."""
         return {name: self.base_parameter(key) for key, name in self.targets_of(adapter_name).items()}
 
     def layouts(self, adapter_name: str) -> dict[str, ChannelLayout]:
@@ -150,7 +159,7 @@ class LayerState(nn.Module, BaseTunerLayer):
         }
 
     def sizes(self, adapter_name: str) -> dict[str, ChildSize]:
-        """Sizes of the adapter's child networks here by name in the whole model."""
+        """Sizes of the adapter's child networks in this layer, by name in the whole model."""
         blocks = self.child_index.of(adapter_name)
         return {
             name: ChildSize(self.base_parameter(key).numel(), delta.numel(), blocks[key].numel())
@@ -158,7 +167,7 @@ class LayerState(nn.Module, BaseTunerLayer):
         }
 
     def sparse_deltas(self, adapter_name: str) -> dict[str, SparseDelta]:
-        """The adapter's child networks here by name in the whole model."""
+        """The adapter's child networks in this layer, by name in the whole model."""
         return {
             name: SparseDelta(
                 tuple(self.base_parameter(key).shape),
@@ -170,7 +179,7 @@ class LayerState(nn.Module, BaseTunerLayer):
         }
 
     def named_deltas(self, adapter_name: str) -> dict[str, Tensor]:
-        """The values of the adapter's deltas here by name in the whole model, shape `(k,)`, without gradients."""
+        """The adapter's deltas in this layer, detached, shape `(k,)`, by name in the whole model."""
         return {name: delta.detach() for _, name, delta in self._named_deltas(adapter_name)}
 
     def is_trained(self, adapter_name: str) -> bool:
@@ -204,13 +213,15 @@ class LayerState(nn.Module, BaseTunerLayer):
         try:
             return self.child_index.present(adapter_name, parameter)
         except FormatError as error:
+            if self.draw_unloaded(adapter_name):
+                return self.child_index.present(adapter_name, parameter)
             name = self.targets_of(adapter_name)[parameter]
             raise FormatError(f"The child of '{name}' (adapter '{adapter_name}'). {error}") from error
 
     def children_of(self, parameter: str, adapter_names: Collection[str]) -> Iterator[Child]:
         """The children of some adapters in one parameter of the base layer, those of tied parameters included."""
         holder, held = self.child_ties.get(parameter, (self, parameter))
-        for adapter in holder.child_delta:  # not in the order of the names: rounding depends on the order of a sum
+        for adapter in holder.child_delta:  # always in the order they were added: the order changes a sum's rounding
             if adapter in adapter_names and held in holder._deltas(adapter):
                 yield holder._child(adapter, held)
 
@@ -238,9 +249,7 @@ class LayerState(nn.Module, BaseTunerLayer):
             if child is None or not child.indices.numel():
                 continue  # FSDP2 cannot shard an empty delta
             base = self.base_parameter(parameter)
-            fingerprint = fingerprint_of(base, child.indices)
-            data = encode(child.indices.cpu().numpy(), tuple(base.shape), fingerprint, child.layout)
-            block = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(base.device)
+            block = _block_of(base, child)
             delta = _kept(before.get(parameter), child.values.detach().to(base.device, copy=True))
             self._put(adapter_name, parameter, delta, block, trainable)
             self.child_index.remember(adapter_name, parameter, _index_of(child))
@@ -255,7 +264,7 @@ class LayerState(nn.Module, BaseTunerLayer):
     ) -> None:
         """Make deltas and blocks of the given sizes, to be filled by a loader.
 
-        Deltas that have their size already stay the objects they are, for optimizers that hold them.
+        A delta that already has the wanted size stays the same object, since an optimizer may hold it.
 
         Args:
             adapter_name: An adapter of this layer.
@@ -282,7 +291,8 @@ class LayerState(nn.Module, BaseTunerLayer):
 
         Args:
             adapter_name: An adapter of this layer.
-            chosen: Which values of its deltas to keep, by name in the whole model, int64, strictly increasing.
+            chosen: Positions in its deltas of the values to keep, by name in the whole model, int64, strictly
+                increasing.
         """
         trainable = any(delta.requires_grad for delta in self._deltas(adapter_name).values())
         kept = {
@@ -292,23 +302,40 @@ class LayerState(nn.Module, BaseTunerLayer):
         self.child_states[adapter_name].mask = None
         self.set_child(adapter_name, kept, trainable)
 
-    def await_file(self, adapter_name: str) -> None:
-        """Record that the adapter was added for a file, until one is loaded."""
-        self.child_states[adapter_name].awaits_file = True
+    def mark_unloaded(self, adapter_name: str, draw: Draw | None = None) -> None:
+        """Record that the adapter was added for a file, until one is loaded; `draw` as in `AdapterState`."""
+        state = self.child_states[adapter_name]
+        state.unloaded, state.draw = True, draw
 
-    def awaits_file(self, adapter_name: str) -> bool:
+    def draw_unloaded(self, adapter_name: str) -> bool:
+        """Draw a random child network for which there is room, if no file has filled it.
+
+        Returns:
+            Whether something was drawn.
+        """
+        state = self.child_states[adapter_name]
+        if state.draw is None or not state.unloaded:
+            return False
+        blocks, layouts = self.child_index.of(adapter_name), self.layouts(adapter_name)
+        empty = [(key, name, delta) for key, name, delta in self._named_deltas(adapter_name) if not blocks[key].any()]
+        for parameter, name, delta in empty:
+            base = self.base_parameter(parameter)
+            blocks[parameter] = _block_of(base, state.draw(name, base, layouts[name], delta.numel()))
+        return bool(empty)
+
+    def is_unloaded(self, adapter_name: str) -> bool:
         """Whether the adapter was added for a file that has not been loaded."""
-        return adapter_name in self.child_states and self.child_states[adapter_name].awaits_file
+        return adapter_name in self.child_states and self.child_states[adapter_name].unloaded
 
     def _mark_chosen(self, adapter_name: str) -> None:
-        self.read_again(adapter_name)
+        self.clear_cache(adapter_name)
         state = self.child_states[adapter_name]
-        state.chosen, state.awaits_file = True, False
+        state.chosen, state.unloaded = True, False
 
     def _clear(self, adapter_name: str) -> dict[str, nn.Parameter]:
         """Take an adapter's child network out, to be replaced; returns its deltas by parameter."""
         for name, delta in self.named_deltas(adapter_name).items():
-            check_whole(name, delta, "give its adapter another child network before that")
+            check_whole(name, delta, "give its adapter another child network before sharding the model")
         deltas = dict(self._deltas(adapter_name).items())
         for held in (self._deltas(adapter_name), self.child_index.of(adapter_name), self.child_mask.of(adapter_name)):
             held.clear()
@@ -348,9 +375,10 @@ class LayerState(nn.Module, BaseTunerLayer):
         return sizes, dtypes
 
     def make_room(self, adapter_name: str, sizes: Mapping[str, ChildSize], dtypes: Mapping[str, torch.dtype]) -> None:
-        """As `allocate`, where sizes differ; new deltas take gradients if the adapter is active.
+        """Allocate for a state dict about to be loaded, unless the sizes are right already.
 
-        What is sharded (FSDP2) stays as it is, for torch to say what does not fit.
+        New deltas take gradients if the adapter is active. Sharded deltas (FSDP2) are never allocated again: if sizes
+        differ, torch's `load_state_dict` says so.
         """
         if any(map(is_sharded, self._deltas(adapter_name).values())):
             return
@@ -364,6 +392,12 @@ class LayerState(nn.Module, BaseTunerLayer):
             if sizes:
                 self.make_room(adapter, sizes, dtypes)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """As torch's; what no file has filled is drawn first."""
+        for adapter in self.child_states:
+            self.draw_unloaded(adapter)
+        super()._save_to_state_dict(*args, **kwargs)
 
     # Gradient masks
 
@@ -394,17 +428,17 @@ class LayerState(nn.Module, BaseTunerLayer):
         """Adapters and parameters of the deltas whose gradients are masked."""
         return [(adapter, parameter) for adapter in self.child_mask for parameter in self.child_mask.of(adapter)]
 
-    # Life
+    # Deleting, casting, moving and copying
 
-    def read_again(self, adapter_name: str | None = None) -> None:
+    def clear_cache(self, adapter_name: str | None = None) -> None:
         """Forget what was read from the buffers, as after writes that autograd does not count."""
-        self.child_index.read_again(adapter_name)
-        self.child_mask.read_again(adapter_name)
+        self.child_index.clear_cache(adapter_name)
+        self.child_mask.clear_cache(adapter_name)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """As PEFT's."""
         super().delete_adapter(adapter_name)
-        self.read_again(adapter_name)
+        self.clear_cache(adapter_name)
 
     def cast_deltas(self, adapter_name: str) -> None:
         """Give the deltas of an adapter the dtypes of their base parameters."""
@@ -419,11 +453,18 @@ class LayerState(nn.Module, BaseTunerLayer):
                 held[adapter_name].to(device)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """As torch's."""
+        """As torch's; a copy gets a number of its own, so that its gradient masks are its own."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._number = numbered(self)
         if self._masked():
             count_steps(self._number)
+
+
+def _block_of(base: Tensor, child: SparseDelta) -> Tensor:
+    """The encoded positions of a child network, uint8, on the device of the base parameter."""
+    fingerprint = fingerprint_of(base, child.indices)
+    data = encode(child.indices.cpu().numpy(), tuple(base.shape), fingerprint, child.layout)
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8).to(base.device)
 
 
 def _index_of(child: SparseDelta) -> Tensor | Channels:
@@ -434,7 +475,7 @@ def _index_of(child: SparseDelta) -> Tensor | Channels:
 
 
 def _kept(delta: nn.Parameter | None, values: Tensor) -> nn.Parameter:
-    """The parameter that optimizers may hold with other values if they fit into it, otherwise a new one."""
+    """The old delta, filled with the new values, if they fit it: an optimizer may hold it. Otherwise a new one."""
     described = (values.shape, values.dtype, values.device)
     if delta is None or (delta.shape, delta.dtype, delta.device) != described or delta.is_inference():
         return nn.Parameter(values)

@@ -48,8 +48,9 @@ def tensors_to_save(
         model: A model whose layers have the adapter.
         config: The adapter's configuration, which is saved next; the sizes of the child network are recorded in it.
         adapter_name: The adapter.
-        state_dict: PEFT's copy of the model's state dict, without other adapters. PEFT takes more out of it later, so
-            it is changed: child networks and targeted base weights are removed, and `modules_to_save` are whole.
+        state_dict: PEFT's copy of the model's state dict, without other adapters. It is changed in place, since PEFT
+            takes more tensors from it afterwards: child networks and the base weights of all layers are removed, and
+            `modules_to_save` are gathered if they are sharded.
 
     Raises:
         RuntimeError: If no child network was chosen, or the state dict does not hold all of it.
@@ -61,14 +62,14 @@ def tensors_to_save(
             layer.check_is_chosen(adapter_name, "saving")
             sizes |= layer.sizes(adapter_name)
     config.present_sizes = sizes
-    prefixes = tuple(f"{name}.child_" for name in layers)
+    prefixes = tuple(f"{name}.child_" for name in layers)  # indices, deltas and masks
     is_written = bool(state_dict)  # accelerate gives an empty one to the ranks that do not write
     selected = {key: whole(state_dict.pop(key)) for key in list(state_dict) if key.startswith(prefixes)}
     for name in sorted(layers, key=len, reverse=True):
         inside = f"{name}.base_layer."
         for parameter in layers[name].base_layer._parameters:
             state_dict.pop(f"{inside}{parameter}", None)
-        if not layers[name].has_adapter(adapter_name):  # another adapter's, which other models will not have
+        if not layers[name].has_adapter(adapter_name):  # another adapter's layer: models that load will not have it
             selected = {
                 f"{name}.{key.removeprefix(inside)}" if key.startswith(inside) else key: value
                 for key, value in selected.items()
@@ -86,8 +87,8 @@ def _check_saved(sizes: Mapping[str, ChildSize], selected: Mapping[str, Tensor])
     expected = sum(size.chosen for size in sizes.values())
     if (entries, blocks) != (expected, len(sizes)):
         raise RuntimeError(
-            f"The state dict holds {entries} entries and {blocks} indices of child networks, the layers here have "
-            f"{expected} and {len(sizes)}. Pass the state dict of the whole model; to save sharded models, use "
+            f"The state dict holds {entries} entries and {blocks} index blocks of child networks, the layers here "
+            f"have {expected} and {len(sizes)}. Pass the state dict of the whole model; to save sharded models, use "
             "FSDP2 (fully_shard), not FSDP1."
         )
 
@@ -146,7 +147,7 @@ def fit_state_dict(
         raise FormatError(f"'{next(iter(children))}' is no parameter that this adapter targets in this base model.")
     if not sizes:
         raise FormatError("The file holds no child network; it was saved before one was chosen.")
-    if config.present_sizes != sizes and config.variant != "extracted":
+    if config.present_sizes != sizes and config.variant != "extracted":  # the configuration is not the file's own
         bases = [base for layer in layers.values() for base in layer.base_parameters(adapter_name).values()]
         _check_density(config, sum(base.numel() for base in bases), sum(size.chosen for size in sizes.values()))
     _check_base(config.check_base, strange, len(sizes))
@@ -168,8 +169,8 @@ def _differs_from_base(
         drawn = layer.indices(adapter_name, parameter)
         if not drawn.is_meta and not drawn.cpu().equal(indices):
             raise ValueError(
-                f"The random child network of '{name}' must be the one that was saved; it was drawn with another seed,"
-                " or by another version."
+                f"The random child network of '{name}' must be the one that was saved; the one here was drawn with "
+                "another seed, another density, or another version of peft_child."
             )
     return not layer.merged and fingerprints_differ(child.header.fingerprint, fingerprint_of(base, indices))
 
@@ -207,6 +208,6 @@ def _check_base(check_base: str, strange: list[str], count: int) -> None:
 
 
 def _unsealed(block: Tensor) -> Tensor:
-    """The block without the checksum of its delta, which training will change."""
+    """The block with the checksum of its delta set to 0 (unknown), since training will change the delta."""
     data = with_delta_checksum(block.cpu().numpy().data, 0)
     return torch.frombuffer(bytearray(data), dtype=torch.uint8).to(block.device)

@@ -38,10 +38,10 @@ class ModulePlace(NamedTuple):
     Attributes:
         path: Its name in the base model.
         module: The module itself, never an adapter layer.
-        entry: The name under which PEFT's loop comes to it: PEFT skips what is inside an adapter layer, so this is
-            the name of the outermost module around it that has a layer already, or else `path`.
-        named: True for targeted, None for excluded, False for neither; inherited from the closest module around it
-            that the configuration names.
+        entry: The name at which PEFT's loop reaches it: PEFT skips what is inside an adapter layer, so this is the
+            name of the outermost enclosing module that already has a layer, or else `path`.
+        named: True for targeted, None for excluded, False for neither. A module that the configuration does not name
+            inherits this from the module around it, and nothing inside an excluded module can be targeted.
     """
 
     path: str
@@ -82,8 +82,8 @@ class Target(NamedTuple):
 def find_targets(model: nn.Module, config: ChildTuningConfig) -> list[Target]:
     """Find the parameters that a configuration names.
 
-    A module that it names includes the modules inside it. One that it excludes leaves them out, and so does one that
-    is saved whole (`modules_to_save`, with the head of the task type).
+    Targeting a module targets the modules inside it. Excluding a module excludes them, and so does saving it whole
+    (`modules_to_save`, with the head of the task type).
 
     Args:
         model: The base model, with or without adapter layers in it.
@@ -108,7 +108,7 @@ def find_targets(model: nn.Module, config: ChildTuningConfig) -> list[Target]:
             if place.named or (place.named is False and names_parameter(config.target_parameters, owner.name)):
                 _check_weight(parameter, owner)
                 wanted.add(id(parameter))
-            if (id(place.module), key) not in seen:  # else the same module under another name
+            if (id(place.module), key) not in seen:  # a module with two names is visited twice, but is one owner
                 seen.add((id(place.module), key))
                 found.setdefault(id(parameter), Target(parameter, [])).owners.append(owner)
     targets = [target for target in found.values() if id(target.parameter) in wanted]
@@ -127,7 +127,7 @@ def names_parameter(target_parameters: Collection[str] | str | None, name: str) 
 
 
 def all_linear(model: nn.Module, config: ChildTuningConfig) -> set[str]:
-    """Names of all linear layers but the head: PEFT's 'all-linear', also under the layers of earlier adapters."""
+    """Names of all linear layers but the head, as PEFT's 'all-linear', also if earlier adapters have wrapped them."""
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if get_head is not None else None
     if head is None and config.task_type == TaskType.SEQ_CLS:

@@ -1,7 +1,7 @@
-"""Raises at the first optimizer step if a new delta is in no optimizer: it would silently never be trained.
+"""Raises at the first optimizer step if a new delta is in no optimizer: the delta would silently never be trained.
 
-This happens if the optimizer was made before the child network was chosen, chosen again, thinned or loaded. torch has
-no list of optimizers, so they are looked up in the garbage collector, but only if a new delta has a gradient and the
+This happens if the optimizer was made before the child network was chosen, chosen again, pruned or loaded. torch has
+no list of optimizers, so they are found through the garbage collector, but only if a new delta has a gradient and the
 optimizer that steps does not hold it.
 """
 
@@ -19,19 +19,20 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 T = TypeVar("T")
 
-# By id, the deltas that were in no optimizer that has stepped; by base layer, all that it has had, as far as they are
-# held somewhere; and by optimizer, those known to be of other models.
+# By id, the new deltas, until an optimizer that holds them steps.
 _NEW: WeakValueDictionary[int, nn.Parameter] = WeakValueDictionary()
+# By base layer and id, all its deltas that are still alive: an optimizer that holds one of them trains this model.
 _OF_BASE: WeakKeyDictionary[nn.Module, WeakValueDictionary[int, nn.Parameter]] = WeakKeyDictionary()
+# By optimizer, the ids of deltas that it need not hold, since they belong to models that it does not train.
 _OF_OTHERS: WeakKeyDictionary[Optimizer, set[int]] = WeakKeyDictionary()
 
 
 def expect_optimizer(delta: nn.Parameter, base_layer: nn.Module) -> None:
-    """Raise at the first optimizer step on the model of a new delta if the delta is in no optimizer.
+    """Make the first optimizer step on a delta's model raise an error if the delta is in no optimizer.
 
     Args:
         delta: The new delta.
-        base_layer: The module that it belongs to. An optimizer that holds an earlier delta of it trains this model.
+        base_layer: The module of the delta. An optimizer that holds one of its earlier deltas trains this model.
     """
     _start_watching()
     _NEW[id(delta)] = delta
@@ -47,12 +48,13 @@ def _check(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         return
     for other in _living(Optimizer):
         lost -= _parameters_of(other)
+    # Every module is asked, also those inside others; the whole model knows the most deltas.
     unheld = max((_unheld(model, lost, stepped) for model in _living(nn.Module)), key=len, default=[])
     if unheld:
         raise RuntimeError(
             f"{len(unheld)} deltas of a child network are in no optimizer and would not be trained, such as "
             f"'{unheld[0]}': they were made after the optimizer. Make the optimizer after the child network has been "
-            "chosen, thinned or loaded; or freeze the deltas (requires_grad_(False))."
+            "chosen, pruned or loaded; or freeze the deltas (requires_grad_(False))."
         )
     _OF_OTHERS[optimizer] = lost
 
@@ -73,7 +75,7 @@ def _parameters_of(optimizer: Optimizer) -> set[int]:
 
 
 def _living(kind: type[T]) -> Iterator[T]:
-    """All objects of a class; `isinstance` would ask proxies for what they stand for, which may do anything."""
+    """All living objects of a class; `isinstance` would ask proxies what they stand for, which may run any code."""
     return (found for found in gc.get_objects() if issubclass(type(found), kind))
 
 

@@ -60,7 +60,7 @@ def test_a_new_card_tells_what_the_adapter_is(tmp_path):
         "- peft-child",
         "# Child network of someone/model",
         "pip install peft-child",
-        "import peft_child  # makes PEFT know the method",
+        "import peft_child  # registers the method with PEFT",
         "from transformers import AutoModelForCausalLM",
         'base = AutoModelForCausalLM.from_pretrained("someone/model", revision="v1.5")',
         "- **Base model:** `someone/model`",

@@ -81,7 +81,7 @@ def test_an_adapter_that_never_ran_cannot_be_traced_without_values(tmp_path):
     trained_model("bert").save_pretrained(tmp_path)
     model, inputs = PeftModel.from_pretrained(build("bert"), tmp_path).eval(), inputs_of("bert")
     for layer in model.modules():
-        getattr(layer, "read_again", lambda: None)()
+        getattr(layer, "clear_cache", lambda: None)()
     with pytest.raises(RuntimeError, match=r"Run the model once before torch.export, or call merge_and_unload\(\)"):
         torch.export.export(model, (), inputs, strict=False)
     expected = logits(model, inputs)

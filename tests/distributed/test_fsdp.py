@@ -178,8 +178,8 @@ def test_what_cannot_be_done_with_shards_is_refused(tmp_path):
     first, second = on_two_ranks(refuse, tmp_path)
     assert first == second
     assert "(a DTensor): save the adapter, and keep its largest changes in one process." in first["thin"]
-    assert "(a DTensor): give its adapter another child network before that." in first["load another"]
-    assert "came to a model that was sharded already" in first["train late"]
+    assert "(a DTensor): give its adapter another child network before sharding the model." in first["load another"]
+    assert "was added to a model that was sharded already" in first["train late"]
     for case in ("merge", "merge and unload", "inner"):
         assert "Linear is sharded (a DTensor), so that it cannot be composed or merged: apply" in first[case]
 

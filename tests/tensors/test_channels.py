@@ -42,7 +42,7 @@ def test_a_delta_in_the_order_of_positions_is_a_matrix_of_channels(kind):
     channels = Channels(layout, torch.tensor([0, 2]))
     delta = torch.rand(2 * layout.size)
     tensor = torch.zeros(shape)
-    channels.of(tensor).index_copy_(1, channels.chosen, channels.of_delta(delta))
+    channels.of(tensor).index_copy_(1, channels.chosen, channels.as_block(delta))
     assert torch.equal(tensor.flatten()[channels.positions()], delta)
     assert torch.equal(channel(tensor, 1), torch.zeros_like(channel(tensor, 1)))
 

@@ -149,10 +149,30 @@ def test_nothing_is_drawn_where_a_file_says_the_child_network(tmp_path, monkeypa
     for variant, model in models.items():
         move(model)
         model.save_pretrained(tmp_path / variant)
-    monkeypatch.setattr("peft_child.tuner.drawing.draw_random", drawn)
+    monkeypatch.setattr("peft_child.tuner.model.drawn_children", drawn)
+    monkeypatch.setattr("peft_child.tuner.model.drawn_child", drawn)
     for variant, model in models.items():
         loaded = PeftModel.from_pretrained(build("llama"), tmp_path / variant)
         assert_same(snapshot(loaded), snapshot(model))
+
+
+RANDOM = {"entries": {}, "channels": {"granularity": "input_channel"}, "task_free": {"variant": "task_free"}}
+
+
+@pytest.mark.parametrize("first_use", ["forward", "state_dict", "saving"])
+@pytest.mark.parametrize("kind", RANDOM)
+def test_a_random_child_network_is_drawn_when_no_file_comes(tmp_path, kind, first_use):
+    """The configuration of a file is also a configuration for a new adapter."""
+    model = chosen_model("llama", **{"variant": "random", **RANDOM[kind]})
+    model.save_pretrained(tmp_path)
+    again = get_peft_model(build("llama"), ChildTuningConfig.from_pretrained(tmp_path))
+    if first_use == "forward":
+        logits(again, batch_of("llama"))
+    if first_use == "saving":
+        again.save_pretrained(tmp_path / "again")
+        again = PeftModel.from_pretrained(build("llama"), tmp_path / "again")
+    assert_same(snapshot(again), snapshot(model))
+    assert_same(child_of(again), child_of(model))
 
 
 def test_an_injected_model_refers_to_no_parameter_but_its_own():

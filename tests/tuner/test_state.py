@@ -56,9 +56,9 @@ def test_a_child_network_of_the_same_size_keeps_the_parameter():
 
 def test_room_is_made_for_what_will_be_loaded():
     state = state_of()
-    state.await_file("default")
+    state.mark_unloaded("default")
     state.allocate("default", {"layer.weight": ChildSize(12, 3, 50)}, trainable=True)
-    assert not state.awaits_file("default")
+    assert not state.is_unloaded("default")
     assert state.sizes("default") == {"layer.weight": ChildSize(12, 3, 50)}
     before = state.named_deltas("default")["layer.weight"].data_ptr()
     state.allocate("default", {"layer.weight": ChildSize(12, 3, 50)}, trainable=True)
