@@ -1,16 +1,20 @@
-"""Input channels beside full fine-tuning, LoRA and single entries: steps, inference, memory and the Fisher pass.
+"""Input channels beside full fine-tuning, LoRA and single entries: steps, inference, memory, choice and loading.
 
 python -m benchmarks.channels [--quick] [--output docs]
 """
 
 import argparse
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from benchmarks.cases import EXAMPLES, TOGETHER, on_device, peak_of_base, peak_of_training, task_driven
 from benchmarks.granularity import METHODS
-from benchmarks.measure import DEVICE, in_fresh_process, say, take_turns
+from benchmarks.measure import DEVICE, in_fresh_process, peak_memory, say, take_turns
 from benchmarks.peers import Peer
 from benchmarks.report import add_arguments, carry_out
 from benchmarks.shapes import SHAPES, Shape, batch_of, build, in_parts
@@ -20,6 +24,7 @@ from peft_child import estimate_fisher
 MODELS = {"encoder": [(8, 64), (16, 128)], "minilm": [(8, 64), (16, 128)], "llama": [(8, 64), (16, 128)]}
 QUICK = {"tiny encoder": [(2, 8), (4, 8)]}
 DENSITY = 0.1
+PASSES = ("entry", "input_channel", "forward and backward", "with gradients of all weights")
 
 
 def measure(name: str, batches: list[tuple[int, int]], turns: int) -> dict[str, Any]:
@@ -39,31 +44,61 @@ def measure(name: str, batches: list[tuple[int, int]], turns: int) -> dict[str, 
         work = {method: {**peer.training(batch), **peer.inference(batch)} for method, peer in peers.items()}
         steps[f"{size} x {length}"] = take_turns(work, turns)
     peers.clear()
+    length = batches[0][1]
     say(f"{name}: Fisher pass")
-    return {"model": name, "memory": memory, "steps": steps, "fisher": measure_fisher(shape, batches[0][1], turns)}
+    fisher = measure_fisher(shape, length, turns)
+    peaks = {who: in_fresh_process(peak_of_pass, shape, length, who) - base for who in PASSES}
+    say(f"{name}: loading")
+    return {
+        "model": name,
+        "memory": memory,
+        "steps": steps,
+        "fisher": fisher,
+        "fisher memory": peaks,
+        "bytes": sum(parameter.nbytes for parameter in build(shape).parameters()),
+        "loading": measure_loading(shape, turns),
+    }
 
 
 def measure_fisher(shape: Shape, length: int, turns: int) -> Any:
-    """The Fisher pass of both granularities, and a pass that computes the gradient of the embeddings alone."""
-    entries, channels = (task_driven(shape, DENSITY, granularity) for granularity in ("entry", "input_channel"))
-    plain = build(shape).to(DEVICE).eval()
+    """The Fisher pass of both granularities, beside forward and backward passes over the same batches."""
+    return take_turns({who: {"pass": prepared_pass(shape, length, who)} for who in PASSES}, turns)
+
+
+def peak_of_pass(shape: Shape, length: int, who: str) -> int:
+    """Peak memory of a pass."""
+    prepared_pass(SHAPES["tiny encoder"], length, who)()  # loads code, which takes memory as well
+    prepared_pass(shape, length, who)()
+    return peak_memory()
+
+
+def prepared_pass(shape: Shape, length: int, who: str) -> Callable[[], object]:
+    """One of `PASSES` over some batches."""
     batches = in_parts(batch_of(shape, EXAMPLES, length), TOGETHER)
-    work = {
-        "entries": {"pass": lambda: estimate_fisher(entries, batches, progress_bar=False)},
-        "channels": {"pass": lambda: estimate_fisher(channels, batches, progress_bar=False)},
-        "plain": {"pass": lambda: forward_and_backward(plain, batches)},
-    }
-    return take_turns(work, turns)
+    if who in ("entry", "input_channel"):
+        return partial(estimate_fisher, task_driven(shape, DENSITY, who), batches, progress_bar=False)
+    model = build(shape).to(DEVICE).eval()
+    if who == "forward and backward":  # of activations alone; without the embeddings there would be no graph
+        model.requires_grad_(False).get_input_embeddings().requires_grad_(True)
+    return partial(forward_and_backward, model, batches)
 
 
 def forward_and_backward(model: nn.Module, batches: list[Any]) -> None:
-    """What a pass over some batches takes without the gradient of any linear weight."""
-    model.requires_grad_(False)
-    embeddings: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
-    embeddings.requires_grad_(True)
+    """A forward and a backward pass for each batch."""
     for batch in batches:
         model(**on_device(batch)).loss.backward()
-    model.zero_grad()
+        model.zero_grad()
+
+
+def measure_loading(shape: Shape, turns: int) -> Any:
+    """Loading an adapter into a model that has one, and decoding it."""
+    with tempfile.TemporaryDirectory() as temporary:
+        work = {}
+        for method in ("lora_same", "random", "channels"):
+            phases = Peer(shape, method, DENSITY, None).filing(Path(temporary) / method)
+            phases["save"]()
+            work[method] = {phase: phases[phase] for phase in ("load", "_delete")}
+        return take_turns(work, turns)
 
 
 def main() -> None:

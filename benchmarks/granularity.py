@@ -42,11 +42,34 @@ def of_model(case: Mapping[str, Any]) -> str:
                     f"{case['memory'][method] / 1e6:.0f}" if batch == list(case["steps"])[-1] else "",
                 ]
             )
-    fisher = case["fisher"]
-    channels, entries = (ratio(fisher[who]["pass"], fisher["plain"]["pass"]) for who in ("channels", "entries"))
-    line = (
-        f"A Fisher pass takes {channels:.2f} of a forward and backward pass that computes the gradient of the "
-        f"embeddings alone; that of single entries {entries:.2f}. (24 examples in batches of 8.)"
-    )
     head = ["tokens, method", "step, ms", "to full", "to LoRA", "inference, to the base", "peak MB"]
-    return "\n\n".join([f"### {case['model']}, by granularity", table(head, rows), line])
+    return "\n\n".join([f"### {case['model']}, by granularity", table(head, rows), choosing(case), loading(case)])
+
+
+def choosing(case: Mapping[str, Any]) -> str:
+    """Time and memory of the Fisher pass."""
+    seconds, peaks = case["fisher"], case["fisher memory"]
+    rows = []
+    for who, name in {"entry": "single entries", "input_channel": "**input channels**"}.items():
+        times = [
+            ratio(seconds[who]["pass"], seconds[other]["pass"])
+            for other in ("forward and backward", "with gradients of all weights")
+        ]
+        beyond = max(0, peaks[who] - peaks["forward and backward"])
+        rows.append([name, *(f"{time:.2f}" for time in times), f"{beyond / 1e6:.1f}", f"{beyond / case['bytes']:.1%}"])
+    head = ["Fisher pass", "time, to a pass", "to one with all gradients", "MB beyond the pass", "of the weights"]
+    text = (
+        "A pass goes forward and backward over the same 24 examples in batches of 8, with the gradient of the "
+        "embeddings alone, or with those of all weights."
+    )
+    return f"{table(head, rows)}\n\n{text}"
+
+
+def loading(case: Mapping[str, Any]) -> str:
+    """Time of loading an adapter."""
+    seconds = {method: found["load"] for method, found in case["loading"].items()}
+    entries, channels = (ratio(seconds[method], seconds["lora_same"]) for method in ("random", "channels"))
+    return (
+        f"Loading channels takes {channels:.2f} times as long as loading a LoRA adapter with as many values "
+        f"({ms(seconds['lora_same'])} ms), and loading random entries {entries:.2f} times as long."
+    )

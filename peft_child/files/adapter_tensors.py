@@ -216,7 +216,8 @@ def checked_child(name: str, pair: Mapping[str, Tensor]) -> StoredChild:
             raise FormatError(f"Its index has {header.size} positions and its delta {delta.numel()} values.")
         if header.delta_checksum and header.delta_checksum != checksum_of(delta):
             raise FormatError("The checksum of its delta does not match.")
-        if not torch.isfinite(delta).all():
+        # A sum with a value that is not finite is not finite either, and a sum is many times as fast.
+        if not (delta.sum().isfinite() or delta.isfinite().all()):
             raise FormatError("Its delta has a value that is not finite.")
         mask = GradientMask.unpack(pair[MASK]) if MASK in pair else None
     return StoredChild(delta, block, header, mask)
