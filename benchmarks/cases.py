@@ -130,9 +130,11 @@ def peak_of_training(shape: Shape, method: str, density: float, batch: tuple[int
     return peak_memory()
 
 
-def peak_of_choosing(shape: Shape, density: float, batch: tuple[int, int], chosen: Path) -> int:
+def peak_of_choosing(
+    shape: Shape, density: float, batch: tuple[int, int], chosen: Path, granularity: str = "entry"
+) -> int:
     """Peak memory of choosing a child network, which is saved."""
-    model = task_driven(shape, density)
+    model = task_driven(shape, density, granularity)
     select_child_network(model, [batch_of(shape, *batch)], progress_bar=False)
     peak = peak_memory()
     model.save_pretrained(chosen)

@@ -10,9 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from benchmarks.cases import EXAMPLES, TOGETHER, on_device, peak_of_base, peak_of_training, task_driven
+from benchmarks.cases import TOGETHER, on_device, peak_of_base, peak_of_training, task_driven
 from benchmarks.granularity import METHODS
 from benchmarks.measure import DEVICE, in_fresh_process, peak_memory, say, take_turns
 from benchmarks.peers import Peer
@@ -24,7 +25,8 @@ from peft_child import estimate_fisher
 MODELS = {"encoder": [(8, 64), (16, 128)], "minilm": [(8, 64), (16, 128)], "llama": [(8, 64), (16, 128)]}
 QUICK = {"tiny encoder": [(2, 8), (4, 8)]}
 DENSITY = 0.1
-PASSES = ("entry", "input_channel", "forward and backward", "with gradients of all weights")
+PASSES = ("entry", "input_channel", "frozen", "trained")  # the Fisher pass; a pass without, or with all gradients
+EXAMPLES = 64
 
 
 def measure(name: str, batches: list[tuple[int, int]], turns: int) -> dict[str, Any]:
@@ -78,16 +80,23 @@ def prepared_pass(shape: Shape, length: int, who: str) -> Callable[[], object]:
     if who in ("entry", "input_channel"):
         return partial(estimate_fisher, task_driven(shape, DENSITY, who), batches, progress_bar=False)
     model = build(shape).to(DEVICE).eval()
-    if who == "forward and backward":  # of activations alone; without the embeddings there would be no graph
+    if who == "frozen":  # all but the embeddings, without which there would be no graph
         model.requires_grad_(False).get_input_embeddings().requires_grad_(True)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(drop_gradient)
     return partial(forward_and_backward, model, batches)
+
+
+def drop_gradient(parameter: torch.Tensor) -> None:
+    """A gradient that is computed, and not kept."""
+    parameter.grad = None
 
 
 def forward_and_backward(model: nn.Module, batches: list[Any]) -> None:
     """A forward and a backward pass for each batch."""
     for batch in batches:
         model(**on_device(batch)).loss.backward()
-        model.zero_grad()
 
 
 def measure_loading(shape: Shape, turns: int) -> Any:

@@ -76,12 +76,19 @@ def growth(results: Mapping[str, Any]) -> str:
             by_size(results["size"]),
             "Peak memory above the base model, in MB, each in a fresh process; predictions in GB.",
             memory_by_size(results["size"]),
+            *_of_channels(results),
             f"A model of {results['density'][0]['weights']:,} weights by density; milliseconds.",
             by_other(results["density"], "density", PHASES),
             f"The same model by tokens in a batch, density {results['batch'][0]['density']}; milliseconds.",
             by_other(results["batch"], "tokens", PHASES[:5]),
         ]
     )
+
+
+def _of_channels(results: Mapping[str, Any]) -> list[str]:
+    """The same tables for input channels."""
+    points = results.get("size, channels", [])
+    return points and ["The same with input channels.", by_size(points), memory_by_size(points)]
 
 
 def by_size(points: Sequence[Mapping[str, Any]]) -> str:

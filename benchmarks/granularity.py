@@ -51,16 +51,13 @@ def choosing(case: Mapping[str, Any]) -> str:
     seconds, peaks = case["fisher"], case["fisher memory"]
     rows = []
     for who, name in {"entry": "single entries", "input_channel": "**input channels**"}.items():
-        times = [
-            ratio(seconds[who]["pass"], seconds[other]["pass"])
-            for other in ("forward and backward", "with gradients of all weights")
-        ]
-        beyond = max(0, peaks[who] - peaks["forward and backward"])
+        times = [ratio(seconds[who]["pass"], seconds[other]["pass"]) for other in ("trained", "frozen")]
+        beyond = max(0, peaks[who] - peaks["trained"])
         rows.append([name, *(f"{time:.2f}" for time in times), f"{beyond / 1e6:.1f}", f"{beyond / case['bytes']:.1%}"])
-    head = ["Fisher pass", "time, to a pass", "to one with all gradients", "MB beyond the pass", "of the weights"]
+    head = ["Fisher pass", "time, to a pass", "to one of a frozen model", "MB beyond the pass", "of the weights"]
     text = (
-        "A pass goes forward and backward over the same 24 examples in batches of 8, with the gradient of the "
-        "embeddings alone, or with those of all weights."
+        "A pass goes forward and backward over the same 64 examples in batches of 8; it computes the gradients of all "
+        "weights, each of which is dropped at once, or, in a frozen model, those of the embeddings alone."
     )
     return f"{table(head, rows)}\n\n{text}"
 

@@ -22,9 +22,11 @@ from benchmarks.cases import on_device, peak_of_base, peak_of_choosing, peak_of_
 from benchmarks.measure import DEVICE, in_fresh_process, peak_memory, say, take_turns, total
 from benchmarks.peers import Peer
 from benchmarks.report import add_arguments, carry_out
-from benchmarks.shapes import Shape, batch_of, build, in_parts, llama
+from benchmarks.shapes import Shape, batch_of, build, in_parts, llama, targeted
 from peft_child import estimate_fisher
+from peft_child.tensors.channels import ChannelLayout, choose_channels
 from peft_child.tensors.topk import select_largest
+from peft_child.tuner.layer import child_tuning_layers
 
 
 SIZES = [llama(10, 288), llama(12, 448), llama(14, 768), llama(24, 1024)]  # 10, 30, 100 and 300 million weights
@@ -33,12 +35,12 @@ LENGTH = 32
 BATCHES = [2, 8, 32, 64]  # sequences
 
 
-def measure_point(shape: Shape, density: float, batch_size: int, turns: int) -> dict[str, Any]:
-    """Seconds of every turn by phase for one model, density and batch."""
-    say(f"{shape}, density {density}, {batch_size} x {LENGTH} tokens")
+def measure_point(shape: Shape, density: float, batch_size: int, turns: int, method: str = "random") -> dict[str, Any]:
+    """Seconds of every turn by phase for one model, density, batch and method, 'random' or 'channels'."""
+    say(f"{shape}, {method}, density {density}, {batch_size} x {LENGTH} tokens")
     batch = on_device(batch_of(shape, batch_size, LENGTH))
     with tempfile.TemporaryDirectory() as temporary:
-        native, ours = (Peer(shape, method, density, Path(temporary)) for method in ("native", "random"))
+        native, ours = (Peer(shape, who, density, Path(temporary)) for who in ("native", method))
         numel = sum(parameter.numel() for parameter in native.model.parameters())
         size = sum(parameter.numel() for parameter in ours.trained)
         work = {
@@ -56,7 +58,7 @@ def measure_point(shape: Shape, density: float, batch_size: int, turns: int) -> 
     passes = {f"pass, {who}": total(found, ("forward", "backward")) for who, found in seconds.items()}
     return {
         "weights": numel,
-        "targeted": round(size / density),
+        "targeted": sum(parameter.numel() for _, parameter in targeted(native.model)),
         "chosen": size,
         "density": density,
         "tokens": batch_size * LENGTH,
@@ -67,9 +69,14 @@ def measure_point(shape: Shape, density: float, batch_size: int, turns: int) -> 
 def choosing(peer: Peer, batch: Mapping[str, Tensor], size: int) -> dict[str, Any]:
     """The Fisher pass of two examples, one at a time, and the choice."""
     scores: dict[str, Tensor] = {}
+    layouts: dict[str, ChannelLayout] = {}
+    if peer.method == "channels":
+        for layer in child_tuning_layers(peer.model).values():
+            layouts |= layer.layouts("default")
+    choose = partial(choose_channels, scores, layouts, size) if layouts else partial(select_largest, scores, size)
     return {
         "Fisher pass": lambda: scores.update(estimate_fisher(peer.model, in_parts(batch, 1), progress_bar=False)),
-        "choice": lambda: select_largest(scores, size),
+        "choice": choose,
         "_forget": scores.clear,
     }
 
@@ -83,14 +90,15 @@ def adding(peer: Peer) -> dict[str, Any]:
     }
 
 
-def measure_peaks(shape: Shape, density: float) -> dict[str, int]:
+def measure_peaks(shape: Shape, density: float, method: str = "random") -> dict[str, int]:
     """Peak memory above the base model, each in a fresh process."""
     with tempfile.TemporaryDirectory() as temporary:
         folder, batch = Path(temporary) / "chosen", (2, LENGTH)
+        granularity = "input_channel" if method == "channels" else "entry"
         base = in_fresh_process(peak_of_base, shape)
         peaks = {
-            "training": in_fresh_process(peak_of_training, shape, "random", density, batch, folder),
-            "choosing": in_fresh_process(peak_of_choosing, shape, density, batch, folder),
+            "training": in_fresh_process(peak_of_training, shape, method, density, batch, folder),
+            "choosing": in_fresh_process(peak_of_choosing, shape, density, batch, folder, granularity),
             "loading": in_fresh_process(peak_of_loading, shape, folder, False),
             "loading and merging": in_fresh_process(peak_of_loading, shape, folder, True),
         }
@@ -109,10 +117,14 @@ def peak_of_loading(shape: Shape, folder: Path, merge: bool) -> int:
 
 
 def measured(shapes: list[Shape], turns: int, some: int | None) -> dict[str, Any]:
-    """Every model; then one of them at some or all densities and batches."""
+    """Every model with both granularities; then one of them at some or all densities and batches."""
     return {
         "turns": turns,
         "size": [{**measure_point(shape, 0.1, 2, turns), "peaks": measure_peaks(shape, 0.1)} for shape in shapes],
+        "size, channels": [
+            {**measure_point(shape, 0.1, 2, turns, "channels"), "peaks": measure_peaks(shape, 0.1, "channels")}
+            for shape in shapes
+        ],
         "density": [measure_point(shapes[1], density, 2, turns) for density in DENSITIES[:some]],
         "batch": [measure_point(shapes[1], 0.1, batch, turns) for batch in BATCHES[:some]],
     }

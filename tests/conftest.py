@@ -21,7 +21,7 @@ def seeded():
 
 @pytest.fixture(params=["entry", "input_channel"])
 def granularity(request, monkeypatch):
-    """Child networks of the tests, but for those of CT_F, are of single entries, and then of input channels."""
+    """Child networks of the tests are of single entries, and then of input channels."""
     monkeypatch.setitem(DEFAULTS, "granularity", request.param)
     if request.param == "input_channel":  # of which the small models have few
         monkeypatch.setitem(DEFAULTS, "density", 0.5)

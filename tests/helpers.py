@@ -17,8 +17,7 @@ DEFAULTS = {"density": 0.3, "granularity": "entry"}  # see `granularity` in conf
 
 
 def config_for(name, **changes):
-    defaults = DEFAULTS | ({"granularity": "entry"} if changes.get("variant") == "task_free" else {})
-    return ChildTuningConfig(**{**defaults, **PROBLEMS[name].targets, **changes})
+    return ChildTuningConfig(**{**DEFAULTS, **PROBLEMS[name].targets, **changes})
 
 
 def settings_of(variant):

@@ -55,8 +55,10 @@ PRIVATE = {
     },
     "tensors/channel_linear.py": {
         "_backward_hooks": "hooks, which the module itself would run",
+        "_backward_pre_hooks": "as _backward_hooks",
         "_forward_hooks": "as _backward_hooks",
         "_forward_pre_hooks": "as _backward_hooks",
+        "_has_any_global_hook": "hooks of all modules, which the module itself would run",
     },
     "tensors/compose.py": {
         "_C": "see _top_saved_tensors_default_hooks",

@@ -1,4 +1,4 @@
-"""A table of methods on tasks, the differences to one of them, the rates that were chosen, and a figure."""
+"""A table of methods on tasks, the differences from one of them, the rates that were chosen, and a figure."""
 
 from __future__ import annotations
 
@@ -88,8 +88,8 @@ class Comparison:
         ]
         page = f"# {self.title}\n\n{self.text}\n\n{self._protocol()}\n\n"
         page += markdown(["method", *titles, "trained entries", "file (MB)", "seconds"], rows)
-        page += f"\nDifference to {baseline}, with its interval:\n\n{markdown(['method', *titles], differences)}"
-        page += f"\n![Differences to {baseline}]({self.name}.svg)\n"
+        page += f"\nDifference from {baseline}, with its interval:\n\n{markdown(['method', *titles], differences)}"
+        page += f"\n![Differences from {baseline}]({self.name}.svg)\n"
         page += f"\nLearning rates tried, with their scores on held-out training rows:\n\n{self._rates(known)}"
         page += f"\n{self._reproduction(known)}\n{failures(self.runs(known), self.grid.source, known)}"
         (folder / f"{self.name}.md").write_text(page, "utf-8")
@@ -97,7 +97,7 @@ class Comparison:
             name: {title: paired(row[title], scores[baseline][title]) for title in titles}
             for name, row in others.items()
         }
-        draw_differences(drawn, f"difference to {baseline} (points)", folder / f"{self.name}.svg")
+        draw_differences(drawn, f"difference from {baseline} (points)", folder / f"{self.name}.svg")
 
     def _scores(self, method: Method, known: Known) -> dict[str, dict[int, float]]:
         """By column and seed."""

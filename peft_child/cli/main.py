@@ -371,7 +371,7 @@ def _check_folder(output: Path, force: bool) -> None:
     if output.exists() and not force:
         raise FileExistsError(f"'{output}' exists already; pass --force to replace it.")
     if output.exists() and not any((output / name).is_file() for name in marks):
-        raise FileExistsError(f"'{output}' is no folder of an adapter or a checkpoint; it is not replaced.")
+        raise FileExistsError(f"'{output}' is not the folder of an adapter or a checkpoint; it is not replaced.")
 
 
 def _check_file(output: Path | None, force: bool) -> None:

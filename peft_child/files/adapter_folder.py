@@ -27,7 +27,7 @@ PEFT_TYPE = "PEFT_CHILD"
 
 WITHOUT_MASK: dict[str, Any] = {"gradient_density": 1.0, "resample_every": 1}
 
-# Clears the selection settings, for adapters that were made of others.
+# Clears the settings of a selection, for adapters that were made from other adapters.
 WITHOUT_SELECTION: dict[str, Any] = {
     "variant": "extracted",
     "target_modules": None,
@@ -75,7 +75,7 @@ def open_adapter(folder: str | Path) -> SparseAdapter:
             inside = sorted(found.parent.name for found in folder.glob(f"*/{CONFIG_NAME}"))
             way_out = f"pass --subfolder {inside[0]}, or name '{folder / inside[0]}'" if inside else ""
             hint = f" There are adapters in it: {way_out}." if inside else ""
-            raise FileNotFoundError(f"'{folder}' is no folder of an adapter: it has no '{name}'.{hint}")
+            raise FileNotFoundError(f"'{folder}' is not an adapter folder: it has no '{name}'.{hint}")
     try:
         settings = json.loads((folder / CONFIG_NAME).read_text())
         method = settings.get("peft_type") if isinstance(settings, dict) else None
@@ -84,17 +84,21 @@ def open_adapter(folder: str | Path) -> SparseAdapter:
         with safe_open(folder / WEIGHTS_NAME, framework="pt") as file:
             keys, others = child_keys(file.keys())
             dense = {key: file.get_tensor(key) for key in others}
+            # Slices, so that only the headers of blocks are read now.
             blocks = {name: file.get_slice(pair[INDEX]) for name, pair in keys.items() if INDEX in pair}
             found = {name: claimed_size(name, block) for name, block in blocks.items()}
     except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise FormatError(f"The adapter in '{folder}' cannot be read: {error}.") from error
+    # The record is for loaders that need shapes before they open the file, so it may be missing.
     recorded = settings.get("child_sizes")
     try:
         sizes = found if recorded is None else {name: ChildSize(*size) for name, size in recorded.items()}
-    except (AttributeError, TypeError):  # a record of another form names nothing
+    except (AttributeError, TypeError):  # a malformed record names no parameters, and is refused below
         sizes = {}
     if sizes.keys() != keys.keys():
-        raise FormatError(f"child_sizes of '{CONFIG_NAME}' names other parameters than '{WEIGHTS_NAME}' has.")
+        raise FormatError(
+            f"child_sizes in '{CONFIG_NAME}' must name the parameters that have a child network in '{WEIGHTS_NAME}'."
+        )
     deltas = Lazy(keys, lambda name: _read_delta(folder / WEIGHTS_NAME, name, keys[name], sizes[name]))
     return SparseAdapter(settings, deltas, dense, sizes)
 
@@ -108,7 +112,7 @@ def read_adapter(folder: str | Path) -> SparseAdapter:
     """
     adapter = open_adapter(folder)
     for name in adapter.deltas:
-        adapter.deltas[name]
+        adapter.deltas[name]  # access checks it
     return adapter
 
 
@@ -152,7 +156,7 @@ def write_adapter(
                     sizes[name] = _write_delta(weights, name, delta)
         settings = {**adapter.settings, "child_sizes": sizes}
         (temporary / CONFIG_NAME).write_text(json.dumps(settings, indent=2, sort_keys=True))
-        if sizes:
+        if sizes:  # what is added to the card describes a child network
             complete_card(temporary, settings)
 
 
@@ -161,6 +165,7 @@ def _write_delta(weights: TensorWriter, name: str, delta: SparseDelta) -> ChildS
     block = encode(delta.indices.cpu().numpy(), delta.shape, delta.fingerprint, delta.layout)
     pair = {
         f"{PREFIX}{path}.{DELTA}.{parameter}": delta.values,
+        # A bytearray, since torch warns of memory that it cannot write to.
         f"{PREFIX}{path}.{INDEX}.{parameter}": torch.frombuffer(bytearray(block), dtype=torch.uint8),
     }
     for key, tensor in stamped(pair).items():

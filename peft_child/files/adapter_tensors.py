@@ -54,7 +54,7 @@ class StoredChild(NamedTuple):
         return ChildSize(self.header.numel, self.header.size, self.block.numel())
 
     def sparse_delta(self, name: str) -> SparseDelta:
-        """The child network, in the shape of a matrix with the tensor's rows: the file knows no more.
+        """The child network; its shape is a matrix with the tensor's rows, since the file does not hold more.
 
         Args:
             name: Name of the parameter, for the error.
@@ -148,6 +148,7 @@ def stamped(tensors: Mapping[str, Tensor], delta_dtype: torch.dtype | None = Non
             raise ValueError(f"The child network of '{name}' was neither chosen nor loaded: choose it before saving.")
         if delta_dtype is not None and delta.dtype == torch.float32:
             result[delta_key] = delta.to(delta_dtype)
+        # Counted after the rounding, which may overflow.
         bad = result[delta_key].numel() - int(result[delta_key].isfinite().sum())
         if bad:
             raise ValueError(f"Deltas must be finite to be saved; {bad} values of '{name}' are not.")
@@ -192,7 +193,8 @@ def _split(key: str) -> tuple[str, str, str]:
     """
     for kind in (*KINDS, MASK):
         path, found, parameter = key.rpartition(f".{kind}.")
-        if found and "." not in parameter:
+        if found and "." not in parameter:  # otherwise a module has this name
+            # With a dot at the end, so that a last `.base_layer` is taken out as well.
             return f"{path}.".removeprefix(PREFIX).replace(".base_layer.", ".")[:-1], kind, parameter
     return key, "", ""
 
@@ -236,8 +238,8 @@ def check_numel(name: str, child: StoredChild, base: Tensor) -> None:
     """Raise a `FormatError` if a child network was made for a tensor of another size than its parameter's."""
     if child.header.numel != base.numel():
         raise FormatError(
-            f"The child of '{name}' cannot be loaded. It belongs to a tensor of {child.header.numel} entries, the "
-            f"base model's has {base.numel()}."
+            f"The child of '{name}' cannot be loaded. It was made for a tensor of {child.header.numel} entries, and "
+            f"that of the base model has {base.numel()}."
         )
 
 

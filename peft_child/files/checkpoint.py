@@ -30,6 +30,7 @@ CHECKPOINT_NAME = "model.safetensors"
 _VOCABULARIES = ("*.model", "*.model.v*", "*.spm", "*.tiktoken", "*.tokenizer", "*.bpe", "*.codes", "*.txt")
 DESCRIBING = ("*.json", "*.jinja", "*.py", *_VOCABULARIES)
 LICENCES = ("LICEN[CS]E*", "NOTICE*", "USE_POLICY*", "COPYING*")
+# Named like files that describe the model, but about an adapter, other weights or a training run.
 _OF_OTHERS = ("adapter_*", "*.index*.json", "trainer_state.json")
 _OF_WEIGHTS = (".bin", ".safetensors", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".ckpt")
 
@@ -107,6 +108,7 @@ def replacing(target: str | Path, force: bool) -> Iterator[Path]:
     if target.exists() and not force:
         raise FileExistsError(f"'{target}' exists already; pass force (--force) to replace it.")
     target.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the target, and so in its file system, where moving it is a rename.
     temporary = target.with_name(f".{target.name}.{os.getpid()}.new")
     _remove(temporary)
     try:
@@ -123,7 +125,8 @@ def replacing(target: str | Path, force: bool) -> Iterator[Path]:
 
 
 def copy_description(source: Path, folder: Path) -> None:
-    """Copy the files that describe a model: no weights, and no subfolder that has any, such as those of exports."""
+    """Copy the files that describe a model, but neither weights nor subfolders that hold some, such as exports."""
+    # copyfile leaves permissions out: the source may be read-only.
     for item in sorted(source.iterdir()):
         if item.is_file() and _describes(item):
             shutil.copyfile(item, folder / item.name)
@@ -176,7 +179,7 @@ def _copy_file(
         for name in names:
             place = checkpoint.places[name]
             copy_bytes(source, target, place.offset - source.tell())
-            written = write_tensor(change(name, checkpoint[name].clone()), target)
+            written = write_tensor(change(name, checkpoint[name].clone()), target)  # a copy, since the file is mapped
             if written != place.num_bytes:
                 raise ValueError(f"'{name}' must keep its {place.num_bytes} bytes in '{file}', got {written}.")
             source.seek(place.num_bytes, os.SEEK_CUR)
@@ -199,9 +202,10 @@ def _first_file(path: Path) -> Path:
         if file.is_file():
             return file
     others = sorted(file.name for file in path.glob("*.*") if file.suffix in _OF_WEIGHTS)
-    hint = f" It has '{others[0]}': name a safetensors file itself, and convert other formats to it." if others else ""
+    way_out = "pass the path of a safetensors file itself, and convert other formats to safetensors first"
+    hint = f" It has '{others[0]}': {way_out}." if others else ""
     raise FileNotFoundError(
-        f"'{path}' is no safetensors file, and no folder with '{names[0]}'"
+        f"'{path}' is neither a safetensors file nor a folder with '{names[0]}'"
         + (f" or an index of it.{hint}" if named is None else f", which its configuration names.{hint}")
     )
 
@@ -219,7 +223,7 @@ def _weight_files(path: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"'{index}' is no index of a checkpoint: it needs a 'weight_map' of file names.") from error
+        raise ValueError(f"'{index}' is not a checkpoint index: it needs a 'weight_map' of file names.") from error
     return [index.parent / _checked(name, index) for name in names]
 
 
@@ -229,7 +233,7 @@ def _read_places(file: Path) -> dict[str, StoredTensor]:
         with safe_open(file, framework="pt"):
             pass
     except SafetensorError as error:
-        raise ValueError(f"'{file}' is no safetensors file: {error}.") from error
+        raise ValueError(f"'{file}' is not a safetensors file: {error}.") from error
     with file.open("rb") as data:
         length = int.from_bytes(data.read(8), "little")
         header = json.loads(data.read(length))

@@ -29,7 +29,7 @@ def combine_adapters(
     """
     for adapter in adapters:
         if adapter.dense and len(adapters) > 1:
-            raise ValueError(f"Modules saved whole cannot be combined, and '{next(iter(adapter.dense))}' is one.")
+            raise ValueError(f"Modules saved whole cannot be combined; '{next(iter(adapter.dense))}' belongs to one.")
     deltas = combine_named(
         [adapter.deltas for adapter in adapters],
         weights,
@@ -39,6 +39,7 @@ def combine_adapters(
         seed=seed,
     )
     settings = dict(adapters[0].settings)
+    # One adapter that keeps its positions is still described by the settings that chose them.
     keeps_positions = len(adapters) == 1 and (combination_type == "linear" or density == 1)
     if deltas and not keeps_positions:
         settings |= {**WITHOUT_SELECTION, "density": density_of(deltas, progress), "target_parameters": list(deltas)}

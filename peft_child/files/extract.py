@@ -62,6 +62,7 @@ def extract_adapter(
             names, lambda name: _scores(name, base[name], tuned[name]), lambda names: progress(names, "Comparing")
         )
         cutoff = find_cutoff(changes, size)
+    # Counted first, since an adapter names only tensors that have chosen entries.
     cutoffs, chosen = _count(base, tuned, progress(names, "Counting"), cutoff)
     deltas = Lazy(cutoffs, lambda name: _extract(name, base[name], tuned[name], cutoffs[name]))
     if not deltas:
@@ -178,6 +179,7 @@ def _scores(name: str, before: Tensor, after: Tensor) -> Tensor:
 
 
 def _check_finite(name: str, before: Tensor, after: Tensor) -> None:
+    # Values that are not finite may stay as they are; only what changes has to be finite.
     bad = ~(before.isfinite() & after.isfinite())
     count = count_different(before[bad], after[bad])
     if count:
@@ -185,6 +187,7 @@ def _check_finite(name: str, before: Tensor, after: Tensor) -> None:
 
 
 def _extract(name: str, before: Tensor, after: Tensor, cutoff: Cutoff | None) -> SparseDelta:
+    # Chosen again for every tensor, since the positions of all of them would take too much memory.
     return _delta_at(name, before, after, None if cutoff is None else choose(change(before, after), cutoff)[0])
 
 

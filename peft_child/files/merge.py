@@ -17,7 +17,7 @@ from peft_child.tensors.lazy import read_ahead
 
 
 class NamesDifferError(ValueError):
-    """A checkpoint lacks names of an adapter's parameters, mostly because transformers renames them on loading."""
+    """A checkpoint lacks tensors that an adapter names, usually because transformers renames tensors on loading."""
 
 
 def merge_checkpoint(
@@ -42,7 +42,7 @@ def merge_checkpoint(
     check_fits(adapter, base)
     names = base.in_file_order([*adapter.deltas, *(key.removeprefix(PREFIX) for key in adapter.dense)])
     deltas = read_ahead(adapter.deltas, [name for name in names if name in adapter.deltas])
-    mismatched: list[str] = []
+    mismatched: list[str] = []  # found while merging, since a check of its own would read these tensors twice
 
     def merged(name: str, tensor: Tensor) -> Tensor:
         if name not in adapter.deltas:
@@ -70,7 +70,7 @@ def _warn_of(mismatched: list[str], base: Checkpoint) -> None:
 
 
 def _mismatch(base: Checkpoint, name: str) -> str:
-    return f"'{base.path}' has other weights than the adapter was made on, such as in '{name}'."
+    return f"The weights in '{base.path}' are not those that the adapter was made on; '{name}' is one that differs."
 
 
 def export_patch(
@@ -120,13 +120,13 @@ def check_fits(adapter: SparseAdapter, base: Checkpoint) -> None:
             f"'{base.path}' has no tensor '{missing[0]}' ({len(missing)} of {len(wanted)} names are missing): the "
             "model has other names than its checkpoint, or the adapter belongs to another model."
         )
-    sizes = adapter.sizes  # of a folder; they spare us reading its deltas
+    sizes = adapter.sizes  # known for an adapter read from a folder, whose deltas need not be read then
     numels = {name: sizes[name].numel if name in sizes else adapter.deltas[name].numel for name in adapter.deltas}
     numels |= {key.removeprefix(PREFIX): tensor.numel() for key, tensor in adapter.dense.items()}
     for name, numel in numels.items():
         here = base.places[name].numel
         if here != numel:
-            raise ValueError(f"'{name}' has {here} entries in '{base.path}', the adapter's has {numel}.")
+            raise ValueError(f"'{name}' has {here} entries in '{base.path}', but {numel} in the adapter.")
 
 
 def check_weights(adapter: SparseAdapter, base: Checkpoint, progress: Progress = silent) -> None:

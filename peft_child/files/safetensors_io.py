@@ -79,7 +79,7 @@ class TensorWriter:
 
     def _assemble(self) -> None:
         header = self._header()
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()  # as the library does
         text += b" " * (-len(text) % 8)  # data are aligned to 8 bytes
         with self.file.open("wb") as target:
             target.write(len(text).to_bytes(8, "little") + text)
@@ -89,7 +89,7 @@ class TensorWriter:
                     copy_bytes(self.parts, target, self.entries[name].num_bytes)
 
     def _header(self) -> dict[str, Any]:
-        """The library's header for one-entry tensors, which tells their order, with the real shapes and offsets."""
+        """The library's header for one-entry tensors, for their order; shapes and offsets are then replaced."""
         small = {name: torch.zeros(1, dtype=entry.dtype) for name, entry in self.entries.items()}
         written = save(small, METADATA)
         header: dict[str, Any] = json.loads(written[8 : 8 + int.from_bytes(written[:8], "little")])

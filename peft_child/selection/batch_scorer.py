@@ -98,7 +98,7 @@ class BatchScorer:
             if loss is None or not capture.divisions <= self._divisions:
                 return False
             scale = 1 / max(weights)  # makes gradients as large as those of single examples: small ones underflow
-            factors = [1 / (weight * scale) ** 2 for weight in weights]
+            factors = [1 / (weight * scale) ** 2 for weight in weights]  # undoes weight and scale in the squares
             capture.backward(
                 loss, scale, lambda name, parts: self._add_parts(self._scores[name], name, parts, factors)
             )
@@ -108,7 +108,7 @@ class BatchScorer:
         add_squares(score, parts, factors, self._targets[name].device, self._layouts.get(name))
 
     def _loss_at_once(self, batch: Any) -> Tensor | None:
-        """The loss of a batch, connected to what is captured; None if the batch has to be taken apart."""
+        """The loss of a batch, with a graph to what is captured; None if its examples must be scored one by one."""
         try:
             loss = self._loss.unchecked(batch)
         except CannotCaptureError as error:
@@ -121,18 +121,18 @@ class BatchScorer:
         if not isinstance(loss, Tensor) or not loss.requires_grad:
             self._go_one_by_one("the targeted weights are used without calling their modules")
             return None
-        return loss if math.isfinite(loss.item()) else None  # one by one, the error names the example
+        return loss if math.isfinite(loss.item()) else None  # scored one by one, the example at fault is named
 
     def _go_one_by_one(self, reason: str) -> None:
         self._at_once = False
         logger.warning(
-            "Fisher information: every example takes a forward and a backward pass of its own, which is slower than "
-            "whole batches, because %s.",
+            "Fisher information: the examples are scored one by one, each with a forward and a backward pass of its "
+            "own, which is slower than whole batches. The reason: %s.",
             reason,
         )
 
     def _compare(self, batch: Any, numbers: Sequence[int]) -> tuple[Any, Sequence[int]]:
-        """Score two examples both ways, and learn from it; returns the others, and their numbers."""
+        """Score two examples both ways, and rule out reductions; returns the other examples and their numbers."""
         size = len(numbers)
         chosen = self._reduction.most_telling(batch, size)
         others = [index for index in range(size) if index not in chosen]
@@ -147,7 +147,7 @@ class BatchScorer:
         with self._owners.capture(size, rows_of_example(batch, size)) as capture:
             loss = self._loss_at_once(batch)
             if loss is None:
-                return rest
+                return rest  # without the two, which have been scored alone
             try:
                 capture.backward(loss, 1.0, partial(self._note_norms, together))
             except Exception as error:  # of any kind, as in the forward pass
@@ -171,6 +171,7 @@ class BatchScorer:
         size = len(norms[name])
         for index in range(size):
             squares = torch.zeros(self._scores[name].shape, device=self._targets[name].device)
+            # As the scores are added, one example at a time, so that the comparison covers the same code.
             self._add_parts(squares, name, parts, [float(index == other) for other in range(size)])
             norms[name][index] = squares.sum(dtype=torch.float64)
 

@@ -15,7 +15,7 @@ _TELLING = ("labels", "label", "input_ids")  # these have one row for each examp
 
 
 def some_examples(batch: Any, indices: Sequence[int], size: int) -> Any:
-    """A batch of some of the examples of a batch of `size`; padding stays."""
+    """The examples at `indices` in a batch of `size`, as a batch; padding stays."""
     return batch if list(indices) == list(range(size)) else _take(batch, indices, size)
 
 
@@ -35,11 +35,11 @@ def batch_size(batch: Any) -> int:
         return sizes.pop()
     telling = [batch[key] for key in _TELLING if isinstance(batch, Mapping) and isinstance(batch.get(key), Tensor)]
     size = len(telling[0]) if telling and telling[0].dim() else None
-    if size is None or (size > 1 and sizes - {1, size}):
+    if size is None or (size > 1 and sizes - {1, size}):  # a single example is never divided
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors) or "no tensors"
         raise ValueError(
-            "The tensors of a batch must agree in their first dimension, the example, to be taken apart; got "
-            f"{shapes}. Use a dataloader whose batches are single examples, and split_batches=False."
+            "To take a batch apart into examples, its tensors must agree in their first dimension (one row for each "
+            f"example); got {shapes}. Use a dataloader whose batches are single examples, and split_batches=False."
         )
     return size
 

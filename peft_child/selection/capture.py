@@ -46,7 +46,7 @@ class Owners:
                 self.keys[module] = owned
 
     def without_formula(self) -> set[str]:
-        """Names of the targets whose gradients need autograd, since a module that owns them is of no common kind."""
+        """Names of the targets whose gradients need autograd, since a module that owns them has no formula."""
         owned = ((module, key, name) for module, names in self.keys.items() for key, name in names.items())
         return {name for module, key, name in owned if formula_of(module, key) is None}
 
@@ -72,13 +72,14 @@ class Owners:
         capture = Capture(self, examples, rows)
         with ExitStack() as stack:
             for module in self.keys:
+                # Before all other hooks, which may change the output.
                 handle = module.register_forward_hook(capture.keep, with_kwargs=True, prepend=True)
                 stack.callback(handle.remove)
             yield capture
 
     @contextmanager
     def used_elsewhere(self) -> Iterator[set[str]]:
-        """Watch a forward pass for targets that are used while no module is called that owns them.
+        """Watch a forward pass for targets that are used outside the calls of the modules that own them.
 
         Yields:
             Their names, complete when the context is left.
@@ -87,6 +88,7 @@ class Owners:
         with ExitStack() as stack:
             for module, owned in self.keys.items():
                 enter, leave = partial(watch.enter, owned), partial(watch.leave, owned)
+                # Inside the hooks of others, which are not part of the module's own computation.
                 stack.callback(module.register_forward_pre_hook(enter).remove)
                 stack.callback(module.register_forward_hook(leave, prepend=True).remove)
             stack.enter_context(watch)
@@ -99,7 +101,7 @@ class _Watch(TorchDispatchMode):
     def __init__(self, names: Mapping[int, str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._names = names
-        self._running: list[str] = []
+        self._running: list[str] = []  # a list, since calls of the owners may be nested
         self.found: set[str] = set()
 
     def enter(self, owned: Mapping[str, str], *_: Any) -> None:
@@ -146,8 +148,8 @@ class Capture:
         if not shared and (left or (self._rows is not None and each not in self._rows)):
             shape = tuple(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"
             raise CannotCaptureError(
-                f"a {type(module).__name__} should return one tensor, in whose first dimension each of "
-                f"{self._examples} examples has one row or one for each token, and returns {shape}"
+                f"a {type(module).__name__} should return one tensor, with one row, or one row for each token, for "
+                f"each of {self._examples} examples in its first dimension, but returns {shape}"
             )
         if shared:  # a copy for each example, whose gradients would be summed otherwise
             output = output.repeat(self._examples, *[1] * (output.dim() - 1))
@@ -175,7 +177,7 @@ class Capture:
         self._sink = sink
         loss.backward(gradient=torch.full_like(loss, scale))
         with torch.no_grad():
-            for name in list(self._uses):
+            for name in list(self._uses):  # those with a use that the loss does not reach
                 self._finish(name)
 
     @torch.no_grad()

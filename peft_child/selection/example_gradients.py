@@ -156,30 +156,40 @@ def add_squares(
 
 
 def _add_channels(score: Tensor, layout: ChannelLayout, parts: Sequence[Part], weights: Sequence[float]) -> None:
-    """Add the squares of one example at a time, summed over the channels."""
+    """Add the weighted squares, summed over the channels."""
+    only = parts[0] if len(parts) == 1 else None
+    if not isinstance(only, Product):
+        for example, weight in enumerate(weights):
+            if weight:
+                gradient = _summed(parts, slice(example, example + 1), slice(None))[0]
+                score.add_(layout.sums(gradient.float().square()), alpha=weight)
+        return
+    lengths = [span.stop - span.start for span in only.tokens]
+    common = slice(min(span.start for span in only.tokens), max(span.stop for span in only.tokens))
+    # All examples at once, with the tokens that any of them uses, unless that is much more work.
+    if len(weights) * (common.stop - common.start) ** 2 <= 2 * sum(length**2 for length in lengths):
+        score.addmv_(_channel_sums(only, layout, slice(0, len(weights)), common).T, score.new_tensor(weights))
+        return
     for example, weight in enumerate(weights):
-        if not weight:
-            continue
-        if len(parts) == 1 and isinstance(parts[0], Product):
-            sums = _channel_sums(parts[0], layout, example)
-        else:
-            sums = layout.sums(_summed(parts, slice(example, example + 1), slice(None))[0].float().square())
-        score.add_(sums, alpha=weight)
+        if weight:
+            sums = _channel_sums(only, layout, slice(example, example + 1), only.tokens[example])
+            score.add_(sums[0], alpha=weight)
 
 
-def _channel_sums(part: Product, layout: ChannelLayout, example: int) -> Tensor:
-    """Sums over the channels of the squared gradient of one example, the cheaper way.
+def _channel_sums(part: Product, layout: ChannelLayout, examples: slice, tokens: slice) -> Tensor:
+    """Sums over the channels of the squared gradients of some examples, shape `(examples, channels)`.
 
     With inputs x and output gradients d of an example's tokens, the sum over column j of the squares of `d.T @ x` is
-    `x_j.T @ (d @ d.T) @ x_j`, which needs no gradient of the whole matrix.
+    `x_j.T @ (d @ d.T) @ x_j`, which needs no gradient of the whole matrix. The cheaper of the two is computed.
     """
-    tokens = part.tokens[example]
-    left, right = part.left[example, tokens].float(), part.right[example, tokens].float()
-    if layout.are_rows(left.shape[1]):
-        left, right = right, left
-    if len(left) * (left.shape[1] + right.shape[1]) < layout.numel:
-        return (left @ left.T @ right).mul_(right).sum(0)
-    return (left.T @ right).square_().sum(0)
+    left, right = part.left[examples, tokens].float(), part.right[examples, tokens].float()
+    if layout.are_rows(left.shape[2]):
+        left, right = right, left  # channels, here rows, are columns of the transpose
+    # With t tokens, a matrix (m, n) takes t * t * (m + n) multiplications this way, and t * m * n the other way.
+    if left.shape[1] * (left.shape[2] + right.shape[2]) < layout.numel:
+        return (left @ left.mT @ right).mul_(right).sum(1)
+    # One gradient at a time, since they are large.
+    return torch.stack([(each.T @ other).square_().sum(0) for each, other in zip(left, right, strict=True)])
 
 
 def _add_tiles(score: Tensor, parts: Sequence[Part], weights: Sequence[float]) -> None:
@@ -216,6 +226,7 @@ def _tiles(score: Tensor, at_once: int) -> Iterator[slice]:
 
 def _add_outer(score: Tensor, part: Product, weights: Sequence[float]) -> None:
     """One token for each example: the square of `l.T @ r` is that of l, times that of r."""
+    # An empty span starts at a token whose gradient is zero, which adds nothing.
     token = torch.tensor([span.start for span in part.tokens], device=score.device)
     example = torch.arange(len(token), device=score.device)
     left, right = (side[example, token].float().square() for side in (part.left, part.right))

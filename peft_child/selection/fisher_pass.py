@@ -43,7 +43,8 @@ class FisherPass:
         layouts: How input channels lie in the targets, by name; empty if single entries are scored.
         fisher: 'per_example', or 'authors' to score batches as they come, with dropout and clipping.
         examples: Number of examples that were scored, by this rank; by all ranks once `scores` has returned.
-        skipped: Number of examples left out, likewise: all their labels are -100, so their mean loss is 0 / 0.
+        skipped: Number of examples left out, counted in the same way. All their labels are -100, so that their mean
+            loss would be 0 / 0.
     """
 
     model: nn.Module
@@ -189,7 +190,7 @@ def _total(dataloader: Iterable[Any], num_examples: int | None) -> int | None:
 
 @contextmanager
 def _scoring(model: nn.Module, training: bool) -> Iterator[None]:
-    """Let no parameter take gradients, in the base model, and restore everything afterwards."""
+    """Make the model the frozen base model, without adapters or gradients, and restore everything afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     # Only training mode changes buffers, such as running means.
@@ -199,7 +200,7 @@ def _scoring(model: nn.Module, training: bool) -> Iterator[None]:
         for layer in child_tuning_layers(model).values():
             stack.enter_context(layer.base_only())
         stack.enter_context(torch.random.fork_rng())
-        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.inference_mode(False))  # the caller may be in inference mode
         stack.enter_context(torch.enable_grad())
         try:
             model.train(training)

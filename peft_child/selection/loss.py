@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 OVER_BATCHES = (
-    "A loss over the whole batch, of pairs or with in-batch negatives, has no gradient for one example: pass "
+    "A loss over the whole batch (over pairs, or with in-batch negatives) has no gradient for a single example: pass "
     "split_batches=False."
 )
 

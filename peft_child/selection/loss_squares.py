@@ -72,6 +72,7 @@ class LossSquares:
                 loss = self._loss.check(output, batch, number)
                 capture.backward(loss, 1.0, partial(self._add_parts, observe))
                 return loss.item()
+        # Again, since what is captured lacks these uses. It ends: every time more targets take their own gradients.
         self._let_take_gradients(self._taking.keys() | elsewhere)
         return self.add(batch, number, observe)
 

@@ -56,7 +56,7 @@ class Use:
         return isinstance(leaf, Tensor) and not self.shared and leaf.dim() > 0 and len(leaf) == self.length
 
     def input(self) -> Tensor:
-        """The only tensor among the arguments, with the first dimension of the gradient."""
+        """The only tensor among the arguments, expanded to the first dimension of the gradient if it is shared."""
         (tensor,) = [leaf for leaf in tree_flatten(self.inputs)[0] if isinstance(leaf, Tensor)]
         return tensor.expand(self.examples, *tensor.shape[1:]) if self.shared else tensor
 
@@ -99,7 +99,7 @@ def _of_embedding(use: Use, key: str) -> Part:
     module: Any = use.module
     ids = use.input().reshape(use.examples, -1)
     values = _by_token(use.output_gradient(), use.examples)
-    if module.padding_idx is not None:
+    if module.padding_idx is not None:  # autograd gives its row no gradient either
         values = values.masked_fill((ids == module.padding_idx).unsqueeze(-1), 0)
     return Rows(ids, values, module.num_embeddings)
 
@@ -127,7 +127,7 @@ def _run_again(use: Use, key: str, example: int) -> Tensor:
         parameter.requires_grad_(True)
         try:
             args, kwargs = tree_unflatten([leaf[own] if use.is_divided(leaf) else leaf for leaf in leaves], spec)
-            output = use.module.forward(*args, **kwargs)
+            output = use.module.forward(*args, **kwargs)  # not the module, whose hooks have run already
             (found,) = torch.autograd.grad(output, parameter, use.output_gradient()[own], materialize_grads=True)
         finally:
             parameter.requires_grad_(False)

@@ -71,8 +71,10 @@ def keep_largest(model: nn.Module, density: float, *, adapter_name: str = "defau
     )
     size = kept.child_size(sum(parameter.numel() for parameter in targets.values()))
     trained = sum(delta.numel() for delta in changed.values())
-    if size > trained and (not layouts or density > config.density):  # whole channels may be fewer
-        raise ValueError(f"density must be at most that of the adapter; {density} is {size} of {trained} entries.")
+    if size > trained and (not layouts or density > config.density):  # whole channels may hold fewer entries
+        raise ValueError(
+            f"density must be at most that of the adapter; {density} would keep {size} entries, and it has {trained}."
+        )
     for name, delta in changed.items():
         if not delta.isfinite().all():
             raise ValueError(f"Changes must be finite; those of '{name}' hold another value.")
@@ -91,7 +93,7 @@ def keep_largest(model: nn.Module, density: float, *, adapter_name: str = "defau
         kept_squares += float(delta[chosen[name]].double().square().sum())
         all_squares += float(delta.double().square().sum())
     for layer in layers:
-        layer.keep(adapter_name, chosen)
+        layer.keep(adapter_name, chosen, layouts)
     cast(dict[str, ChildTuningConfig], model.peft_config)[adapter_name] = kept
     return Kept(size, trained, (kept_squares / all_squares) ** 0.5, dropped)
 

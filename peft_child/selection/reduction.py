@@ -75,6 +75,7 @@ class Reduction:
         best = min(errors.values())
         self._possible = {name for name, error in errors.items() if error <= _CLEARLY * best}
         if self.weights(batch, size) is None:
+            # There is no clear winner: keep all that fit, and let further comparisons decide.
             self._possible = set(errors)
             self._undecided += 1
             if self._undecided == _PATIENCE:

@@ -44,8 +44,8 @@ class ChildNetwork(NamedTuple):
 
     Attributes:
         chosen: Entries in the child network.
-        targeted: Entries it was chosen from.
-        dense: Entries trained besides, outside the density (`modules_to_save`).
+        targeted: Entries from which it was chosen.
+        dense: Entries of parameters that are trained whole, not counted in the density (`modules_to_save`).
         skipped: Examples that were left out of the Fisher information, since all their labels are -100.
     """
 
@@ -57,7 +57,7 @@ class ChildNetwork(NamedTuple):
     def __str__(self) -> str:
         """One line for people."""
         share = self.chosen / self.targeted
-        head = f"; {self.dense:,} entries besides are trained densely" if self.dense else ""
+        head = f"; {self.dense:,} other entries are trained densely" if self.dense else ""
         left_out = f"; {self.skipped:,} examples without labels were left out" if self.skipped else ""
         return f"child network: {self.chosen:,} of {self.targeted:,} targeted entries ({share:.2%}){head}{left_out}"
 
@@ -135,7 +135,7 @@ def select_child_network(
     configs = cast(dict[str, ChildTuningConfig], model.peft_config)
     # A copy, since the user may have made other models with this configuration.
     configs[adapter_name] = replace(config, fisher_examples=examples)
-    children = Lazy(targets, child)
+    children = Lazy(targets, child)  # made one at a time, when their layers ask
     for layer in layers:
         layer.set_child(adapter_name, children, trainable=not config.inference_mode)
     dense = sum(parameter.numel() for _, parameter in _dense_parameters(model))
@@ -285,7 +285,7 @@ def _selectable(model: nn.Module, adapter_name: str) -> Adapter:
             f"The child network of adapter '{adapter_name}' has been trained already; choosing another one would lose "
             "it. Save it, and add a new adapter."
         )
-    # An error if the density chooses nothing, before the pass over the data.
+    # This raises if the density chooses nothing; better now than after the pass over the data.
     adapter.config.child_size(sum(parameter.numel() for parameter in adapter.targets.values()))
     return adapter
 
@@ -329,7 +329,7 @@ def _choose(
     scores: Scores, targets: Mapping[str, nn.Parameter], layouts: Mapping[str, ChannelLayout], size: int
 ) -> dict[str, Tensor]:
     """The child network by name: flat indices, or numbers of channels."""
-    ordered = {name: scores[name] for name in targets}
+    ordered = {name: scores[name] for name in targets}  # the order decides ties
     if layouts:
         chosen = on_every_rank(partial(choose_channels, ordered, layouts, size))
     elif any(is_sharded(score) for score in ordered.values()):

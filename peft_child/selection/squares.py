@@ -54,7 +54,7 @@ def squaring(
         if observe is not None:
             observe(name, gradient.square().sum(dtype=torch.float64))
         if max_norm is not None:
-            gradient = gradient * clipping(whole(gradient.norm()), max_norm)
+            gradient = gradient * clipping(whole(gradient.norm()), max_norm)  # the norm of all shards together
         if gradient.device == sums[name].device and not layouts:
             sums[name].addcmul_(gradient, gradient)  # needs no memory for the squares
         else:
@@ -77,8 +77,8 @@ def _check_can_take_gradients(name: str, parameter: nn.Parameter, by_channels: b
         )
     if by_channels and is_sharded(parameter):
         raise ValueError(
-            f"The input channels of '{name}' are scored by gradients, since its module is of no common kind, and "
-            "those are sharded: choose them before the model is sharded (fully_shard)."
+            f"The input channels of '{name}' are scored by gradients, since there is no formula for its module, and "
+            "these gradients are sharded: choose the child network before the model is sharded (fully_shard)."
         )
 
 
@@ -94,8 +94,8 @@ def clipping(norm: Tensor, max_norm: float) -> Tensor:
 def arrived_in_parts(name: str) -> RuntimeError:
     """The error for a gradient that comes more than once in a backward pass, so that it cannot be squared."""
     return RuntimeError(
-        f"The gradient of '{name}' arrived in parts: reentrant activation checkpointing uses it in several segments. "
-        "Turn checkpointing off, or use use_reentrant=False, while scoring."
+        f"The gradient of '{name}' arrived in parts: with reentrant activation checkpointing, each segment that uses "
+        "the weight delivers a part. Turn checkpointing off, or use use_reentrant=False, while scoring."
     )
 
 

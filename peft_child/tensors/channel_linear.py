@@ -1,4 +1,4 @@
-"""A linear layer with a child network of input channels, whose backward computes the gradients of those alone."""
+"""A linear layer with a child network of input channels, whose backward pass computes only their gradients."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.module import _has_any_global_hook
 
 from peft_child.tensors.channels import Channels
 from peft_child.tensors.compose import Composition
 from peft_child.tensors.mask_steps import MaskUse
 from peft_child.tensors.quantised import is_quantised
+
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 def can_call_channels(module: nn.Module, weight: Composition, is_transposed: bool) -> bool:
@@ -21,13 +25,16 @@ def can_call_channels(module: nn.Module, weight: Composition, is_transposed: boo
     Args:
         module: The layer.
         weight: Its weight.
-        is_transposed: Whether the weight has the shape `(in, out)`, so that input channels are its rows. The channels
-            of a head that is tied to the embeddings are the rows of a weight that is not transposed.
+        is_transposed: Whether the weight has the shape `(in, out)`, so that input channels are its rows. In a head
+            that is tied to the embeddings channels are rows although the weight is not transposed: such a head is
+            not called this way.
     """
+    # Without gradients nothing is kept anyway, and a base that is trained needs the gradient of every column.
     if not torch.is_grad_enabled() or weight.base.requires_grad or is_quantised(weight.base):
         return False
-    # A forward on the instance, such as accelerate's, wraps the original one as a hook does.
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or "forward" in vars(module):
+    # The module itself is not called, so its hooks would not run. A forward on the instance, such as accelerate's,
+    # wraps the original one as a hook does.
+    if any(map(module.__dict__.get, _HOOKS)) or "forward" in vars(module) or _has_any_global_hook():
         return False
     return all(
         isinstance(child.indices, Channels)
@@ -69,13 +76,13 @@ class _ChannelLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable  # the weight is composed again without a graph: second derivatives would be wrong
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         weight: Composition = ctx.weight
         needs_x, needs_bias, _, *needed = ctx.needs_input_grad
         of_x = of_bias = None
         flat = gradient.reshape(-1, gradient.shape[-1])
-        with torch.autocast(gradient.device.type, enabled=False):
+        with torch.autocast(gradient.device.type, enabled=False):  # forward has chosen the dtypes
             if needs_x:
                 dense = weight.unchanged(ctx.versions).to(gradient.dtype)
                 of_x = (gradient @ (dense.T if ctx.is_transposed else dense)).to(ctx.dtype)
@@ -92,7 +99,7 @@ class _ChannelLinear(torch.autograd.Function):
 
 def _is_transposed(weight: Composition) -> bool:
     layouts = [child.indices.layout for child in weight.children if isinstance(child.indices, Channels)]
-    return layouts[0].are_rows(len(weight.base))
+    return layouts[0].are_rows(len(weight.base))  # `can_call_channels` has checked that all agree
 
 
 def _channel_delta_gradient(left: Tensor, right: Tensor, mask: MaskUse | None, dtype: torch.dtype) -> Tensor:

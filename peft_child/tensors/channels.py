@@ -1,7 +1,7 @@
 """Child networks of whole input channels: all the weights of a tensor that read one input feature.
 
-The weights of some input channels need only those input features for their gradient, and their index is a short list
-of channel numbers. So they train as fast as LoRA, and are chosen without the gradient of any weight.
+The gradient of a channel's weights needs one input feature and no others, and the index of a child network is a short
+list of channel numbers. So channels train as fast as LoRA, and are chosen without the gradient of any weight.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class ChannelLayout(NamedTuple):
     """A contiguous tensor seen as `(groups, outer, per_group, inner)`; channel `g * per_group + c` is `[g, :, c, :]`.
 
     A linear weight `(out, in)` is `(1, out, in, 1)`: a channel is a column. An embedding is `(1, 1, tokens, width)`: a
-    channel is the row of a token. A convolution is `(1, out, in, kernel)`. Stacked experts have a group each.
+    channel is the row of a token. A convolution is `(1, out, in, kernel)`. In stacked experts each expert is a group.
     """
 
     groups: int
@@ -62,7 +62,7 @@ class ChannelLayout(NamedTuple):
 
     def are_rows(self, height: int) -> bool:
         """Whether the channels of a matrix of this height are its rows, and not its columns."""
-        return self.outer == 1 and self.per_group == height and self.inner * height > 1
+        return self.outer == 1 and self.per_group == height and self.inner * height > 1  # 1 x 1: columns
 
     def sums(self, values: Tensor) -> Tensor:
         """The sum of each channel of a tensor of `numel` entries, shape `(number,)`."""
@@ -75,7 +75,8 @@ class ChannelLayout(NamedTuple):
         device = channels.device
         steps = torch.arange(self.outer, device=device).view(-1, 1, 1) * (self.per_group * self.inner)
         found = steps + first.view(1, -1, 1) + torch.arange(self.inner, device=device)
-        # Ordered by row, channel and entry inside; with several groups the rows of a later group come too early.
+        # `found` is ordered by row, then channel, then entry inside. With several groups that is not yet increasing:
+        # the first row of a later group stands before the second row of an earlier one.
         return found.reshape(-1) if self.groups == 1 else found.reshape(-1).sort().values
 
     def channel_of(self, positions: Tensor) -> Tensor:
@@ -142,8 +143,10 @@ def choose_channels(
     for name, score in scores.items():
         check_scores(name, score)
     sizes = torch.cat([torch.full((layouts[name].number,), layouts[name].size) for name in scores])
+    # In float64: rounded to float32, different means of channels of different sizes could tie.
     means = torch.cat([score.detach().flatten().double().cpu() / layouts[name].size for name, score in scores.items()])
     order = means.sort(descending=True, stable=True).indices
+    # A prefix of the order, so that a larger budget keeps all that a smaller one chooses.
     taken = order[: int((sizes[order].cumsum(0) <= budget).sum())]
     if not taken.numel():
         total = sum(layouts[name].numel for name in scores)

@@ -134,9 +134,9 @@ def read_header(block: Block) -> Header:
     header = Header(*fields)
     if header.encoding not in (BITMAP, GAPS, ALL, CHANNELS) or header.order not in (ROWS, COLUMNS):
         raise FormatError(f"Unknown encoding {header.encoding} or order {header.order} of a child index block.")
-    if not 1 <= header.size <= header.numel < 1 << 63:
+    if not 1 <= header.size <= header.numel < 1 << 63:  # positions are signed 64-bit integers
         raise FormatError(
-            f"A child index block holds from 1 to {header.numel} positions, its header says {header.size}."
+            f"A child index block holds from 1 to {header.numel} positions; its header says {header.size}."
         )
     if not 1 <= header.width <= header.numel or header.numel % header.width:
         raise FormatError(f"A tensor of {header.numel} entries has no rows of {header.width}.")
@@ -201,7 +201,7 @@ def _compressed(write: Callable[[int], bytes], orders: list[int]) -> tuple[int, 
 
 
 def _compress(data: bytes, level: int, strategy: int = zlib.Z_DEFAULT_STRATEGY) -> bytes:
-    stream = zlib.compressobj(level, zlib.DEFLATED, zlib.MAX_WBITS, 9, strategy)
+    stream = zlib.compressobj(level, zlib.DEFLATED, zlib.MAX_WBITS, 9, strategy)  # 9: most memory, most speed
     return stream.compress(data) + stream.flush()
 
 
@@ -236,6 +236,7 @@ def _transposed(bits: npt.NDArray[np.bool_], width: int) -> npt.NDArray[np.bool_
 
 
 def _write_gaps(indices: Indices, numel: int, width: int, order: int) -> bytes:
+    # The order of columns as docs/format.md defines it, increasing again.
     positions = np.sort(indices % width * (numel // width) + indices // width) if order == COLUMNS else indices
     return _gap_planes(positions)
 
@@ -252,6 +253,7 @@ def _gap_planes(numbers: Indices) -> bytes:
 
 
 def _read_gaps(payload: Block, header: Header) -> Indices:
+    # How many bytes a gap takes is not stored; it follows from the length that the stream expands to.
     positions = _from_gap_planes(_decompress(payload, 8 * header.size, exact=False), header.size, header.numel)
     if header.order == COLUMNS:
         height = header.numel // header.width
@@ -295,7 +297,10 @@ def _read_channels(payload: Block, header: Header) -> tuple[ChannelLayout, Indic
         raise FormatError(f"Channels of the layout {tuple(layout)} do not fit a tensor of {header.numel} entries.")
     count, left = divmod(header.size, layout.size)
     if left or header.order != ROWS:
-        raise FormatError(f"{header.size} positions are no whole channels of {layout.size} in the order of rows.")
+        raise FormatError(
+            f"A list of channels is in the order of rows, and holds whole channels of {layout.size} entries; got "
+            f"{header.size} positions in order {header.order}."
+        )
     chosen = _from_gap_planes(data[_LAYOUT.size :], count, layout.number)
     _check_indices(chosen, layout.number, FormatError)
     return layout, chosen
@@ -314,7 +319,7 @@ def _decompress(payload: Block, size: int, exact: bool = True) -> bytes:
     """Expand a payload to at most, or exactly, `size` bytes; refuses a longer one before expanding all of it."""
     stream = zlib.decompressobj()
     try:
-        data = stream.decompress(payload, size + 1)
+        data = stream.decompress(payload, size + 1)  # one byte too many shows that it is longer
     except zlib.error as error:
         raise FormatError(f"The payload of a child index block cannot be decompressed: {error}.") from error
     if len(data) > size or (exact and len(data) != size) or not stream.eof or stream.unused_data:

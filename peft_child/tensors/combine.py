@@ -39,7 +39,7 @@ def combine_deltas(
         deltas: At least one, of the same shape.
         weights: One for each delta.
         combination_type: One of `COMBINATIONS`; PEFT's names.
-        density: Share of each *delta* that is kept, in (0, 1]; not of the tensor, of which it may be a small part.
+        density: Share of each *delta* that is kept, in (0, 1]. The delta may itself be a small part of the tensor.
         majority_sign_method: 'total', the sign of the sum, or 'frequency', the sign that more deltas have.
         generator: For the random choices of DARE.
 
@@ -68,6 +68,7 @@ def combine_deltas(
         combined = _agreeing_mean(torch.stack(rows), majority_sign_method)
     else:
         combined = sum(rows[1:], start=rows[0])
+    # A union of whole channels consists of whole channels.
     layouts = {delta.layout for delta in kept}
     layout = layouts.pop() if len(layouts) == 1 else None
     return SparseDelta(deltas[0].shape, union, combined, fingerprint, layout)
@@ -82,7 +83,7 @@ def combine_named(
     majority_sign_method: str = "total",
     seed: int = 0,
 ) -> Lazy[SparseDelta]:
-    """Combine the deltas of several adapters tensor by tensor, wherever any has a child; see `combine_deltas`.
+    """Combine the deltas of several adapters in every tensor where one of them has any; see `combine_deltas`.
 
     Args:
         adapters: Deltas by name of the tensor, of each adapter.
@@ -93,8 +94,8 @@ def combine_named(
         seed: For the random choices of DARE, which also depend on the name of the tensor.
 
     Returns:
-        The combined deltas by name, float32 or wider, each combined whenever it is asked for. Asking raises
-        `ValueError` if tensors of one name differ in shape.
+        The combined deltas by name, float32 or wider, each combined anew on every access. Access raises `ValueError`
+        if tensors of one name differ in shape.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -150,19 +151,21 @@ def _thin(delta: SparseDelta, combination_type: str, density: float, generator: 
             f"A density of {density} would cut the input channels of a child network: combine such adapters at a "
             "density of 1.0, or first keep their largest channels (keep_largest)."
         )
-    if not count:
+    if not count:  # `select_largest` chooses at least one
         return delta._replace(indices=delta.indices[:0], values=delta.values[:0], fingerprint=0)
     if combination_type.startswith("dare"):
-        scores = torch.rand(delta.indices.numel(), generator=generator)
-        delta = delta._replace(values=delta.values / density)
+        scores = torch.rand(delta.indices.numel(), generator=generator)  # on the CPU, so that all devices draw alike
+        delta = delta._replace(values=delta.values / density)  # the expected change stays the same
     else:
         scores = delta.values.abs().float()
     kept = select_largest({"delta": scores}, count)["delta"].to(delta.indices.device)
+    # The fingerprint was that of all base values of the delta; that of a part is unknown.
     return delta._replace(indices=delta.indices[kept], values=delta.values[kept], fingerprint=0)
 
 
 def _agreeing_mean(rows: Tensor, majority_sign_method: str) -> Tensor:
     """TIES: at each entry, the mean of the nonzero values that have the sign of the majority."""
     votes = rows.sign() if majority_sign_method == "frequency" else rows
+    # Where the votes cancel, the majority has the sign 0, as have entries that a delta does not hold.
     agree = (rows.sign() == votes.sum(0).sign()) & (rows != 0)
     return torch.where(agree, rows, 0).sum(0) / agree.sum(0).clamp(min=1)

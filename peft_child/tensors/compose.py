@@ -38,7 +38,7 @@ class Child(NamedTuple):
     Attributes:
         delta: Change of the chosen entries, float, shape `(k,)`.
         indices: Flat row-major positions of the chosen entries, int32 or int64, shape `(k,)`, strictly increasing; or
-            the input channels that they are; None for all entries of the tensor.
+            `Channels`, if they are whole input channels; or None for all entries of the tensor.
         mask: The mask of the delta's gradient, if it has one.
     """
 
@@ -148,6 +148,7 @@ def _composed(base: Tensor, deltas: Sequence[Tensor], indices: Sequence[Index]) 
     precise = torch.promote_types(base.dtype, torch.float32)
     for delta in deltas:
         precise = torch.promote_types(precise, delta.dtype)
+    # Several deltas are summed before the one rounding, so the whole tensor needs the wider type.
     if base.dtype == precise or len(deltas) > 1:
         total = base.to(precise, copy=True, memory_format=torch.contiguous_format)
         for delta, index in zip(deltas, indices, strict=True):
@@ -166,6 +167,7 @@ def _composed(base: Tensor, deltas: Sequence[Tensor], indices: Sequence[Index]) 
         before = index.of(total).index_select(1, index.chosen)
         index.of(total).index_copy_(1, index.chosen, rounded_sum(before, index.as_block(delta)))
         return total
+    # Unlike index_select and index_add_, index_copy_ does not take int32.
     total.view(-1).index_copy_(0, index.long(), rounded_sum(total.view(-1).index_select(0, index), delta))
     return total
 
@@ -175,6 +177,7 @@ _LOCKS: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()  # not on the 
 
 def lock_of(module: nn.Module) -> RLock:
     """The lock under which the parameters of `module` are read or swapped, one for each module."""
+    # Re-entrant, since its holder calls functions that take it again. `setdefault` gives two threads the same lock.
     return _LOCKS.setdefault(module, RLock())
 
 
@@ -184,7 +187,7 @@ def call_composed(
     """Call a module, or a method of it, with composed tensors in place of the module's own parameters.
 
     The caller holds `lock_of(module)`: other threads that look at the parameters meanwhile see the composed tensors.
-    Hooks of the module run as ever. No composed tensor is kept for backward.
+    Hooks of the module run as usual. No composed tensor is kept for backward.
 
     Args:
         module: The module; its parameters are back in place when the call ends, however it ends.
@@ -245,6 +248,7 @@ def composed_again_in_backward(composed: Iterable[tuple[Composition, Tensor]]) -
     if not torch.is_grad_enabled():
         yield
         return
+    # By storage, since autograd may save a view, such as the transpose.
     recipes = {tensor.untyped_storage().data_ptr(): composition for composition, tensor in composed}
     outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
     keep, give_back = outer if outer else (lambda tensor: tensor, lambda kept: kept)
@@ -265,4 +269,4 @@ def composed_again_in_backward(composed: Iterable[tuple[Composition, Tensor]]) -
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             yield
     finally:
-        recipes.clear()  # the hooks live until backward, and the storages may be given to other tensors before
+        recipes.clear()  # the hooks outlive the composed tensors, whose addresses may be reused

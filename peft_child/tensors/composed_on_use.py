@@ -1,4 +1,4 @@
-"""Composed weights as modules see them that read the weight of another module, instead of calling it."""
+"""Composed weights, as seen by modules that read the weight of another module instead of calling that module."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class _Composed(torch.Tensor):
 
     _is_param = True  # what `isinstance(weight, nn.Parameter)` looks at
     composition: Composition
-    _itself: weakref.ref[Tensor]  # makes `torch.utils.swap_tensors` refuse it
-    refusal: RuntimeError | None = None  # for who computes with it, if it cannot be composed
+    _itself: weakref.ref[Tensor]  # `torch.utils.swap_tensors` refuses tensors that have weak references
+    refusal: RuntimeError | None = None  # raised when something computes with it, if it cannot be composed
 
     def _refuse(self, *_: Any, **__: Any) -> Any:
         raise RuntimeError(READ_ONLY)
 
-    grad_fn = property(_refuse)  # a module asks that would register it as its own
+    grad_fn = property(_refuse)  # read by a module that would register the weight as its own parameter
 
     def __iter__(self) -> Iterator[Tensor]:
         """The rows; torch would give them out without asking `__torch_function__`."""
@@ -53,7 +53,7 @@ class ComposedOnUse(_Composed):
 
     @staticmethod
     def __new__(cls, composition: Composition, refusal: RuntimeError | None = None) -> ComposedOnUse:
-        """Stand for `composition`; the contiguous strides are those of the tensor that will be composed."""
+        """Stand in for `composition`; the strides are contiguous, as those of the composed tensor will be."""
         base = composition.base
         self: ComposedOnUse = torch.Tensor._make_wrapper_subclass(
             cls, base.shape, dtype=base.dtype, device=base.device, requires_grad=composition.requires_grad()
@@ -68,12 +68,13 @@ class ComposedOnUse(_Composed):
     ) -> Any:
         """Answer questions about metadata, refuse to write, and compose for anything else."""
         kwargs = kwargs or {}
-        first = next(iter((*args, *kwargs.values())), None)
+        first = next(iter((*args, *kwargs.values())), None)  # it may be given by name: neg(input=weight)
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if func in _DETACH and isinstance(first, cls):
-            return cls(first.composition.detached(), first.refusal)
+            return cls(first.composition.detached(), first.refusal)  # `weight.data.dtype` composes nothing
+        # Writes are recognised by name, since an operation has several functions: torch.relu_ and Tensor.relu_.
         if isinstance(kwargs.get("out"), cls) or (isinstance(first, cls) and func.__name__ in _REFUSED):
             raise RuntimeError(READ_ONLY)
         composed: list[tuple[Composition, Tensor]] = []
@@ -109,7 +110,8 @@ _METADATA = {
     *(getattr(torch.Tensor, name).__get__ for name in _PROPERTIES),
 }
 _DETACH = {torch.Tensor.detach, torch.Tensor.data.__get__}  # type: ignore[attr-defined]
-_REFUSED = {  # what changes its first argument, or keeps something for it
+# What changes its first argument, or keeps something for it: setters of properties, methods, `__iadd__` and the like.
+_REFUSED = {
     *("__set__", "__setitem__", "register_hook", "register_post_accumulate_grad_hook", "retain_grad"),
     *(name for name in dir(torch.Tensor) if name.endswith("_") and not name.endswith("__")),
     *(name for name in dir(torch.Tensor) if name.startswith("__i") and hasattr(torch.Tensor, f"__{name[3:]}")),
@@ -117,7 +119,7 @@ _REFUSED = {  # what changes its first argument, or keeps something for it
 
 
 def _unwritten(func: Callable[..., Any], args: Any, kwargs: Any, composed: Sequence[Tensor]) -> Any:
-    """Call a function with composed tensors; an error if it writes to them, or if somebody writes to its result."""
+    """Call a function that must not write to composed tensors; views of them in its result are read-only."""
     before = [changes_in(tensor) for tensor in composed]
     result = func(*args, **kwargs)
     if before != [changes_in(tensor) for tensor in composed]:
@@ -127,6 +129,7 @@ def _unwritten(func: Callable[..., Any], args: Any, kwargs: Any, composed: Seque
     storages = {tensor.untyped_storage().data_ptr() for tensor in composed}
 
     def read_only(tensor: Tensor) -> Tensor:
+        # Tensors of other layouts, such as sparse ones, have no storage to compare.
         is_view = tensor.layout == torch.strided and tensor.untyped_storage().data_ptr() in storages
         return tensor.as_subclass(_View) if is_view else tensor
 
@@ -166,7 +169,7 @@ class ComposedToRead(_Composed):
         return self
 
     def detach(self) -> ComposedToRead:
-        """Itself, for torch would let an alias be written."""
+        """Return itself, since torch would return an alias that can be written to."""
         return self
 
     data = property(detach, _Composed._refuse)
@@ -179,5 +182,6 @@ class ComposedToRead(_Composed):
         return array
 
 
-for name in _REFUSED - {"__set__"}:  # in inference mode, torch would change it
+# In inference mode torch does change inference tensors in place. A class with `__set__` would be a descriptor.
+for name in _REFUSED - {"__set__"}:
     setattr(ComposedToRead, name, _Composed._refuse)

@@ -46,7 +46,7 @@ class ChildSize(NamedTuple):
 
 def total_size(sizes: Iterable[ChildSize]) -> ChildSize:
     """The size of the child networks of several tensors together."""
-    return ChildSize(*map(sum, zip(ChildSize(0, 0, 0), *sizes, strict=True)))
+    return ChildSize(*map(sum, zip(ChildSize(0, 0, 0), *sizes, strict=True)))  # zeros, for no sizes
 
 
 class SparseDelta(NamedTuple):
@@ -115,6 +115,7 @@ def fresh_delta(
     tensor: Tensor, indices: Tensor, init_weights: bool = True, layout: ChannelLayout | None = None
 ) -> SparseDelta:
     """A float32 delta to be trained: zeros, or small random values if `init_weights` is False."""
+    # 0.02 is the usual standard deviation of new weights.
     values = torch.zeros(indices.numel()) if init_weights else torch.randn(indices.numel()) * 0.02
     return SparseDelta(tuple(tensor.shape), indices, values, layout=layout)
 
@@ -162,7 +163,7 @@ def extract_delta(base: Tensor, tuned: Tensor, indices: Tensor | None = None) ->
     for dtype in (torch.float32, torch.float64):
         values = torch.empty(indices.numel(), dtype=dtype, device=base.device)
         for part, found in zip(indices.split(_PIECE), values.split(_PIECE), strict=True):
-            found.copy_(after[part].double() - before[part].double())
+            found.copy_(after[part].double() - before[part].double())  # float64 holds most differences exactly
             if lossless and (inexact := _bits(rounded_sum(before[part], found)) != _bits(after[part])).any():
                 at = int(part[inexact][0])
                 break

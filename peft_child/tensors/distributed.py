@@ -1,7 +1,7 @@
 """Exchanges between the ranks that train one model (torch.distributed), which also carry errors.
 
-A rank that fails still takes part in the next exchange: it sends its error, and all ranks raise it. So none waits for
-ever. Without torch.distributed, or in one process, nothing is exchanged.
+A rank that fails still takes part in the next exchange: it sends its error, and all ranks raise it. So no rank waits
+forever for another. Without torch.distributed, or in one process, nothing is exchanged.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, distributed
 
 
 T = TypeVar("T")
-_NONE = object()
+_NONE = object()  # marks the end of the items, which may be None
 
 
 class _Failure(NamedTuple):
@@ -53,7 +53,7 @@ def gathered(value: T) -> list[T]:
 
 
 def on_every_rank(work: Callable[[], T]) -> T:
-    """Do this rank's part of the work, and raise on every rank what fails on any.
+    """Do this rank's part of the work, and raise the error of any rank on every rank.
 
     Args:
         work: The part. It must exchange nothing but through `in_step`.
@@ -71,7 +71,7 @@ def on_every_rank(work: Callable[[], T]) -> T:
     result, error = None, None
     try:
         result = work()
-    except _FailedElsewhereError as failed:
+    except _FailedElsewhereError as failed:  # the rank that failed waits for no further exchange
         _raise_first_failure(failed.answers)
     except Exception as caught:  # whatever it is, the others must not wait
         error = caught
@@ -206,5 +206,6 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     found = hashlib.sha256()
     for name, tensor in tensors.items():
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        # As bytes, since numpy has no bfloat16.
         found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()

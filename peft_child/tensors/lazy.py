@@ -25,7 +25,7 @@ class Lazy(Mapping[str, T]):
         compute: Callable[[str], T],
         loop: Callable[[list[str]], Iterable[str]] = lambda names: names,
     ) -> None:
-        self._names = dict.fromkeys(names)
+        self._names = dict.fromkeys(names)  # an ordered set
         self._compute = compute
         self._loop = loop
 
@@ -35,7 +35,7 @@ class Lazy(Mapping[str, T]):
         return self._compute(name)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._names
+        return name in self._names  # the default of Mapping would compute the item
 
     def __iter__(self) -> Iterator[str]:
         yield from self._loop(list(self._names))
@@ -46,7 +46,7 @@ class Lazy(Mapping[str, T]):
 
 def read_ahead(items: Mapping[str, T], names: Iterable[str]) -> Iterator[T]:
     """The items of some names, each computed in a second thread while the one before it is used."""
-    with ThreadPoolExecutor(1) as thread:
+    with ThreadPoolExecutor(1) as thread:  # one thread: memory is that of two items
         coming: Future[T] | None = None
         for name in names:
             ready, coming = coming, thread.submit(items.__getitem__, name)

@@ -16,14 +16,12 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from peft_child.tensors.gradient_mask import GradientMask
-
 
 class MaskOwner(Protocol):
-    """Whoever knows the masks of some parameters, and counts the optimizer steps that were done on them."""
+    """An object that knows the masks of some parameters, and counts the optimizer steps that are done on them."""
 
-    def named_mask(self, key: str) -> tuple[str, GradientMask]:
-        """The name of a tensor and its mask at the present step."""
+    def masked(self, key: str, gradient: Tensor) -> Tensor:
+        """The gradient of a tensor with its mask at the present step."""
         ...
 
     def count_step(self, stepped: Container[int] | None = None) -> None:
@@ -56,13 +54,13 @@ _NUMBERS = itertools.count()
 
 
 class _Step:
-    """The optimizer step that is being done, with the steps inside of it: wrappers call the optimizers they wrap.
+    """The optimizer step in progress, with the steps inside of it: a wrapper's step calls that of what it wraps.
 
     Attributes:
         open: Optimizers whose steps have begun and not ended.
-        counted: Identities of the parameters that it was counted for.
-        has_news: Whether a gradient was masked since the last step began. Then a step that is still open has failed,
-            and another one begins.
+        counted: The `id()` of each parameter for which the step has been counted.
+        has_news: Whether a gradient was masked since the last step began. If so, a step that is still open has failed,
+            and the next call of `begin` opens a new one.
     """
 
     def __init__(self) -> None:
@@ -77,13 +75,13 @@ class _Step:
 
     def end(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if id(optimizer) in self.open:
-            del self.open[self.open.index(id(optimizer)) :]
+            del self.open[self.open.index(id(optimizer)) :]  # with the steps inside of it that failed
         found_inf = getattr(optimizer, "found_inf", None)  # a fused optimizer under GradScaler skips it by itself
         if not _COUNTING or (found_inf is not None and bool(found_inf)):
             return
         stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         for owner in list(_COUNTING.values()):
-            owner.count_step(stepped - self.counted)
+            owner.count_step(stepped - self.counted)  # a wrapper has the parameters of what it wraps, too
         self.counted |= stepped
 
 
@@ -110,8 +108,7 @@ def count_steps(number: int) -> None:
 
 def _mask_gradient(gradient: Tensor, owner: int, key: str) -> Tensor:
     _STEP.has_news = True
-    name, mask = owner_of(owner).named_mask(key)
-    return mask.apply(name, gradient)
+    return owner_of(owner).masked(key, gradient)
 
 
 # CUDA graphs would replay one mask for ever.
@@ -126,7 +123,7 @@ _operator = torch.library.custom_op(
 _operator.register_fake(lambda gradient, owner, key: torch.empty_like(gradient))
 
 
-@cache
+@cache  # so that a second call registers nothing
 def _register_hooks() -> None:
     register_optimizer_step_pre_hook(_STEP.begin)
     register_optimizer_step_post_hook(_STEP.end)

@@ -59,6 +59,7 @@ def _starts(scores: Mapping[str, Tensor]) -> dict[str, int]:
         _check_placement(name, score)
         check_scores(name, own_part(score))
         rows = -(-score.shape[0] // world_size())  # as torch.chunk divides them
+        # Bounded, since the last ranks may have no rows.
         starts[name] = min(rows * rank(), score.shape[0]) * (score.numel() // score.shape[0])
     return starts
 

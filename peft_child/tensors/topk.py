@@ -58,9 +58,8 @@ def select_largest(scores: Mapping[str, Tensor], size: int) -> dict[str, Tensor]
         check_scores(name, score)
     _check_size(size, sum(score.numel() for score in scores.values()))
     found, left = _candidates(scores, size, *_guess(scores, size))
-    if (
-        not 1 <= left <= sum(candidates.scores.numel() for candidates in found.values())
-    ):  # the threshold is outside the bracket
+    # With no room, or room for more than the unsure ones, the threshold is outside the bracket.
+    if not 1 <= left <= sum(candidates.scores.numel() for candidates in found.values()):
         threshold = find_cutoff(scores, size).threshold
         found, left = _candidates(scores, size, threshold, threshold)
     cutoff = find_cutoff({name: candidates.scores for name, candidates in found.items()}, left)
@@ -171,9 +170,9 @@ def _candidates(
 
 
 def _guess(scores: Mapping[str, Tensor], size: int) -> tuple[float, float]:
-    """Two scores that bracket the threshold, except with the small probability of six standard deviations."""
+    """Two scores that bracket the threshold, unless the sample is off by more than six standard deviations."""
     total = sum(score.numel() for score in scores.values())
-    # A sample of n ** (2 / 3) leaves about as many scores inside the bracket: the smallest sum of both.
+    # With a sample of n ** (2 / 3) scores about as many lie inside the bracket, which makes the sum of both smallest.
     step = max(1, round(total ** (1 / 3)))
     sample = torch.cat([score.detach().reshape(-1)[::step].float().cpu() for score in scores.values()])
     ordered, share = sample.sort(descending=True).values, size / total
@@ -247,6 +246,7 @@ def apportion(sizes: Mapping[str, int], total: int) -> dict[str, int]:
     """
     numel = sum(sizes.values())
     counts = {name: size * total // numel for name, size in sizes.items()}
+    # The sort is stable, also in reverse, so equal remainders stay in the order of names.
     by_remainder = sorted(sizes, key=lambda name: sizes[name] * total % numel, reverse=True)
     for name in by_remainder[: total - sum(counts.values())]:
         counts[name] += 1
@@ -265,12 +265,14 @@ def draw_random(name: str, numel: int, count: int, seed: int) -> Tensor:
     Returns:
         Strictly increasing flat indices, int64, shape `(count,)`, on the CPU.
     """
-    if count in (0, numel):
+    if count in (0, numel):  # no choice to make, and `select_largest` takes no 0
         return torch.arange(count)
+    # The largest of random numbers come sorted, and need less memory than a permutation.
     return select_largest({name: torch.rand(numel, generator=seeded(name, seed))}, count)[name]
 
 
 def seeded(name: str, seed: int) -> torch.Generator:
     """A random generator for a name and a seed, the same in every process."""
+    # Python's own hash of a string differs between processes.
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))

@@ -14,7 +14,7 @@ from peft import PeftConfig
 from peft_child.card.model_card import complete_card
 from peft_child.tensors.delta import ChildSize, check_share
 from peft_child.tensors.gradient_mask import GradientMask
-from peft_child.tuner.granularity import GRANULARITIES
+from peft_child.tuner.granularity import GRANULARITIES, INPUT_CHANNEL
 
 
 T = TypeVar("T")
@@ -78,7 +78,8 @@ class ChildTuningConfig(PeftConfig):
         "What is chosen: 'entry', single weights; or 'input_channel', all weights of a module that read one input "
         "feature (the columns of a linear weight, the rows of an embedding, a whole bias). Channels train as fast as "
         "a LoRA and are chosen without scores of single weights. Whole channels are chosen, those with the largest "
-        "mean Fisher information first, until the next would exceed round(density * n) entries.",
+        "mean Fisher information first, until the next would exceed round(density * n) entries. Random gradient masks "
+        "keep or drop the gradients of whole channels, too.",
     )
     resample_every: int = _setting(
         1, "Optimizer steps after which the random gradient mask is drawn anew, a positive integer."
@@ -155,10 +156,6 @@ class ChildTuningConfig(PeftConfig):
                 f"gradient_density is for a fixed child network; for variant='task_free' set density instead, got "
                 f"gradient_density={self.gradient_density!r}."
             )
-        if self.variant == "task_free" and self.granularity != "entry":
-            raise ValueError(
-                f"variant='task_free' masks single entries; granularity must be 'entry', got {self.granularity!r}."
-            )
         for name in ("target_modules", "target_parameters", "exclude_modules", "modules_to_save", "layers_pattern"):
             _check_names(name, getattr(self, name), allow_text=name != "modules_to_save")
         self._check_layers()
@@ -186,7 +183,10 @@ class ChildTuningConfig(PeftConfig):
     def gradient_mask(self) -> GradientMask | None:
         """The mask of the deltas' gradients as training starts, or None if all are kept."""
         density = self.density if self.variant == "task_free" else self.gradient_density
-        return GradientMask(float(density), self.seed, self.resample_every) if density < 1 else None
+        if density == 1:
+            return None
+        by_channel = self.granularity == INPUT_CHANNEL
+        return GradientMask(float(density), self.seed, self.resample_every, by_channel=by_channel)
 
     @classmethod
     def describe(cls) -> str:

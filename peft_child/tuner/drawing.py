@@ -33,7 +33,7 @@ def drawn_children(targets: list[Target], config: ChildTuningConfig) -> Mapping[
     for target in targets:
         first = target.owners[0]
         layouts[target.name] = layout_of(first.place.module, first.parameter, target.parameter)
-    if config.granularity == INPUT_CHANNEL:
+    if _by_channel(config):
         scores = {name: _scores(name, layout, config.seed) for name, layout in layouts.items()}
         chosen = choose_channels(scores, layouts, size)
         counts = {name: len(numbers) * layouts[name].size for name, numbers in chosen.items()}
@@ -54,13 +54,18 @@ def drawn_child(
         layout: How input channels lie in it.
         count: Number of entries to draw; if channels are drawn, that of whole ones.
     """
-    if config.granularity != INPUT_CHANNEL:
+    if not _by_channel(config):
         indices = draw_random(name, tensor.numel(), count, config.seed)
         return fresh_delta(tensor, indices, config.init_weights)
     numbers = torch.arange(count // layout.size)
     if 0 < len(numbers) < layout.number:
         numbers = select_largest({name: _scores(name, layout, config.seed)}, len(numbers))[name]
     return fresh_delta(tensor, layout.positions(numbers), config.init_weights, layout)
+
+
+def _by_channel(config: ChildTuningConfig) -> bool:
+    """Whether channels are drawn; a task-free adapter has all entries, whatever its gradient mask drops."""
+    return config.granularity == INPUT_CHANNEL and config.variant != "task_free"
 
 
 def _scores(name: str, layout: ChannelLayout, seed: int) -> Tensor:

@@ -43,9 +43,9 @@ class GradientMaskHandle:
         """Remove the hooks."""
         self.remove()
 
-    def named_mask(self, key: str) -> tuple[str, GradientMask]:
-        """Name and present mask of a parameter."""
-        return key, self._masks[key]
+    def masked(self, key: str, gradient: Tensor) -> Tensor:
+        """The gradient of a parameter with its present mask."""
+        return self._masks[key].apply(key, gradient)
 
     def count_step(self, stepped: Container[int] | None = None) -> None:
         """Advance to the masks of the next optimizer step: automatic with torch's optimizers, called by other engines.

@@ -286,17 +286,25 @@ class LayerState(nn.Module, BaseTunerLayer):
             values = torch.zeros(sizes[name].chosen, dtype=wanted[name], device=device)
             self._put(adapter_name, parameter, _kept(before.get(parameter), values), block, trainable)
 
-    def keep(self, adapter_name: str, chosen: Mapping[str, Tensor]) -> None:
+    def keep(
+        self, adapter_name: str, chosen: Mapping[str, Tensor], layouts: Mapping[str, ChannelLayout] | None = None
+    ) -> None:
         """Keep a part of an adapter's child network here, and drop its gradient mask.
 
         Args:
             adapter_name: An adapter of this layer.
             chosen: Positions in its deltas of the values to keep, by name in the whole model, int64, strictly
                 increasing.
+            layouts: How input channels lie in the targets, by name, if whole ones are kept.
         """
         trainable = any(delta.requires_grad for delta in self._deltas(adapter_name).values())
         kept = {
-            name: delta._replace(indices=delta.indices[chosen[name]], values=delta.values[chosen[name]])
+            name: SparseDelta(
+                delta.shape,
+                delta.indices[chosen[name]],
+                delta.values[chosen[name]],
+                layout=(layouts or {}).get(name),
+            )
             for name, delta in self.sparse_deltas(adapter_name).items()
         }
         self.child_states[adapter_name].mask = None
@@ -401,10 +409,24 @@ class LayerState(nn.Module, BaseTunerLayer):
 
     # Gradient masks
 
-    def named_mask(self, key: str) -> tuple[str, GradientMask]:
-        """Name in the whole model and present mask of a parameter, by `ADAPTER.PARAMETER`."""
+    def masked(self, key: str, gradient: Tensor) -> Tensor:
+        """The gradient of the delta `ADAPTER.PARAMETER` with its present mask."""
         adapter, parameter = key.split(".")
-        return self.targets_of(adapter)[parameter], self.gradient_mask(adapter, parameter)
+        mask = self.gradient_mask(adapter, parameter)
+        channels = self._channels_of_delta(adapter, parameter) if mask.by_channel else None
+        return mask.apply(self.targets_of(adapter)[parameter], gradient, channels)
+
+    def _channels_of_delta(self, adapter_name: str, parameter: str) -> ChannelLayout | Tensor:
+        """How the values of a delta are divided into input channels; see `GradientMask.apply`."""
+        base = self.base_parameter(parameter)
+        layout = layout_of(self.base_layer, parameter, base)
+        if self._deltas(adapter_name)[parameter].numel() == base.numel():
+            return layout
+        index = self._indices(adapter_name, parameter)
+        if isinstance(index, Channels):
+            return index.layout._replace(per_group=len(index.chosen))
+        channels: Tensor = layout.channel_of(index.long()).unique(return_inverse=True)[1]
+        return channels
 
     def gradient_mask(self, adapter_name: str, parameter: str) -> GradientMask:
         """The present mask of the gradient of a delta."""

@@ -48,8 +48,9 @@ def _check(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         return
     for other in _living(Optimizer):
         lost -= _parameters_of(other)
-    # Every module is asked, also those inside others; the whole model knows the most deltas.
-    unheld = max((_unheld(model, lost, stepped) for model in _living(nn.Module)), key=len, default=[])
+    # Every module is asked, also those inside others; the whole model knows the most deltas, by their longest names.
+    found = (_unheld(model, lost, stepped) for model in _living(nn.Module))
+    unheld = max(found, key=lambda names: (len(names), sum(map(len, names))), default=[])
     if unheld:
         raise RuntimeError(
             f"{len(unheld)} deltas of a child network are in no optimizer and would not be trained, such as "

@@ -89,7 +89,9 @@ def test_an_index_can_be_named_itself(base, tuned, child, tmp_path):
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.fp16.safetensors"])
 def test_weights_that_transformers_would_not_load_as_safetensors_are_refused_by_name(base, child, tmp_path, name):
     shutil.move(base / "model.safetensors", base / name)
-    assert f"It has '{name}': name a safetensors file itself" in error_of("merge", child, base, tmp_path / "merged")
+    assert f"It has '{name}': pass the path of a safetensors file itself" in error_of(
+        "merge", child, base, tmp_path / "merged"
+    )
 
 
 @pytest.mark.parametrize("config", ["[]", '{"architectures": "LlamaForCausalLM"}', '{"architectures": [1]}'])

@@ -29,7 +29,7 @@ def test_an_adapter_in_a_subfolder(files, tmp_path):
         output_of(verb, files / "chosen", files / "base", tmp_path / f"expected-{verb}")
         output_of(verb, tmp_path / "repo", files / "base", tmp_path / verb, *inside)
         assert content(tmp_path / verb) == content(tmp_path / f"expected-{verb}")
-    assert "is no folder of an adapter" in error_of("inspect", tmp_path / "repo", "--subfolder", "none")
+    assert "is not an adapter folder" in error_of("inspect", tmp_path / "repo", "--subfolder", "none")
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -114,7 +114,7 @@ def test_the_hub(files, tmp_path):
             "no repository on the Hub that you may read; for a private one log in with `hf auth login`.",
             "no repository on the Hub that you may read",
             "'tester/child' on the Hub has no revision 'v3'.",
-            "is no folder of an adapter: it has no 'adapter_config.json'",
+            "is not an adapter folder: it has no 'adapter_config.json'",
         ],
         strict=True,
     ):

@@ -175,14 +175,14 @@ def test_the_model_card_does_without_matplotlib(files, tmp_path, monkeypatch):
     ("name", "problem"),
     [
         ("missing", "There is no file or folder '{}', and it is not a valid name of a repository on the Hub."),
-        ("base", "is no folder of an adapter: it has no 'adapter_config.json'"),
+        ("base", "is not an adapter folder: it has no 'adapter_config.json'"),
         ("lora", "is an adapter of type 'LORA', not of Child-Tuning"),
         ("damaged", "cannot be loaded. The checksum of "),
     ],
 )
 def test_what_is_no_adapter(files, tmp_path, verb, name, problem):
     if verb == "extract" and name != "missing":
-        name, problem = "chosen", "is no safetensors file, and no folder with 'model.safetensors'"
+        name, problem = "chosen", "is neither a safetensors file nor a folder with 'model.safetensors'"
     message = error_of(verb, *arguments_of(verb, files / name, tmp_path / "new", files / "base"))
     assert problem.format(files / name) in message
     assert not (tmp_path / "new").exists()
@@ -202,13 +202,13 @@ def test_another_base_is_a_warning_or_an_error(files, tmp_path):
         result = run(verb, files / "chosen", files / "other", tmp_path / output)
         assert result.exit_code == 0
         assert all(
-            line.startswith("warning: ") and "other weights than the adapter was made on" in line
+            line.startswith("warning: ") and "are not those that the adapter was made on" in line
             for line in result.stderr.splitlines()
         )
         assert result.stderr
         assert (tmp_path / output).exists()
     message = error_of("verify", files / "chosen", "--base", files / "other")
-    assert "has other weights than the adapter was made on, such as in 'model.layers" in message
+    assert "are not those that the adapter was made on; 'model.layers" in message
 
 
 def test_options_out_of_range(files, tmp_path):
@@ -274,7 +274,7 @@ def test_what_exists_survives_a_full_disk_and_a_lack_of_permission(occupied, tmp
 def test_force_does_not_delete_what_is_something_else(files, tmp_path, verb):
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters/letter").write_text("dear")
-    problem = "is a folder; name a file" if verb == "patch" else "is no folder of an adapter or a checkpoint"
+    problem = "is a folder; name a file" if verb == "patch" else "is not the folder of an adapter or a checkpoint"
     assert problem in error_of(*writing(verb, files, tmp_path / "letters"), "--force")
     assert (tmp_path / "letters/letter").read_text() == "dear"
 

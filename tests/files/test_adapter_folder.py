@@ -13,7 +13,7 @@ from .test_operations import saved_adapter, saved_base
 
 
 def test_what_is_no_adapter_or_checkpoint(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"is no folder of an adapter: it has no 'adapter_config.json'"):
+    with pytest.raises(FileNotFoundError, match=r"is not an adapter folder: it has no 'adapter_config.json'"):
         read_adapter(tmp_path)
     saved_adapter(saved_base(tmp_path / "base"), tmp_path / "child")
     config = tmp_path / "child/adapter_config.json"
@@ -24,14 +24,14 @@ def test_what_is_no_adapter_or_checkpoint(tmp_path):
     config.write_text("{")
     with pytest.raises(FormatError, match="cannot be read"):
         read_adapter(tmp_path / "child")
-    with pytest.raises(FileNotFoundError, match="is no safetensors file, and no folder with"):
+    with pytest.raises(FileNotFoundError, match="is neither a safetensors file nor a folder with"):
         Checkpoint(tmp_path / "child")
     (tmp_path / "text.safetensors").write_text("no tensors")
-    with pytest.raises(ValueError, match=r"text.safetensors' is no safetensors file"):
+    with pytest.raises(ValueError, match=r"text.safetensors' is not a safetensors file"):
         Checkpoint(tmp_path / "text.safetensors")
     (tmp_path / "base/model.safetensors").unlink()  # which would be preferred to an index
     (tmp_path / "base/model.safetensors.index.json").write_text('{"weight_map": []}')
-    with pytest.raises(ValueError, match="is no index of a checkpoint: it needs a 'weight_map'"):
+    with pytest.raises(ValueError, match="is not a checkpoint index: it needs a 'weight_map'"):
         Checkpoint(tmp_path / "base")
     (tmp_path / "base/model.safetensors.index.json").write_text('{"weight_map": {"a": "../x.safetensors"}}')
     with pytest.raises(ValueError, match="names files outside its own folder"):

@@ -46,7 +46,7 @@ def test_adapters_that_cannot_be_combined(tmp_path):
     adapter = SparseAdapter({}, {}, {"x": torch.ones(1)})
     with pytest.raises(ValueError, match="Every adapter needs one weight, got 1 adapters and 2 weights"):
         combine_adapters([adapter], [1.0, 2.0])
-    with pytest.raises(ValueError, match="Modules saved whole cannot be combined, and 'x' is one"):
+    with pytest.raises(ValueError, match="Modules saved whole cannot be combined; 'x' belongs to one"):
         combine_adapters([adapter, adapter], [1.0, 1.0])
     with pytest.raises(ValueError, match="A patch holds entries only; 'x' was saved whole"):
         export_patch(adapter, None, tmp_path / "x")

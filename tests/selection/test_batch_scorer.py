@@ -236,7 +236,7 @@ def test_a_model_that_leaves_padding_out(caplog):
     assert not reasons(caplog)
     check(model, [even, uneven, uneven], 13)
     check(model, [full, uneven, uneven], 3 + 1 + 8 + 1)
-    assert all("one row or one for each token" in reason for reason in reasons(caplog))
+    assert all("one row, or one row for each token" in reason for reason in reasons(caplog))
 
 
 def test_examples_that_go_to_different_modules(caplog):
@@ -256,7 +256,7 @@ def test_examples_that_go_to_different_modules(caplog):
     model = adapted(Routed(), target_modules=["experts.0", "experts.1"])
     kinds = [[0, 0, 0, 0], [0, 1, 0, 1], [1, 1, 1, 0]]
     check(model, [{**floats(4, 4, 6), "kind": torch.tensor(kind)} for kind in kinds], 3 + 1 + 1 + 8)
-    assert "one row or one for each token" in reasons(caplog)[0]
+    assert "one row, or one row for each token" in reasons(caplog)[0]
 
 
 @pytest.mark.parametrize("number", [1, 2, 4, 7, 8])

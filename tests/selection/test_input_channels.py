@@ -98,19 +98,9 @@ def test_a_density_below_one_channel_names_the_smallest_that_works(variant):
     assert child_of(choose(float(str(e.value).split()[-1].rstrip("."))))
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"granularity": "row"}, "granularity must be one of 'entry', 'input_channel', got 'row'"),
-        (
-            {"granularity": "input_channel", "variant": "task_free"},
-            "masks single entries; granularity must be 'entry'",
-        ),
-    ],
-)
-def test_settings_that_are_none(changes, message):
-    with pytest.raises(ValueError, match=message):
-        ChildTuningConfig(**changes)
+def test_a_granularity_that_there_is_not():
+    with pytest.raises(ValueError, match="granularity must be one of 'entry', 'input_channel', got 'row'"):
+        ChildTuningConfig(granularity="row")
 
 
 def are_channels(model, adapter_name="default"):
@@ -138,6 +128,18 @@ def test_keeping_the_largest_changes_keeps_whole_channels():
         (name, int(number)) for name, indices in child_of(model).items() for number in layouts[name].holding(indices)
     }
     assert min(means[key] for key in chosen) >= max(means[key] for key in means.keys() - chosen)
+
+
+def test_keeping_the_largest_changes_of_a_task_free_adapter_keeps_whole_channels():
+    model = chosen_model("llama", granularity="input_channel", variant="task_free", density=0.3)
+    assert not are_channels(model)  # all entries
+    move(model)
+    kept = keep_largest(model, 0.2)
+    assert are_channels(model)
+    layouts = layouts_of(model)
+    for name, indices in child_of(model).items():
+        layouts[name].holding(indices)  # an error if a channel is cut
+    assert kept.chosen <= round(0.2 * sum(layout.numel for layout in layouts.values()))
 
 
 def test_combining_unites_channels_and_never_cuts_them():

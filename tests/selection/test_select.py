@@ -82,7 +82,7 @@ def test_exact_count_also_when_nearly_all_scores_are_zero():
     assert result.targeted == total
     assert result.dense == 2 * 16 + 2
     assert f"{result.chosen:,} of {total:,} targeted entries" in str(result)
-    assert "34 entries besides are trained densely" in str(result)
+    assert "34 other entries are trained densely" in str(result)
 
 
 def test_scoring_a_second_adapter_ignores_the_first():

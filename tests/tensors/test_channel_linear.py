@@ -99,10 +99,13 @@ def test_a_change_between_forward_and_backward_is_noticed():
         result.sum().backward()
 
 
-def hooked():
-    module = nn.Linear(IN, OUT)
-    module.register_forward_hook(lambda *arguments: None)
-    return module
+def hooked(kind):
+    def make():
+        module = nn.Linear(IN, OUT)
+        getattr(module, f"register_{kind}")(lambda *arguments: None)
+        return module
+
+    return make
 
 
 def instance():
@@ -111,7 +114,13 @@ def instance():
     return module
 
 
-@pytest.mark.parametrize(("make", "can"), [(lambda: nn.Linear(IN, OUT), True), (hooked, False), (instance, False)])
+HOOKS = ("forward_pre_hook", "forward_hook", "full_backward_pre_hook", "full_backward_hook")
+
+
+@pytest.mark.parametrize(
+    ("make", "can"),
+    [(lambda: nn.Linear(IN, OUT), True), *((hooked(kind), False) for kind in HOOKS), (instance, False)],
+)
 def test_only_what_is_trained_by_channels_and_has_no_hooks_is_called_this_way(make, can):
     module = make().requires_grad_(False)
     weight = composition(module.weight, [1, 2])
@@ -123,6 +132,17 @@ def test_only_what_is_trained_by_channels_and_has_no_hooks_is_called_this_way(ma
     assert not can_call_channels(module, weight, is_transposed=True)
     with torch.no_grad():
         assert not can_call_channels(module, weight, False)
+
+
+def test_hooks_of_all_modules_are_run():
+    module = nn.Linear(IN, OUT).requires_grad_(False)
+    weight = composition(module.weight, [1, 2])
+    handle = nn.modules.module.register_module_full_backward_pre_hook(lambda *arguments: None)
+    try:
+        assert not can_call_channels(module, weight, False)
+    finally:
+        handle.remove()
+    assert can_call_channels(module, weight, False)
 
 
 def test_the_transposed_weight_of_conv1d():

@@ -119,8 +119,8 @@ BITS = zlib.compress(bytes([0b1011]))
     [
         (forge(codec.BITMAP, 8, 2, BITS), "says 2 positions and holds 3"),
         (forge(codec.BITMAP, 3, 3, BITS), "positions beyond 3"),
-        (forge(codec.BITMAP, 8, 9, BITS), "from 1 to 8 positions, its header says 9"),
-        (forge(codec.BITMAP, 8, 0, BITS), "from 1 to 8 positions, its header says 0"),
+        (forge(codec.BITMAP, 8, 9, BITS), "from 1 to 8 positions; its header says 9"),
+        (forge(codec.BITMAP, 8, 0, BITS), "from 1 to 8 positions; its header says 0"),
         (forge(codec.BITMAP, 2**63, 3, BITS), "from 1 to 9223372036854775808 positions"),
         (forge(codec.BITMAP, 2**60, 3, BITS), "exactly 144115188075855872 bytes"),
         (forge(codec.BITMAP, 8, 3, zlib.compress(bytes(10_000_000))), "exactly 1 bytes"),
@@ -212,10 +212,10 @@ def forged_channels(layout, data, size=8, numel=20, order=0):
         (forged_channels((1, 4, 5, 1), bytes([0])), "Gaps of 2 positions take 1 to 8 bytes each, got 1 bytes"),
         (forged_channels((1, 4, 5, 1), bytes(3)), "Gaps of 2 positions take 1 to 8 bytes each, got 3 bytes"),
         (forged_channels((1, 4, 5, 1), bytes(18)), "Gaps of 2 positions take 1 to 8 bytes each, got 18 bytes"),
-        (forged_channels((1, 4, 5, 1), bytes(2), size=7), "7 positions are no whole channels of 4"),
+        (forged_channels((1, 4, 5, 1), bytes(2), size=7), "whole channels of 4 entries; got 7 positions in order 0"),
         (
             forged_channels((1, 4, 5, 1), bytes(2), order=1),
-            "8 positions are no whole channels of 4 in the order of rows",
+            "whole channels of 4 entries; got 8 positions in order 1",
         ),
         (forged_channels((1, 4, 6, 1), bytes(2)), r"layout \(1, 4, 6, 1\) do not fit a tensor of 20"),
         (forged_channels((0, 4, 5, 1), bytes(2)), "do not fit a tensor of 20"),

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from peft_child.tensors.channels import ChannelLayout
 from peft_child.tensors.gradient_mask import GradientMask
 
 
@@ -87,6 +88,20 @@ def test_packing():
     packed = mask.pack()
     assert (packed.dtype, packed.shape) == (torch.int64, (4,))
     assert GradientMask.unpack(packed) == mask
+    by_channel = mask._replace(by_channel=True)
+    assert GradientMask.unpack(by_channel.pack()) == by_channel
     for wrong in (packed.int(), packed[:3], packed * 0, packed.index_fill(0, torch.tensor([0]), -1)):
         with pytest.raises(ValueError, match="A gradient mask"):
             GradientMask.unpack(wrong)
+
+
+def test_channels_keep_or_lose_their_gradients_together():
+    """Given as a layout, or as the channel of each entry."""
+    layout = ChannelLayout(2, 3, 4, 2)
+    mask, gradient = GradientMask(0.5, by_channel=True), torch.randn(layout.numel)
+    channel = layout.channel_of(torch.arange(layout.numel))
+    found = mask.apply("a", gradient, layout)
+    assert torch.equal(found, mask.apply("a", gradient, channel))
+    kept = mask.draw("a", layout.number)
+    assert 0 < int(kept.sum()) < layout.number
+    assert torch.equal(found, torch.where(kept[channel], gradient / 0.5, 0.0))

@@ -20,8 +20,8 @@ class Counter:
         if has_masks:
             count_steps(self.number)
 
-    def named_mask(self, key):
-        return key, GradientMask(0.5, step=self.steps)
+    def masked(self, key, gradient):
+        return GradientMask(0.5, step=self.steps).apply(key, gradient)
 
     def count_step(self, stepped=None):
         self.steps += any(id(parameter) in stepped for parameter in self.parameters)

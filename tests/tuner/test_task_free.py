@@ -96,6 +96,45 @@ def test_on_top_of_a_task_driven_child_the_masks_are_multiplied():
         torch.testing.assert_close(merged[key], value, rtol=0, atol=1e-6)
 
 
+def masks_by_channel(model, density, **settings):
+    """The literal mask of whole input channels: an entry has that of its channel, counted among the trained ones."""
+    child, layouts = child_of(model), {}
+    for layer in child_tuning_layers(model).values():
+        layouts |= layer.layouts("default")
+
+    def draw(step, name, numel):
+        channel = layouts[name].channel_of(child[name])
+        trained = channel.unique().tolist()
+        kept = GradientMask(density, step=step, **settings).draw(name, len(trained))
+        factor = {number: float(kept[place]) / density for place, number in enumerate(trained)}
+        return torch.zeros(numel).index_copy_(0, child[name], torch.tensor([factor[int(one)] for one in channel]))
+
+    return draw
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"variant": "task_free", "density": 0.4},
+        {"variant": "random", "density": 0.6, "gradient_density": 0.4},
+    ],
+    ids=["all", "fixed"],
+)
+@pytest.mark.parametrize("name", ["linear", "conv2d", "gpt2_tied", "mixtral", "experts", "bert"])
+def test_the_masks_of_input_channels_keep_or_drop_whole_ones(name, changes):
+    base = build(name)
+    model = chosen_model(name, base, granularity="input_channel", task_type=None, seed=3, **changes).eval()
+    twin = build(name)
+    batches = [batch_of(name, seed) for seed in range(4)]
+    draw = masks_by_channel(model, 0.4, seed=3)
+    expected = reference.masked_training(twin, child_of(model), batches, OPTIMIZERS["sgd"], draw=draw)
+    train(model, batches, OPTIMIZERS["sgd"])
+    assert any("child_delta" in key and value.any() for key, value in model.state_dict().items())
+    merged = model.merge_and_unload().state_dict()
+    for key, value in expected.state_dict().items():
+        torch.testing.assert_close(merged[key], value, rtol=0, atol=2e-6)
+
+
 def test_the_share_of_gradients_that_are_not_zero():
     model = model_of("llama", density=0.3)
     deltas = [parameter for name, parameter in model.named_parameters() if "child_delta" in name]
