@@ -36,6 +36,8 @@ def can_call_channels(module: nn.Module, weight: Composition, is_transposed: boo
     # wraps the original one as a hook does.
     if any(map(module.__dict__.get, _HOOKS)) or "forward" in vars(module) or _has_any_global_hook():
         return False
+    if torch.compiler.is_compiling() and any(child.mask is not None for child in weight.children):
+        return False  # its operator stands in the backward function of a composed weight
     return all(
         isinstance(child.indices, Channels)
         and child.indices.layout.are_rows(len(weight.base)) == is_transposed
@@ -56,18 +58,37 @@ def call_channels(x: Tensor, weight: Composition, bias: Tensor | None) -> Tensor
             `nn.Linear`, or `(in, out)`, as in the Conv1D of transformers.
         bias: Shape `(out,)`, or None.
     """
+    if torch.compiler.is_compiling():
+        return _in_operations(x, weight, bias)
     y: Tensor = _ChannelLinear.apply(x, bias, weight, *(child.delta for child in weight.children))  # type: ignore[no-untyped-call]
     return y
+
+
+def _in_operations(x: Tensor, weight: Composition, bias: Tensor | None) -> Tensor:
+    """The same for a compiler, which takes the graph apart: what a delta adds to the output is added as a zero."""
+    is_transposed = _is_transposed(weight)
+    y = _linear(x, weight.detached().tensor(), bias, is_transposed)
+    for child in weight.children:
+        if isinstance(child.indices, Channels):
+            block = child.indices.as_block(child.delta.to(x.dtype)).squeeze(0 if is_transposed else 2)
+            kept = x.detach().index_select(-1, child.indices.chosen)
+            added = kept @ (block if is_transposed else block.T)
+            y = y + (added - added.detach())
+    return y
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, is_transposed: bool) -> Tensor:
+    """The very operation of a Conv1D or a linear layer, so that no bit differs."""
+    if is_transposed:
+        return torch.addmm(bias, x.view(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)  # type: ignore[arg-type]
+    return F.linear(x, weight, bias)
 
 
 class _ChannelLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: Composition, *deltas: Tensor) -> Tensor:
         ctx.weight, ctx.versions, ctx.is_transposed = weight, weight.versions(), _is_transposed(weight)
-        if ctx.is_transposed:  # the very operation of Conv1D, so that no bit differs
-            y = torch.addmm(bias, x.view(-1, x.shape[-1]), weight.tensor()).view(*x.shape[:-1], -1)  # type: ignore[arg-type]
-        else:
-            y = F.linear(x, weight.tensor(), bias)
+        y = _linear(x, weight.tensor(), bias, ctx.is_transposed)
         ctx.dtypes = [delta.dtype for delta in deltas]
         ctx.dtype = x.dtype
         chosen = [child.indices.chosen for child in weight.children if isinstance(child.indices, Channels)]

@@ -76,10 +76,9 @@ class ChildTuningLayer(LayerState):
             return call_composed(self.base_layer, compositions, call, args, kwargs)
 
     def _is_by_channels(self, call: Callable[..., Any], weight: Composition) -> bool:
-        # A compiler decides for itself what it keeps for backward, and a traced program holds no Python functions.
-        is_seen = torch.compiler.is_compiling() or is_traced()
         forward = type(self.base_layer).forward
-        if call is not self.base_layer or is_seen or forward not in (nn.Linear.forward, Conv1D.forward):
+        # A program that is traced holds no gradients of ours.
+        if call is not self.base_layer or is_traced() or forward not in (nn.Linear.forward, Conv1D.forward):
             return False
         return can_call_channels(self.base_layer, weight, is_transposed=forward is Conv1D.forward)
 
