@@ -45,6 +45,8 @@ PRIVATE = {
     "integrations/hub.py": {"_hf_peft_config_loaded": "whether transformers' own adapter API saves an adapter"},
     "selection/batches.py": {"torch.utils._pytree": "tensors in nested batches; torch.utils has no public one"},
     "selection/capture.py": {
+        "_backward_hooks": "hooks that change the gradient of a weight",
+        "_is_view": "outputs whose hooks a change in place leaves behind",
         "_parameters": "parameters that a module itself owns, by key",
         "torch.utils._python_dispatch": "weights that are used without a call of their module",
         "torch.utils._pytree": "tensors in the arguments of a call",

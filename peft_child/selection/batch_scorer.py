@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_child.selection.batches import rows_of_example, some_examples
-from peft_child.selection.capture import CannotCaptureError, Owners
+from peft_child.selection.capture import CannotCaptureError, Capture, Owners
 from peft_child.selection.example_gradients import Part, add_squares
 from peft_child.selection.loss import Loss
 from peft_child.selection.loss_squares import LossSquares
@@ -94,7 +94,7 @@ class BatchScorer:
         if weights is None or not self._divisions:
             return False
         with self._owners.capture(size, rows_of_example(batch, size)) as capture:
-            loss = self._loss_at_once(batch)
+            loss = self._loss_at_once(batch, capture)
             if loss is None or not capture.divisions <= self._divisions:
                 return False
             scale = 1 / max(weights)  # makes gradients as large as those of single examples: small ones underflow
@@ -107,7 +107,7 @@ class BatchScorer:
     def _add_parts(self, score: Tensor, name: str, parts: Sequence[Part], factors: Sequence[float]) -> None:
         add_squares(score, parts, factors, self._targets[name].device, self._layouts.get(name))
 
-    def _loss_at_once(self, batch: Any) -> Tensor | None:
+    def _loss_at_once(self, batch: Any, capture: Capture) -> Tensor | None:
         """The loss of a batch, with a graph to what is captured; None if its examples must be scored one by one."""
         try:
             loss = self._loss.unchecked(batch)
@@ -120,6 +120,9 @@ class BatchScorer:
             return None
         if not isinstance(loss, Tensor) or not loss.requires_grad:
             self._go_one_by_one("the targeted weights are used without calling their modules")
+            return None
+        if capture.unclear():
+            self._go_one_by_one("the model changes inputs of modules in place, or computes gradients itself")
             return None
         return loss if math.isfinite(loss.item()) else None  # scored one by one, the example at fault is named
 
@@ -145,7 +148,7 @@ class BatchScorer:
             example = some_examples(batch, [index], size)
             losses += self._add_one_by_one(example, [number], partial(_note_norm, alone, index))
         with self._owners.capture(size, rows_of_example(batch, size)) as capture:
-            loss = self._loss_at_once(batch)
+            loss = self._loss_at_once(batch, capture)
             if loss is None:
                 return rest  # without the two, which have been scored alone
             try:

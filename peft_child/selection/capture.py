@@ -46,9 +46,10 @@ class Owners:
                 self.keys[module] = owned
 
     def without_formula(self) -> set[str]:
-        """Names of the targets whose gradients need autograd, since a module that owns them has no formula."""
+        """Names of the targets that need autograd: an owner has no formula, or hooks may change the gradient."""
         owned = ((module, key, name) for module, names in self.keys.items() for key, name in names.items())
-        return {name for module, key, name in owned if formula_of(module, key) is None}
+        without = {name for module, key, name in owned if formula_of(module, key) is None}
+        return without | {name for name, parameter in self.targets.items() if parameter._backward_hooks}
 
     def to_run_again(self) -> tuple[int, str]:
         """Number of weights in matrices without a formula, and the kinds of the modules that own them."""
@@ -85,12 +86,15 @@ class Owners:
             Their names, complete when the context is left.
         """
         watch = _Watch({id(parameter): name for name, parameter in self.targets.items()})
+        if not self.targets:  # a watch costs time
+            yield watch.found
+            return
         with ExitStack() as stack:
             for module, owned in self.keys.items():
                 enter, leave = partial(watch.enter, owned), partial(watch.leave, owned)
                 # Inside the hooks of others, which are not part of the module's own computation.
                 stack.callback(module.register_forward_pre_hook(enter).remove)
-                stack.callback(module.register_forward_hook(leave, prepend=True).remove)
+                stack.callback(module.register_forward_hook(leave, prepend=True, always_call=True).remove)
             stack.enter_context(watch)
             yield watch.found
 
@@ -109,7 +113,8 @@ class _Watch(TorchDispatchMode):
 
     def leave(self, owned: Mapping[str, str], *_: Any) -> None:
         for name in owned.values():
-            self._running.remove(name)
+            if name in self._running:  # not if a hook before ours has failed
+                self._running.remove(name)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for leaf in tree_leaves((args, kwargs)):
@@ -133,6 +138,7 @@ class Capture:
         self._anchor = torch.zeros((), requires_grad=True)  # starts the graph, since the parameters do not
         self._uses: dict[str, list[Use]] = {}
         self._done: set[str] = set()
+        self._early: set[str] = set()
         self._sink: Sink | None = None
         self.divisions: set[tuple[Any, ...]] = set()
 
@@ -153,6 +159,8 @@ class Capture:
             )
         if shared:  # a copy for each example, whose gradients would be summed otherwise
             output = output.repeat(self._examples, *[1] * (output.dim() - 1))
+        if output._is_view():  # where the model changes a view in place, autograd leaves its hook behind
+            output = output.clone()
         inputs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
         use = Use(module, inputs, self._examples, shared, length)
         self.divisions.add(use.division())
@@ -162,6 +170,14 @@ class Capture:
             output.register_hook(partial(self._keep_gradient, use))
             return output
         return _Root.apply(self._anchor, output, partial(self._keep_gradient, use))  # type: ignore[no-untyped-call]
+
+    def unclear(self) -> set[str]:
+        """Names of the targets whose gradients cannot be had from what a forward pass has left.
+
+        The model has changed an input after its module was called, or has computed gradients itself.
+        """
+        changed = {name for name, uses in self._uses.items() if any(use.is_changed() for use in uses)}
+        return changed | self._early
 
     def backward(self, loss: Tensor, scale: float, sink: Sink) -> None:
         """Run backward and hand the parts of each target's gradients to a sink as soon as they are complete.
@@ -182,6 +198,9 @@ class Capture:
 
     @torch.no_grad()
     def _keep_gradient(self, use: Use, gradient: Tensor) -> None:
+        if self._sink is None:
+            self._early |= set(self._owners.keys[use.module].values())
+            return
         use.gradient = gradient
         for name in self._owners.keys[use.module].values():
             if all(each.gradient is not None for each in self._uses.get(name, ())):
@@ -193,7 +212,8 @@ class Capture:
         if name in self._done and reached:
             raise arrived_in_parts(name)
         self._done.add(name)
-        if reached and self._sink is not None:
+        if reached:
+            assert self._sink is not None
             keys = self._owners.keys
             parts = [use.part(key) for use in reached for key, own in keys[use.module].items() if own == name]
             self._sink(name, parts)

@@ -187,7 +187,7 @@ def _channel_sums(part: Product, layout: ChannelLayout, examples: slice, tokens:
         left, right = right, left  # channels, here rows, are columns of the transpose
     # With t tokens, a matrix (m, n) takes t * t * (m + n) multiplications this way, and t * m * n the other way.
     if left.shape[1] * (left.shape[2] + right.shape[2]) < layout.numel:
-        return (left @ left.mT @ right).mul_(right).sum(1)
+        return (left @ left.mT @ right).mul_(right).sum(1).clamp_(min=0)  # rounding may leave less than nothing
     # One gradient at a time, since they are large.
     return torch.stack([(each.T @ other).square_().sum(0) for each, other in zip(left, right, strict=True)])
 

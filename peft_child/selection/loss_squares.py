@@ -68,6 +68,7 @@ class LossSquares:
         ):
             with self._others.used_elsewhere() as elsewhere:
                 output = self._loss.unchecked(batch)
+            elsewhere |= capture.unclear()
             if not elsewhere:
                 loss = self._loss.check(output, batch, number)
                 capture.backward(loss, 1.0, partial(self._add_parts, observe))

@@ -7,7 +7,7 @@ input and of the output's gradient, and autograd differentiates that.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers.pytorch_utils import Conv1D
 
 from peft_child.selection.example_gradients import Each, Part, Product, Rows, Whole, product
+from peft_child.tensors.compose import changes_in
 
 
 @dataclass(eq=False)
@@ -32,6 +33,7 @@ class Use:
         length: First dimension of the output; every example has equally many rows of it.
         gradient: Gradient of the output, once backward has computed it; its first dimension is `length`, or `examples`
             if the call was shared.
+        versions: Counts of the changes of its arguments in place, when it was made.
     """
 
     module: nn.Module
@@ -40,6 +42,17 @@ class Use:
     shared: bool
     length: int
     gradient: Tensor | None = None
+    versions: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.versions = self._changes()
+
+    def is_changed(self) -> bool:
+        """Whether an argument was changed in place since the call."""
+        return self.versions != self._changes()
+
+    def _changes(self) -> list[int]:
+        return [changes_in(leaf) for leaf in tree_flatten(self.inputs)[0] if isinstance(leaf, Tensor)]
 
     def part(self, key: str) -> Part:
         """What this call adds to the gradient of one of the module's parameters, for each example."""

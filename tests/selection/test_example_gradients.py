@@ -5,6 +5,7 @@ import torch
 
 from peft_child.selection import example_gradients
 from peft_child.selection.example_gradients import Each, Product, Rows, Whole, add_squares, product
+from peft_child.tensors.channels import ChannelLayout
 
 
 EXAMPLES, TOKENS, HEIGHT, WIDTH = 3, 5, 130, 4
@@ -55,3 +56,14 @@ def test_tokens_without_a_gradient_are_left_out():
     gradients[2, 3:, :19] = 0  # what is not zero there comes late
     found = product(gradients, gradients, gradients).tokens
     assert found == [slice(2, 6), slice(0, 0), slice(0, 6)]
+
+
+def test_sums_over_channels_are_never_negative():
+    """Not even where the gradient is zero but for rounding."""
+    torch.manual_seed(0)
+    gradient, x = torch.randn(1, 6, 64), torch.randn(1, 6, 64)
+    left, right = torch.cat([gradient, gradient], 1) * 1e3, torch.cat([x, -x], 1)
+    part = Product(left, right, [slice(0, 12)])
+    score = torch.zeros(64)
+    add_squares(score, [part], [1.0], score.device, ChannelLayout(1, 64, 64, 1))
+    assert (score >= 0).all()

@@ -87,6 +87,79 @@ def test_weights_that_are_used_without_their_modules_are_scored_as_well(always):
     assert_close(found, {name: layouts[name].sums(score) for name, score in scores("entry")[1].items()})
 
 
+class ChangedInPlace(nn.Module):
+    """Changes what a layer returns, which is a view for inputs of three dimensions."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.second(F.relu(self.first(x), inplace=True)).mul_(2)
+
+
+class Penalised(ChangedInPlace):
+    """Computes a gradient in its forward pass, which goes through the layer as well."""
+
+    def forward(self, x):
+        x = x.clone().requires_grad_(True)
+        hidden = self.first(x).tanh()
+        (slope,) = torch.autograd.grad(hidden.sum(), x, create_graph=True)
+        return self.second(hidden) + slope
+
+
+class Failing(ChangedInPlace):
+    """Calls a layer in vain, and uses its weight afterwards."""
+
+    def forward(self, x):
+        try:
+            self.first(x[..., :3])
+        except RuntimeError:
+            x = F.linear(x, self.first.weight)
+        return self.second(x)
+
+
+class Hooked(ChangedInPlace):
+    """The gradient of a weight is changed by a hook."""
+
+    def __init__(self):
+        super().__init__()
+        self.first.weight.register_hook(lambda gradient: 3 * gradient)
+
+
+@pytest.mark.parametrize("examples", [1, 4])
+@pytest.mark.parametrize("kind", [ChangedInPlace, Penalised, Failing, Hooked])
+def test_models_that_do_more_than_call_their_layers(kind, examples):
+    def scores(granularity):
+        torch.manual_seed(0)
+        config = ChildTuningConfig(
+            granularity=granularity, density=0.5, target_parameters=["body.first.weight", "body.second.weight"]
+        )
+        model = get_peft_model(Regression(kind()), config)
+        layouts = {k: v for layer in child_tuning_layers(model).values() for k, v in layer.layouts("default").items()}
+        return layouts, estimate_fisher(model, batches, progress_bar=False)
+
+    torch.manual_seed(1)
+    batches = [{"x": torch.randn(examples, 3, 4), "labels": torch.randn(examples, 3, 4)} for _ in range(4)]
+    layouts, found = scores("input_channel")
+    assert_close(found, {name: layouts[name].sums(score) for name, score in scores("entry")[1].items()})
+
+
+def test_an_input_that_is_changed_after_the_call_is_an_error_as_in_training():
+    class Changing(ChangedInPlace):
+        def forward(self, x):
+            hidden = self.first(x).tanh()
+            result = self.second(hidden)
+            hidden.detach().mul_(2)
+            return result
+
+    config = ChildTuningConfig(granularity="input_channel", density=0.5, target_modules=["body.first", "body.second"])
+    model = get_peft_model(Regression(Changing()), config)
+    batch = {"x": torch.randn(4, 3, 4), "labels": torch.randn(4, 3, 4)}
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        estimate_fisher(model, [batch], progress_bar=False)
+
+
 @pytest.mark.parametrize("max_norm", [None, 0.01, 100.0])
 def test_a_loss_over_a_batch_is_squared_as_it_is(max_norm):
     torch.manual_seed(0)
