@@ -46,7 +46,7 @@ PRIVATE = {
     "selection/batches.py": {"torch.utils._pytree": "tensors in nested batches; torch.utils has no public one"},
     "selection/capture.py": {
         "_backward_hooks": "hooks that change the gradient of a weight",
-        "_is_view": "outputs whose hooks a change in place leaves behind",
+        "_has_any_global_hook": "hooks of all modules, which run before ours",
         "_parameters": "parameters that a module itself owns, by key",
         "torch.utils._python_dispatch": "weights that are used without a call of their module",
         "torch.utils._pytree": "tensors in the arguments of a call",

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -46,7 +47,9 @@ class Owners:
                 self.keys[module] = owned
 
     def without_formula(self) -> set[str]:
-        """Names of the targets that need autograd: an owner has no formula, or hooks may change the gradient."""
+        """Names of the targets that need autograd: an owner has no formula, or hooks come before ours."""
+        if _has_any_global_hook():
+            return set(self.targets)
         owned = ((module, key, name) for module, names in self.keys.items() for key, name in names.items())
         without = {name for module, key, name in owned if formula_of(module, key) is None}
         return without | {name for name, parameter in self.targets.items() if parameter._backward_hooks}
@@ -102,6 +105,8 @@ class Owners:
 class _Watch(TorchDispatchMode):
     """Notes which tensors are read while no owner of them runs."""
 
+    supports_higher_order_operators = True
+
     def __init__(self, names: Mapping[int, str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._names = names
@@ -117,8 +122,9 @@ class _Watch(TorchDispatchMode):
                 self._running.remove(name)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for leaf in tree_leaves((args, kwargs)):
-            name = self._names.get(id(leaf))
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        for tensor in (*tensors, *(tensor._base for tensor in tensors)):  # views that were made before, too
+            name = self._names.get(id(tensor))
             if name is not None and name not in self._running:
                 self.found.add(name)
         return func(*args, **(kwargs or {}))
@@ -146,11 +152,11 @@ class Capture:
         """Forward hook: keep the input of a module, and hook its output to get its gradient."""
         if not torch.is_grad_enabled():  # backward does not come here, or runs the module again (checkpointing)
             return None
+        if isinstance(output, Tensor) and not output.numel():  # nothing was computed: an expert without tokens
+            return None
         length = len(output) if isinstance(output, Tensor) and output.dim() else 0
         shared = length == 1 < self._examples
         each, left = divmod(length, self._examples)
-        if not length and self._rows is None:  # nothing was computed, such as by an expert without tokens
-            return None
         if not shared and (left or (self._rows is not None and each not in self._rows)):
             shape = tuple(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"
             raise CannotCaptureError(
@@ -159,17 +165,14 @@ class Capture:
             )
         if shared:  # a copy for each example, whose gradients would be summed otherwise
             output = output.repeat(self._examples, *[1] * (output.dim() - 1))
-        if output._is_view():  # where the model changes a view in place, autograd leaves its hook behind
-            output = output.clone()
         inputs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
+        if any(isinstance(leaf, Tensor) and leaf.layout != torch.strided for leaf in tree_leaves(inputs)):
+            raise CannotCaptureError(f"a {type(module).__name__} is called with a sparse tensor")
         use = Use(module, inputs, self._examples, shared, length)
         self.divisions.add(use.division())
         for name in self._owners.keys[module].values():
             self._uses.setdefault(name, []).append(use)
-        if output.requires_grad:
-            output.register_hook(partial(self._keep_gradient, use))
-            return output
-        return _Root.apply(self._anchor, output, partial(self._keep_gradient, use))  # type: ignore[no-untyped-call]
+        return _Kept.apply(self._anchor, output, partial(self._keep_gradient, use))  # type: ignore[no-untyped-call]
 
     def unclear(self) -> set[str]:
         """Names of the targets whose gradients cannot be had from what a forward pass has left.
@@ -222,16 +225,20 @@ class Capture:
                 use.gradient, use.inputs = None, ((), {})
 
 
-class _Root(torch.autograd.Function):
-    """Makes an output that requires no gradient the start of a graph."""
+class _Kept(torch.autograd.Function):
+    """A copy of an output, and a start of the graph if there is none yet.
+
+    Changes in place and hooks of the model act on the copy. So what arrives here is the gradient of the output.
+    """
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, output: Tensor, keep_gradient: Callable[[Tensor], None]) -> Tensor:
-        ctx.mark_dirty(output)  # otherwise autograd returns a view, which the model cannot change in place
         ctx.keep_gradient = keep_gradient
-        return output
+        return output.clone()
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None]:
-        ctx.keep_gradient(gradients[0])
-        return None, None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor | None, None]:
+        (gradient,) = gradients
+        with torch.autocast(gradient.device.type, enabled=False):
+            ctx.keep_gradient(gradient)
+        return None, gradient if ctx.needs_input_grad[1] else None, None

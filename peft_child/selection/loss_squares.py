@@ -66,9 +66,14 @@ class LossSquares:
             squaring(self._taking, self._scores, self._max_norm, self._layouts, observe),
             self._others.capture(1) as capture,
         ):
-            with self._others.used_elsewhere() as elsewhere:
-                output = self._loss.unchecked(batch)
-            elsewhere |= capture.unclear()
+            try:
+                with self._others.used_elsewhere() as elsewhere:
+                    output = self._loss.unchecked(batch)
+                elsewhere |= capture.unclear()
+            except Exception:  # of any kind: perhaps the model only works if its weights take gradients
+                if not self._others.targets:
+                    raise
+                elsewhere = set(self._others.targets)
             if not elsewhere:
                 loss = self._loss.check(output, batch, number)
                 capture.backward(loss, 1.0, partial(self._add_parts, observe))

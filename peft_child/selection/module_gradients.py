@@ -34,6 +34,7 @@ class Use:
         gradient: Gradient of the output, once backward has computed it; its first dimension is `length`, or `examples`
             if the call was shared.
         versions: Counts of the changes of its arguments in place, when it was made.
+        autocast: The dtype of autocast then, or None.
     """
 
     module: nn.Module
@@ -43,9 +44,19 @@ class Use:
     length: int
     gradient: Tensor | None = None
     versions: list[int] = field(init=False)
+    autocast: torch.dtype | None = field(init=False)
 
     def __post_init__(self) -> None:
         self.versions = self._changes()
+        device = self._device()
+        self.autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+    def same_autocast(self) -> torch.autocast:
+        """Autocast as it was when the call was made."""
+        return torch.autocast(self._device(), self.autocast, enabled=self.autocast is not None)
+
+    def _device(self) -> str:
+        return next(self.module.parameters()).device.type
 
     def is_changed(self) -> bool:
         """Whether an argument was changed in place since the call."""
@@ -136,7 +147,7 @@ def _run_again(use: Use, key: str, example: int) -> Tensor:
     leaves, spec = tree_flatten(use.inputs)
     each = 1 if use.shared else use.length // use.examples  # rows of an example
     own = slice(example * each, (example + 1) * each)
-    with torch.enable_grad():
+    with torch.enable_grad(), use.same_autocast():
         parameter.requires_grad_(True)
         try:
             args, kwargs = tree_unflatten([leaf[own] if use.is_divided(leaf) else leaf for leaf in leaves], spec)

@@ -82,7 +82,8 @@ def keep_largest(model: nn.Module, density: float, *, adapter_name: str = "defau
         raise ValueError(f"Adapter '{adapter_name}' has not been trained: none of its entries has changed.")
     if layouts:
         deltas = {name: delta for layer in layers for name, delta in layer.sparse_deltas(adapter_name).items()}
-        chosen = _largest_channels(deltas, layouts, size)
+        total = sum(parameter.numel() for parameter in targets.values())
+        chosen = _largest_channels(deltas, layouts, size, total)
         size = sum(map(len, chosen.values()))
     else:
         chosen = select_largest({name: delta.abs().float() for name, delta in changed.items()}, size)
@@ -99,7 +100,7 @@ def keep_largest(model: nn.Module, density: float, *, adapter_name: str = "defau
 
 
 def _largest_channels(
-    deltas: Mapping[str, SparseDelta], layouts: Mapping[str, ChannelLayout], size: int
+    deltas: Mapping[str, SparseDelta], layouts: Mapping[str, ChannelLayout], size: int, total: int
 ) -> dict[str, Tensor]:
     """Which values of each delta belong to the channels that moved most, by their mean squared change."""
     ranks, squares, trained = {}, {}, {}
@@ -109,5 +110,5 @@ def _largest_channels(
         trained[name] = ChannelLayout(1, layouts[name].size, len(found), 1)
         squares[name] = torch.zeros(len(found), device=ranks[name].device)
         squares[name].index_add_(0, ranks[name], delta.values.detach().float().square())
-    chosen = choose_channels(squares, trained, size)
+    chosen = choose_channels(squares, trained, size, total)
     return {name: torch.isin(rank, chosen[name].to(rank.device)).nonzero().flatten() for name, rank in ranks.items()}

@@ -122,7 +122,7 @@ class Channels(NamedTuple):
 
 
 def choose_channels(
-    scores: Mapping[str, Tensor], layouts: Mapping[str, ChannelLayout], budget: int
+    scores: Mapping[str, Tensor], layouts: Mapping[str, ChannelLayout], budget: int, total: int | None = None
 ) -> dict[str, Tensor]:
     """Choose whole channels, in the order of their mean score per entry, until the next one would exceed the budget.
 
@@ -132,6 +132,7 @@ def choose_channels(
         scores: Sum of the scores of each channel's entries, finite and not negative, shape `(number,)`, by name.
         layouts: How each tensor is divided, by name.
         budget: Largest number of entries to choose.
+        total: Number of entries that a density counts, for errors; by default those of all tensors.
 
     Returns:
         Numbers of the chosen channels by name, int64, strictly increasing, on the CPU; empty where none is chosen.
@@ -149,7 +150,7 @@ def choose_channels(
     # A prefix of the order, so that a larger budget keeps all that a smaller one chooses.
     taken = order[: int((sizes[order].cumsum(0) <= budget).sum())]
     if not taken.numel():
-        total = sum(layouts[name].numel for name in scores)
+        total = total or sum(layouts[name].numel for name in scores)
         least = int(sizes[order[0]]) / total
         # Four significant digits, rounded up: a density rounded down would be too small again.
         digits = 10 ** (3 - math.floor(math.log10(least)))

@@ -24,22 +24,42 @@ def drawn_children(targets: list[Target], config: ChildTuningConfig) -> Mapping[
 
     What is drawn depends only on the seed and on the targets, so it is the same in every process.
     """
+    counts = _counts(targets, config)
+    if counts is None:
+        return None
+    parameters, layouts = {target.name: target.parameter for target in targets}, _layouts(targets)
+    return Lazy(parameters, lambda name: drawn_child(config, name, parameters[name], layouts[name], counts[name]))
+
+
+def is_of_a_file(targets: list[Target], config: ChildTuningConfig) -> bool:
+    """Whether the configuration came with a file that has the child network, and was not changed since."""
+    counts = _counts(targets, config)
+    sizes = config.child_sizes
+    return sizes is not None and (
+        counts is None or counts == {name: sizes[name].chosen if name in sizes else 0 for name in counts}
+    )
+
+
+def _counts(targets: list[Target], config: ChildTuningConfig) -> dict[str, int] | None:
+    """How many entries are drawn by name of the target, if the variant draws at random."""
     if config.variant not in DRAWN or not targets:
         return None
-    parameters = {target.name: target.parameter for target in targets}
-    numels = {name: parameter.numel() for name, parameter in parameters.items()}
+    numels = {target.name: target.parameter.numel() for target in targets}
     size = config.child_size(sum(numels.values()))
-    layouts = {}
-    for target in targets:
-        first = target.owners[0]
-        layouts[target.name] = layout_of(first.place.module, first.parameter, target.parameter)
-    if _by_channel(config):
-        scores = {name: _scores(name, layout, config.seed) for name, layout in layouts.items()}
-        chosen = choose_channels(scores, layouts, size)
-        counts = {name: len(numbers) * layouts[name].size for name, numbers in chosen.items()}
-    else:
-        counts = apportion(numels, size)
-    return Lazy(parameters, lambda name: drawn_child(config, name, parameters[name], layouts[name], counts[name]))
+    if not _by_channel(config):
+        return apportion(numels, size)
+    layouts = _layouts(targets)
+    scores = {name: _scores(name, layout, config.seed) for name, layout in layouts.items()}
+    chosen = choose_channels(scores, layouts, size)
+    return {name: len(numbers) * layouts[name].size for name, numbers in chosen.items()}
+
+
+def _layouts(targets: list[Target]) -> dict[str, ChannelLayout]:
+    """How input channels lie in the targets, by name."""
+    return {
+        target.name: layout_of(target.owners[0].place.module, target.owners[0].parameter, target.parameter)
+        for target in targets
+    }
 
 
 def drawn_child(

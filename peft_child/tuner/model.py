@@ -24,7 +24,7 @@ from peft_child.tensors.combine import combine_named, density_of
 from peft_child.tensors.delta import SparseDelta, fresh_delta
 from peft_child.tensors.distributed import check_has_values
 from peft_child.tuner.config import ChildTuningConfig
-from peft_child.tuner.drawing import DRAWN, drawn_child, drawn_children
+from peft_child.tuner.drawing import DRAWN, drawn_child, drawn_children, is_of_a_file
 from peft_child.tuner.injection import (
     Parents,
     check_name_is_free,
@@ -62,12 +62,14 @@ class _Plan(NamedTuple):
         layers: The Child-Tuning layers of the model by base layer.
         parents: For every module, each of its parent modules and its name in that parent.
         drawn: The child networks by name of the target, if they need neither data nor a file.
+        awaits_file: Whether there has to be room for the child networks of a file.
     """
 
     entries: dict[str, dict[nn.Module, list[tuple[Target, Owner]]]]
     layers: dict[nn.Module, ChildTuningLayer]
     parents: Parents
     drawn: Mapping[str, SparseDelta] | None
+    awaits_file: bool
 
 
 class ChildTuningModel(BaseTuner):
@@ -82,7 +84,7 @@ class ChildTuningModel(BaseTuner):
     prefix = "child_"
     tuner_layer_cls = ChildTuningLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
-    _plan = _Plan({}, {}, {}, None)
+    _plan = _Plan({}, {}, {}, None, False)
 
     def __init__(
         self,
@@ -107,7 +109,7 @@ class ChildTuningModel(BaseTuner):
             raise
         finally:  # drop the plan: FSDP2 replaces parameters, and the plan would keep the old ones alive
             # The keys stay, for PEFT's `inspect_matched_modules`.
-            self._plan = _Plan({key: {} for key in self._plan.entries}, {}, {}, None)
+            self._plan = _Plan({key: {} for key in self._plan.entries}, {}, {}, None, False)
         keep_buffers_from_ddp(model)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
@@ -130,9 +132,9 @@ class ChildTuningModel(BaseTuner):
                 by_module = entries.setdefault(owner.place.entry, {})
                 by_module.setdefault(owner.place.module, []).append((target, owner))
         layers = {layer.base_layer: layer for layer in child_tuning_layers(model).values()}
-        is_new = peft_config.child_sizes is None  # otherwise a file is about to be loaded
-        drawn = drawn_children(targets, peft_config) if is_new else None
-        self._plan = _Plan(entries, layers, parents_of(model), drawn)
+        awaits_file = is_of_a_file(targets, peft_config)
+        drawn = None if awaits_file else drawn_children(targets, peft_config)
+        self._plan = _Plan(entries, layers, parents_of(model), drawn, awaits_file)
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
         if key in self._plan.entries:
@@ -184,7 +186,7 @@ class ChildTuningModel(BaseTuner):
             children = self._children_of_twin(layer, adapter_name, config)
         if children is not None:
             layer.set_child(adapter_name, children, trainable=False)
-        if config.child_sizes is not None:
+        if self._plan.awaits_file and config.child_sizes is not None:
             layer.allocate(adapter_name, config.child_sizes, trainable=False)
         if config.child_sizes is not None or config.inference_mode:  # the configuration of an adapter being loaded
             layer.mark_unloaded(adapter_name, partial(drawn_child, config) if config.variant in DRAWN else None)

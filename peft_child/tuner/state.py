@@ -321,14 +321,16 @@ class LayerState(nn.Module, BaseTunerLayer):
         Returns:
             Whether something was drawn.
         """
-        state = self.child_states[adapter_name]
-        if state.draw is None or not state.unloaded:
+        state, blocks = self.child_states[adapter_name], self.child_index.of(adapter_name)
+        if state.draw is None or not state.unloaded or any(block.is_meta for block in blocks.values()):
             return False
-        blocks, layouts = self.child_index.of(adapter_name), self.layouts(adapter_name)
+        layouts = self.layouts(adapter_name)
         empty = [(key, name, delta) for key, name, delta in self._named_deltas(adapter_name) if not blocks[key].any()]
         for parameter, name, delta in empty:
             base = self.base_parameter(parameter)
-            blocks[parameter] = _block_of(base, state.draw(name, base, layouts[name], delta.numel()))
+            with torch.inference_mode(False):  # a block drawn as an inference tensor could not be loaded into
+                blocks[parameter] = _block_of(base, state.draw(name, base, layouts[name], delta.numel()))
+        state.unloaded = False
         return bool(empty)
 
     def is_unloaded(self, adapter_name: str) -> bool:

@@ -187,7 +187,8 @@ def _check_density(config: ChildTuningConfig, targeted: int, chosen: int) -> Non
 def _check_mask(config: ChildTuningConfig, name: str, mask: GradientMask | None, stored: GradientMask | None) -> None:
     if stored is None or config.variant == "extracted":
         return
-    if mask is None or stored._replace(step=mask.step) != mask:
+    # Whether it is by channel is for the file to say: a resumed run goes on as it began.
+    if mask is None or stored._replace(step=mask.step, by_channel=mask.by_channel) != mask:
         raise ValueError(
             f"The gradient mask of '{name}' must be the one that the adapter was trained with, {stored.describe()}; "
             f"this configuration says {mask.describe() if mask else 'none'}."

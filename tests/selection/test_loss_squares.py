@@ -127,8 +127,43 @@ class Hooked(ChangedInPlace):
         self.first.weight.register_hook(lambda gradient: 3 * gradient)
 
 
+class OutputHooked(ChangedInPlace):
+    """The gradient of what a layer returns is changed by a hook."""
+
+    def forward(self, x):
+        hidden = self.first(x)
+        hidden.register_hook(lambda gradient: 3 * gradient)
+        return self.second(hidden.tanh())
+
+
+class Viewed(ChangedInPlace):
+    """Uses a view of a weight that was made before."""
+
+    def __init__(self):
+        super().__init__()
+        self.view = self.first.weight.t()
+
+    def forward(self, x):
+        return self.second((x @ self.view).tanh()) + self.first(x)
+
+
+class Sparse(ChangedInPlace):
+    """Calls a layer with a sparse tensor."""
+
+    def forward(self, x):
+        flat = x.reshape(-1, 4).to_sparse()
+        return self.second(self.first(flat).view(x.shape).tanh())
+
+
+class Empty(ChangedInPlace):
+    """Calls a layer without tokens."""
+
+    def forward(self, x):
+        return self.second(torch.cat([self.first(x[:, :0]), x], 1))
+
+
 @pytest.mark.parametrize("examples", [1, 4])
-@pytest.mark.parametrize("kind", [ChangedInPlace, Penalised, Failing, Hooked])
+@pytest.mark.parametrize("kind", [ChangedInPlace, Penalised, Failing, Hooked, OutputHooked, Viewed, Sparse, Empty])
 def test_models_that_do_more_than_call_their_layers(kind, examples):
     def scores(granularity):
         torch.manual_seed(0)
@@ -143,6 +178,54 @@ def test_models_that_do_more_than_call_their_layers(kind, examples):
     batches = [{"x": torch.randn(examples, 3, 4), "labels": torch.randn(examples, 3, 4)} for _ in range(4)]
     layouts, found = scores("input_channel")
     assert_close(found, {name: layouts[name].sums(score) for name, score in scores("entry")[1].items()})
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_channels_of_models_under_autocast(dtype):
+    """Autocast of the model, and of whoever calls it."""
+
+    class Autocast(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Conv1d(3, 3, 3, padding=1)
+
+        def forward(self, x):
+            with torch.autocast("cpu", torch.bfloat16):
+                return self.second(self.first(x)).float()
+
+    def scores(granularity):
+        torch.manual_seed(0)
+        config = ChildTuningConfig(
+            granularity=granularity, density=0.5, target_modules=["body.first", "body.second"], fisher="per_example"
+        )
+        model = get_peft_model(Regression(Autocast()), config)
+        layouts = {k: v for layer in child_tuning_layers(model).values() for k, v in layer.layouts("default").items()}
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            return layouts, estimate_fisher(model, batches, progress_bar=False)
+
+    torch.manual_seed(1)
+    batches = [{"x": torch.randn(4, 3, 4), "labels": torch.randn(4, 3, 4)} for _ in range(2)]
+    layouts, found = scores("input_channel")
+    assert_close(found, {name: layouts[name].sums(score) for name, score in scores("entry")[1].items()}, 1e-2)
+
+
+def test_hooks_of_all_modules_come_before_ours():
+    config = ChildTuningConfig(granularity="input_channel", density=0.5, target_modules=["body.first", "body.second"])
+    batches = [{"x": torch.randn(4, 3, 4), "labels": torch.randn(4, 3, 4)} for _ in range(2)]
+    found = {}
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, args, output: 2 * output if isinstance(module, nn.Linear) else None
+    )
+    try:
+        for granularity in ("input_channel", "entry"):
+            torch.manual_seed(0)
+            config.granularity = granularity
+            model = get_peft_model(Regression(ChangedInPlace()), config)
+            found[granularity] = estimate_fisher(model, batches, progress_bar=False)
+    finally:
+        handle.remove()
+    sums = {name: score.sum(0) if score.dim() > 1 else score.sum(0, True) for name, score in found["entry"].items()}
+    assert_close(found["input_channel"], sums)
 
 
 def test_an_input_that_is_changed_after_the_call_is_an_error_as_in_training():

@@ -175,6 +175,43 @@ def test_a_random_child_network_is_drawn_when_no_file_comes(tmp_path, kind, firs
     assert_same(child_of(again), child_of(model))
 
 
+@pytest.mark.parametrize("kind", RANDOM)
+def test_what_was_drawn_late_can_be_replaced(tmp_path, kind):
+    """Also where it was drawn in inference mode; without values, on meta, nothing is drawn."""
+    model = chosen_model("llama", **{"variant": "random", **RANDOM[kind]})
+    move(model)
+    model.save_pretrained(tmp_path / "good")
+    again = get_peft_model(build("llama"), ChildTuningConfig.from_pretrained(tmp_path / "good"))
+    with torch.inference_mode():
+        again(**batch_of("llama"))
+        again.state_dict()
+    again.load_state_dict(model.state_dict())
+    assert_same(snapshot(again), snapshot(model))
+    on_meta = get_peft_model(build("llama").to("meta"), ChildTuningConfig.from_pretrained(tmp_path / "good"))
+    assert on_meta.state_dict().keys() == snapshot(model).keys()
+
+
+@pytest.mark.parametrize(
+    ("changes", "share"),
+    [({"density": 0.6}, 0.6), ({"variant": "task_free"}, 1.0), ({"granularity": "input_channel"}, 0.3)],
+)
+def test_a_configuration_of_a_file_that_was_changed_is_that_of_a_new_adapter(tmp_path, changes, share):
+    chosen_model("llama", variant="random", density=0.3).save_pretrained(tmp_path)
+    config = ChildTuningConfig.from_pretrained(tmp_path)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    model = get_peft_model(build("llama"), config)
+    expected = chosen_model("llama", **{"variant": "random", "density": 0.3, **changes})
+    logits(model, batch_of("llama"))
+    assert_same(child_of(model), child_of(expected))
+    targeted = sum(layer.base_parameter(key).numel() for layer, key in targets_of(model))
+    assert abs(sum(map(len, child_of(model).values())) / targeted - share) < 0.01
+
+
+def targets_of(model):
+    return [(layer, key) for layer in child_tuning_layers(model).values() for key in layer.targets_of("default")]
+
+
 def test_an_injected_model_refers_to_no_parameter_but_its_own():
     """FSDP2 replaces parameters; whoever refers to the earlier ones keeps a whole model in memory."""
     model = chosen_model("linear", variant="random")

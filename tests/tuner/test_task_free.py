@@ -135,6 +135,21 @@ def test_the_masks_of_input_channels_keep_or_drop_whole_ones(name, changes):
         torch.testing.assert_close(merged[key], value, rtol=0, atol=2e-6)
 
 
+def test_a_file_says_whether_its_masks_are_by_channel(tmp_path):
+    """A run that began with masks of single entries goes on with them."""
+    changes = {"variant": "random", "gradient_density": 0.4}
+    model = chosen_model("llama", granularity="input_channel", **changes)
+    for layer in child_tuning_layers(model).values():
+        for mask in layer.child_mask["default"].values():
+            mask.copy_(GradientMask.unpack(mask)._replace(by_channel=False).pack())
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(build("llama"), tmp_path, is_trainable=True)
+    masks = [GradientMask.unpack(value) for name, value in loaded.state_dict().items() if "child_mask" in name]
+    assert masks
+    assert not any(mask.by_channel for mask in masks)
+    loaded(**batch_of("llama")).loss.backward()
+
+
 def test_the_share_of_gradients_that_are_not_zero():
     model = model_of("llama", density=0.3)
     deltas = [parameter for name, parameter in model.named_parameters() if "child_delta" in name]
