@@ -26,7 +26,7 @@ MODELS = {"encoder": [(8, 64), (16, 128)], "minilm": [(8, 64), (16, 128)], "llam
 QUICK = {"tiny encoder": [(2, 8), (4, 8)]}
 DENSITY = 0.1
 PASSES = ("entry", "input_channel", "frozen", "trained")  # the Fisher pass; a pass without, or with all gradients
-EXAMPLES = 64
+EXAMPLES = 32
 
 
 def measure(name: str, batches: list[tuple[int, int]], turns: int) -> dict[str, Any]:

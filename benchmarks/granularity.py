@@ -56,7 +56,7 @@ def choosing(case: Mapping[str, Any]) -> str:
         rows.append([name, *(f"{time:.2f}" for time in times), f"{beyond / 1e6:.1f}", f"{beyond / case['bytes']:.1%}"])
     head = ["Fisher pass", "time, to a pass", "to one of a frozen model", "MB beyond the pass", "of the weights"]
     text = (
-        "A pass goes forward and backward over the same 64 examples in batches of 8; it computes the gradients of all "
+        "A pass goes forward and backward over the same 32 examples in batches of 8; it computes the gradients of all "
         "weights, each of which is dropped at once, or, in a frozen model, those of the embeddings alone."
     )
     return f"{table(head, rows)}\n\n{text}"
