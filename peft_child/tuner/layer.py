@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from inspect import ismethod
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from peft_child.tensors.compose import Child, Composition, call_composed, is_tra
 from peft_child.tensors.composed_on_use import ComposedOnUse, ComposedToRead
 from peft_child.tensors.distributed import check_has_values, is_sharded
 from peft_child.tensors.quantised import is_quantised
+from peft_child.tuner.mixed_batch import BASE, READ_DIRECTLY, MixedBatch
 from peft_child.tuner.state import LayerState
 
 
@@ -50,6 +52,8 @@ class ChildTuningLayer(LayerState):
         self.merged_adapters: list[str] = []
         self._replaced: list[_Replaced] = []
         self._base_only = False
+        self.mixed_batch: MixedBatch | None = None
+        self._only: list[str] | None = None  # adapters in place of the active ones
         self.in_features, self.out_features = _features(base_layer)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -58,6 +62,8 @@ class ChildTuningLayer(LayerState):
 
     def _call(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the base layer, or a method of it."""
+        if self.mixed_batch is not None and self._only is None:
+            return self.mixed_batch.call(partial(self._call_with, call), self.child_states, args, kwargs)
         with self._locked():
             compositions = self._compositions()
             if not compositions:
@@ -74,6 +80,16 @@ class ChildTuningLayer(LayerState):
                 own: Tensor | None = self.base_layer._parameters["bias"]
                 return call_channels(args[0], weight, own if bias is None else bias.tensor())
             return call_composed(self.base_layer, compositions, call, args, kwargs)
+
+    def _call_with(
+        self, call: Callable[..., Any], adapter_name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """As `_call`, with one adapter in place of the active ones, or with none (`BASE`)."""
+        self._only = [] if adapter_name == BASE else [adapter_name]
+        try:
+            return self._call(call, args, kwargs)
+        finally:
+            self._only = None
 
     def _is_by_channels(self, call: Callable[..., Any], weight: Composition) -> bool:
         forward = type(self.base_layer).forward
@@ -101,7 +117,8 @@ class ChildTuningLayer(LayerState):
         return found
 
     def _composition(self, parameter: str) -> Composition:
-        return Composition(self._base(parameter), tuple(self.children_of(parameter, self.active_adapters)))
+        adapters = self.active_adapters if self._only is None else self._only
+        return Composition(self._base(parameter), tuple(self.children_of(parameter, adapters)))
 
     def _is_bare(self) -> bool:
         """Whether the base parameters are used as they are."""
@@ -170,6 +187,11 @@ class ChildTuningLayer(LayerState):
         self._check_no_replica()
         if self._is_bare():
             return self._base(name)
+        if self.mixed_batch is not None and self._only is None:
+            children = tuple(self.children_of(name, self.mixed_batch.names))
+            return (
+                ComposedOnUse(Composition(self._base(name), children), READ_DIRECTLY) if children else self._base(name)
+            )
         composition, refusal = self._composition(name), None
         try:
             self._check_chosen()

@@ -37,6 +37,7 @@ from peft_child.tuner.injection import (
     unwrap,
 )
 from peft_child.tuner.layer import ChildTuningLayer, child_tuning_layers
+from peft_child.tuner.mixed_batch import MixedBatch, check_mixed_batch, heads_by_row
 from peft_child.tuner.state_dict import fit_state_dict, tensors_to_save
 from peft_child.tuner.targets import Owner, Target, all_linear, find_targets, names_parameter
 
@@ -241,13 +242,23 @@ class ChildTuningModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """PEFT enters this around forward and generate, for tuners that support an adapter per sample."""
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError(
-                "Child-Tuning does not support adapter_names=, different adapters for the samples of one batch; "
-                f"got {kwargs['adapter_names']!r}. Use set_adapter and one batch for each adapter."
-            )
-        yield
+        """PEFT enters this around forward and generate; with `adapter_names=` each row has an adapter of its own."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        layers = child_tuning_layers(self.model).values()
+        merged = any(layer.merged for layer in layers)
+        check_mixed_batch(names, self.peft_config, self.training, merged)
+        mixed = MixedBatch(list(names), kwargs.get("num_beams") or 1)
+        with heads_by_row(self.model, mixed):
+            try:
+                for layer in layers:
+                    layer.mixed_batch = mixed
+                yield
+            finally:
+                for layer in layers:
+                    layer.mixed_batch = None
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Write the adapters' composed values into the base weights; `unmerge_adapter` restores every bit.
