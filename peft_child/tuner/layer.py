@@ -35,6 +35,8 @@ class _Replaced(NamedTuple):
     values: Tensor
 
 
+_LINEAR = {"weight", "bias"}  # the parameters of a linear layer
+
 # Prefixes of the attributes with which accelerate, transformers, FSDP and DDP mark modules. A mark on the base layer
 # says nothing about this layer, so these are not looked up there.
 _MARKS = ("_hf_", "_is_hf_", "_old_forward", "_fsdp", "_is_fsdp", "_ddp")
@@ -217,6 +219,25 @@ class ChildTuningLayer(LayerState):
                 f"'{name}' of this {type(base_layer).__name__} has a child network, which belongs to the tensor that "
                 "is there, so no other tensor can be set or tied: call unload() or merge_and_unload() first."
             )
+
+    # Conversion to LoRA
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether PEFT's `convert_to_lora` can approximate the child network here, which lies in a linear layer."""
+        return isinstance(self.base_layer, (nn.Linear, Conv1D)) and self.targets_of(adapter_name).keys() <= _LINEAR
+
+    @torch.no_grad()
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """The change of the weight, dense, for `convert_to_lora`; a change of the bias is left out, with a warning."""
+        deltas = self._deltas(adapter_name)
+        if "bias" in deltas and deltas["bias"].any():
+            name = self.targets_of(adapter_name)["bias"]
+            warnings.warn(f"LoRA cannot express the change of '{name}', which is left out.", stacklevel=2)
+        base = self._base("weight")
+        dense = torch.zeros(base.numel(), dtype=torch.float32, device=base.device)
+        if "weight" in deltas:
+            dense[self.indices(adapter_name, "weight")] = deltas["weight"].float()
+        return dense.view(base.shape)
 
     # Merging
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, convert_to_lora, get_peft_model, save_as_lora
 from torch import nn
 from transformers import (
     ViTConfig,
@@ -13,7 +13,7 @@ from peft_child import ChildTuningConfig, FormatError
 from peft_child.tuner.layer import child_tuning_layers
 
 from ..helpers import assert_same, chosen_model, logits, move, snapshot
-from ..problems import Regression, bert_batch, build
+from ..problems import Regression, batch_of, bert_batch, build
 from ..tensors.test_compose import saved_bytes
 
 
@@ -248,3 +248,30 @@ def test_attention_with_keys_of_another_width():
         composed = adapted(*inputs)
         assert not torch.equal(composed, before)
         assert torch.equal(adapted.merge_and_unload()(*inputs), composed)
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")  # PEFT's own, of Conv1D
+@pytest.mark.parametrize("name", ["llama", "gpt2_tied"])
+def test_conversion_to_lora_loses_the_less_the_higher_the_rank(name, tmp_path, granularity):
+    targets = {"llama": {"target_modules": ["q_proj", "down_proj"]}, "gpt2_tied": {"target_modules": ["c_fc"]}}[name]
+    model = chosen_model(name, variant="random", init_weights=False, **targets)
+    for layer in child_tuning_layers(model).values():  # LoRA has no bias
+        for key, own in layer.targets_of("default").items():
+            if key == "bias" and own in layer.named_deltas("default"):
+                layer.named_deltas("default")[own].zero_()
+    batch = batch_of(name)
+    expected, errors = logits(model, batch), []
+    for rank in (2, 8, 16):
+        save_as_lora(tmp_path / str(rank), model, rank=rank)
+        found = logits(PeftModel.from_pretrained(build(name), tmp_path / str(rank)), batch)
+        errors.append(float((found - expected).abs().max()))
+    assert errors[0] > errors[1] > errors[2]
+    assert errors[2] < 1e-5  # no weight has a higher rank
+
+
+def test_conversion_to_lora_says_what_it_leaves_out():
+    model = chosen_model("bert", variant="random", density=1.0, target_modules=["query"], init_weights=False)
+    with pytest.warns(UserWarning, match="LoRA cannot express the change of .*query.bias', which is left out"):
+        convert_to_lora(model, rank=4)
+    with pytest.raises(TypeError, match="do not support LoRA conversion"):
+        convert_to_lora(chosen_model("llama_embedding", variant="random"), rank=4)
