@@ -128,7 +128,8 @@ class Peer:
         self.model.load_adapter(folder, "other")
         for module in self.model.modules():
             if isinstance(module, ChildTuningLayer):
-                module.sparse_deltas("other")  # decodes the indices, as the first use would
+                for parameter in module.targets_of("other"):  # decodes the indices, as the first use would
+                    list(module.children_of(parameter, ["other"]))
 
     def _switch_merged(self, adapter: str) -> None:
         self.model.unmerge_adapter()

@@ -226,15 +226,15 @@ class Capture:
 
 
 class _Kept(torch.autograd.Function):
-    """A copy of an output, and a start of the graph if there is none yet.
+    """An output under a node of its own, which starts the graph if there is none yet.
 
-    Changes in place and hooks of the model act on the copy. So what arrives here is the gradient of the output.
+    The model's hooks, and its changes in place, come after this node: what arrives here is the gradient of the output.
     """
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, output: Tensor, keep_gradient: Callable[[Tensor], None]) -> Tensor:
         ctx.keep_gradient = keep_gradient
-        return output.clone()
+        return output.detach()  # an alias that is no view for autograd, which refuses changes of views from here
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor | None, None]:
