@@ -69,7 +69,8 @@ def keep_largest(model: nn.Module, density: float, *, adapter_name: str = "defau
     kept = replace(
         config, variant="extracted", density=density, **WITHOUT_MASK, fisher_examples=None, child_sizes=None
     )
-    size = kept.child_size(sum(parameter.numel() for parameter in targets.values()))
+    targeted = sum(parameter.numel() for parameter in targets.values())
+    size = kept.child_size(targeted)
     trained = sum(delta.numel() for delta in changed.values())
     if size > trained and (not layouts or density > config.density):  # whole channels may hold fewer entries
         raise ValueError(
@@ -82,8 +83,7 @@ def keep_largest(model: nn.Module, density: float, *, adapter_name: str = "defau
         raise ValueError(f"Adapter '{adapter_name}' has not been trained: none of its entries has changed.")
     if layouts:
         deltas = {name: delta for layer in layers for name, delta in layer.sparse_deltas(adapter_name).items()}
-        total = sum(parameter.numel() for parameter in targets.values())
-        chosen = _largest_channels(deltas, layouts, size, total)
+        chosen = _largest_channels(deltas, layouts, size, targeted)
         size = sum(map(len, chosen.values()))
     else:
         chosen = select_largest({name: delta.abs().float() for name, delta in changed.items()}, size)

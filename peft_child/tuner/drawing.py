@@ -33,11 +33,11 @@ def drawn_children(targets: list[Target], config: ChildTuningConfig) -> Mapping[
 
 def is_of_a_file(targets: list[Target], config: ChildTuningConfig) -> bool:
     """Whether the configuration came with a file that has the child network, and was not changed since."""
-    counts = _counts(targets, config)
     sizes = config.child_sizes
-    return sizes is not None and (
-        counts is None or counts == {name: sizes[name].chosen if name in sizes else 0 for name in counts}
-    )
+    if sizes is None:
+        return False
+    counts = _counts(targets, config)
+    return counts is None or counts == {name: sizes[name].chosen if name in sizes else 0 for name in counts}
 
 
 def _counts(targets: list[Target], config: ChildTuningConfig) -> dict[str, int] | None:
