@@ -11,15 +11,15 @@ unexport PYTHONDONTWRITEBYTECODE
 # What is imported is compiled then; compiling all that is installed takes pip three quarters of its time.
 INSTALL := -m pip install --quiet --no-compile
 
-.PHONY: demo test quick lint check wheel benchmark gpu clean
+.PHONY: demo test quick lint check quantised wheel benchmark gpu clean
 
 demo: $(VENV)/.installed  ## Pretrain, adapt three ways, save, load, merge and draw
 	$(BIN)/python examples/quickstart.py
 
-test: lint check wheel  ## Everything that has to pass: 11 minutes on two cores
+test: lint check quantised wheel  ## Everything that has to pass: 11 minutes on two cores
 
 quick: lint  ## What a change breaks first, in a minute
-	$(BIN)/pytest -n 2 -m "not slow and not by_hand" tests/tensors tests/files tests/card tests/tuner tests/test_architecture.py
+	$(BIN)/pytest -n 2 -m "not slow and not by_hand" tests/tensors tests/files tests/card tests/layers tests/tuner tests/test_architecture.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
@@ -28,6 +28,9 @@ lint: $(VENV)/.installed
 
 check: $(VENV)/.installed
 	$(BIN)/pytest -n 2 --dist worksteal
+
+quantised: $(VENV)/quantised/.installed  ## Tests on weights quantised by packages that would slow every import down
+	PYTHONPATH=$(VENV)/quantised $(BIN)/pytest -n 2 tests/layers/test_packed.py tests/tensors/test_quantised.py
 
 wheel: $(VENV)/.installed  ## Build the wheel, and try it in an environment of its own
 	set -e; folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
@@ -47,6 +50,11 @@ gpu: $(VENV)/.installed  ## On a machine with a GPU: its tests, steps, memory an
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python $(INSTALL) --editable ".[dev,examples]"
+	touch $@
+
+$(VENV)/quantised/.installed: $(VENV)/.installed
+	$(BIN)/python $(INSTALL) --no-deps --target $(VENV)/quantised bitsandbytes gguf hqq termcolor torchao
+	$(BIN)/python -W ignore -m compileall -qq $(VENV)/quantised  # torchao would warn, and warnings are errors
 	touch $@
 
 clean:

@@ -24,9 +24,9 @@ from benchmarks.peers import Peer
 from benchmarks.report import add_arguments, carry_out
 from benchmarks.shapes import Shape, batch_of, build, in_parts, llama, targeted
 from peft_child import estimate_fisher
+from peft_child.layers.layer import child_tuning_layers
 from peft_child.tensors.channels import ChannelLayout, choose_channels
 from peft_child.tensors.topk import select_largest
-from peft_child.tuner.layer import child_tuning_layers
 
 
 SIZES = [llama(10, 288), llama(12, 448), llama(14, 768), llama(24, 1024)]  # 10, 30, 100 and 300 million weights

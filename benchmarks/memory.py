@@ -14,7 +14,7 @@ from peft import get_peft_model
 
 from benchmarks.shapes import build, llama, targeted
 from peft_child import ChildTuningConfig, estimate_fisher
-from peft_child.tuner.layer import child_tuning_layers
+from peft_child.layers.layer import child_tuning_layers
 
 
 SIZES = {"10M": llama(10, 288), "50M": llama(16, 512), "200M": llama(16, 1024)}

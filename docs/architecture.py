@@ -17,7 +17,8 @@ ROOMS = {  # from the top; each imports only what is below it
     "cli": "the command peft-child",
     "integrations": "PEFT's registry, transformers' Trainer, the Hub",
     "selection": "the Fisher pass, and which entries are chosen",
-    "tuner": "the PEFT method: configuration, targets, layers, state dicts",
+    "tuner": "the PEFT method: configuration, targets, state dicts",
+    "layers": "one targeted module: its tensors, how it runs and is merged",
     "files": "adapters and checkpoints without a model",
     "card": "the model card and its heat map",
     "tensors": "child networks of single tensors: pure torch",
@@ -42,7 +43,7 @@ def imports_of(room: str) -> list[str]:
 def draw() -> None:
     """Write the picture."""
     mpl.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "peft-child", "font.size": 9}
-    figure, axes = plt.subplots(figsize=(10.5, 8.2))
+    figure, axes = plt.subplots(figsize=(10.5, 8.6))
     top = 0.0
     for room, purpose in ROOMS.items():
         modules = modules_of(room)

@@ -6,11 +6,11 @@ take a `ChildTuningConfig` like any other configuration.
 
 from peft_child.integrations.registration import register
 from peft_child.integrations.trainer import ChildTuningCallback
+from peft_child.layers.layer import ChildTuningLayer
 from peft_child.selection.prune import Kept, keep_largest
 from peft_child.selection.select import ChildNetwork, estimate_fisher, select_child_network
 from peft_child.tensors.codec import FormatError
 from peft_child.tuner.config import ChildPeftType, ChildTuningConfig
-from peft_child.tuner.layer import ChildTuningLayer
 from peft_child.tuner.mask_hooks import GradientMaskHandle, mask_gradients
 from peft_child.tuner.model import ChildTuningModel, next_gradient_mask
 

@@ -8,7 +8,7 @@ import torch
 from peft import get_peft_model
 
 from peft_child import ChildTuningConfig, select_child_network
-from peft_child.tuner.layer import child_tuning_layers
+from peft_child.layers.layer import child_tuning_layers
 
 from .problems import PROBLEMS, batch_of, build
 

@@ -20,22 +20,19 @@ SOURCES = sorted(ROOT.rglob("*.py"))
 TREES = {source: ast.parse(source.read_text()) for source in SOURCES}
 
 # Each imports only what stands before it.
-ROOMS = ["tensors", "card", "files", "tuner", "selection", "integrations", "cli"]
+ROOMS = ["tensors", "card", "files", "layers", "tuner", "selection", "integrations", "cli"]
 MODULES = {
     "tensors": [
         *("lazy", "quantised", "topk", "channels", "delta", "codec", "distributed", "sharded_topk", "combine"),
         *("gradient_mask", "mask_steps", "compose", "channel_linear", "composed_on_use"),
     ],
-    "tuner": [
-        *("granularity", "unheld", "buffers", "mask_hooks", "config", "state"),
-        *("mixed_batch", "layer", "targets", "drawing", "injection", "state_dict", "model"),
-    ],
+    "layers": ["granularity", "packed", "unheld", "buffers", "state", "merging", "mixed_batch", "layer"],
+    "tuner": ["mask_hooks", "config", "targets", "drawing", "injection", "state_dict", "model"],
 }
 LONG = {
     "tensors/codec.py": "four encodings, each with its checks",
-    "tuner/layer.py": "forward, reading and merging of one layer",
     "tuner/model.py": "all that PEFT asks of a tuner",
-    "tuner/state.py": "the tensors of a layer and every change of them",
+    "layers/state.py": "the tensors of a layer and every change of them",
     "selection/select.py": "two public functions with their documentation",
     "cli/main.py": "the options of seven commands, each with its help",
 }
@@ -62,6 +59,7 @@ PRIVATE = {
         "_forward_pre_hooks": "as _backward_hooks",
         "_has_any_global_hook": "hooks of all modules, which the module itself would run",
     },
+    "tensors/quantised.py": {"_make_wrapper_subclass": "a tensor that has metadata and no memory"},
     "tensors/compose.py": {
         "_C": "see _top_saved_tensors_default_hooks",
         "_autograd": "see _top_saved_tensors_default_hooks",
@@ -76,7 +74,7 @@ PRIVATE = {
         "_make_wrapper_subclass": "a tensor that has metadata and no memory",
         "torch.utils._pytree": "our tensors in the arguments of a torch function",
     },
-    "tuner/buffers.py": {
+    "layers/buffers.py": {
         "_load_from_state_dict": "the hook of nn.Module before tensors are loaded",
         "peft.tuners._buffer_dict": "buffers by adapter that PEFT's state dicts know",
     },
@@ -84,10 +82,13 @@ PRIVATE = {
         "_ddp_params_and_buffers_to_ignore": "where DDP looks for buffers that it need not broadcast",
         "_modules": "a module in every place where another one stands",
     },
-    "tuner/layer.py": {
+    "layers/packed.py": {
+        "_get_in_out_features": "PEFT's in_features and out_features",
+        "_parameters": "parameters that a module itself owns, by key",
+    },
+    "layers/layer.py": {
         "_ddp": "marks that others set are about the layer itself",
         "_fsdp": "as _ddp",
-        "_get_in_out_features": "PEFT's in_features and out_features",
         "_hf_": "as _ddp",
         "_is_fsdp": "as _ddp",
         "_is_hf_": "as _ddp",
@@ -97,7 +98,7 @@ PRIVATE = {
         "_parameters": "parameters that the base layer itself owns, by key",
     },
     "tuner/mask_hooks.py": {"_backward_hooks": "whether a tensor is masked already"},
-    "tuner/mixed_batch.py": {"torch.utils._pytree": "tensors in the arguments of a call"},
+    "layers/mixed_batch.py": {"torch.utils._pytree": "tensors in the arguments of a call"},
     "tuner/model.py": {
         "_cast_adapter_dtype": "overridden: deltas stay float32",
         "_check_merge_allowed": "overridden: tied weights can be merged",
@@ -113,7 +114,7 @@ PRIVATE = {
         "_replace_module": "overridden: heads of any kind",
         "_unload_and_optionally_merge": "overridden: layers inside layers",
     },
-    "tuner/state.py": {
+    "layers/state.py": {
         "_load_from_state_dict": "the hook of nn.Module before tensors are loaded",
         "_save_to_state_dict": "the hook of nn.Module before tensors are collected",
         "_modules": "deltas of an adapter, without an error where there are none",
@@ -264,7 +265,7 @@ def test_top_level_names_are_unique():
 
 @pytest.mark.parametrize("source", SOURCES, ids=path_of)
 def test_only_layers_reach_into_layers(source):
-    inside = ("tuner/layer.py", "tuner/state.py", "tuner/buffers.py")
+    inside = ("layers/layer.py", "layers/merging.py", "layers/state.py", "layers/buffers.py")
     found = {
         node.attr
         for node in ast.walk(TREES[source])
@@ -275,7 +276,7 @@ def test_only_layers_reach_into_layers(source):
 
 def test_folders_and_files_are_small():
     for room in ROOMS:
-        limit = {"tensors": 14, "tuner": 13}.get(room, 12)  # each of them is a subject of its own
+        limit = {"tensors": 14}.get(room, 12)  # each of them is a subject of its own
         assert len(list((ROOT / room).glob("[!_]*.py"))) <= limit
     long = {path_of(source) for source in SOURCES if len(source.read_text().splitlines()) > 300}
     assert long == LONG.keys()

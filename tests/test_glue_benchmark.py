@@ -365,7 +365,7 @@ def test_controls_choose_as_they_say(workplace):
 
     from benchmarks.glue import variants
     from peft_child import ChildTuningConfig
-    from peft_child.tuner.layer import child_tuning_layers
+    from peft_child.layers.layer import child_tuning_layers
 
     from .helpers import assert_same, child_of
     from .problems import bert_batch, tiny_bert

@@ -20,7 +20,7 @@ from sklearn.preprocessing import StandardScaler
 
 from benchmarks.glue.scripts import glue
 from peft_child import estimate_fisher, select_child_network
-from peft_child.tuner.layer import child_tuning_layers
+from peft_child.layers.layer import child_tuning_layers
 
 
 DATASETS = {"snli": ["stanfordnlp/snli"]}  # on the Hub, for tasks that are not in GLUE; others need --data

@@ -34,11 +34,11 @@ from peft_child.files.checkpoint import CHECKPOINT_NAME, INDEX_NAME, Checkpoint,
 from peft_child.files.combination import combine_adapters, compare_adapters
 from peft_child.files.extract import extract_adapter, extract_channels
 from peft_child.files.merge import NamesDifferError, check_fits, check_weights, export_patch, merge_checkpoint
+from peft_child.layers.granularity import ENTRY, GRANULARITIES, INPUT_CHANNEL
 from peft_child.tensors.codec import FormatError
 from peft_child.tensors.combine import COMBINATIONS, MAJORITIES
 from peft_child.tensors.delta import Overlap
 from peft_child.tuner.config import ChildTuningConfig
-from peft_child.tuner.granularity import ENTRY, GRANULARITIES, INPUT_CHANNEL
 
 
 app = typer.Typer(

@@ -12,9 +12,9 @@ from torch.linalg import vector_norm
 from transformers import TrainerCallback
 
 from peft_child.card.plot import grouped
+from peft_child.layers.layer import child_tuning_layers
 from peft_child.selection.select import Scores, select_child_network
 from peft_child.tensors.distributed import check_equal, digest, whole, world_size
-from peft_child.tuner.layer import child_tuning_layers
 from peft_child.tuner.model import next_gradient_mask
 
 

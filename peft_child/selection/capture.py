@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from peft_child.selection.example_gradients import Part
 from peft_child.selection.module_gradients import Use, formula_of
 from peft_child.selection.squares import arrived_in_parts
+from peft_child.tensors.quantised import PackedWeight
 
 
 Sink = Callable[[str, Sequence[Part]], None]
@@ -45,6 +46,9 @@ class Owners:
             owned = {key: names[id(value)] for key, value in module._parameters.items() if id(value) in names}
             if owned:
                 self.keys[module] = owned
+        for name, parameter in targets.items():
+            if isinstance(parameter, PackedWeight):
+                self.keys.setdefault(parameter.module, {})["weight"] = name
 
     def without_formula(self) -> set[str]:
         """Names of the targets that need autograd: an owner has no formula, or hooks come before ours."""

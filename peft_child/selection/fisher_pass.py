@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from peft_child.layers.layer import child_tuning_layers
 from peft_child.selection.batch_scorer import BatchScorer
 from peft_child.selection.batches import batch_size, check_batch, labelled, some_examples, to_device
 from peft_child.selection.loss import Forward, Loss
@@ -32,7 +33,7 @@ from peft_child.tensors.distributed import (
     rank,
     world_size,
 )
-from peft_child.tuner.layer import child_tuning_layers
+from peft_child.tensors.quantised import is_quantised
 
 
 @dataclass
@@ -114,7 +115,7 @@ class FisherPass:
             file = folder / f"{name}.float32"
             file.unlink(missing_ok=True)  # of an earlier pass: its values would be kept
             return torch.from_file(str(file), shared=True, size=shape.numel(), dtype=torch.float32).view(shape)
-        if self.layouts or self.score_device is not None:
+        if self.layouts or self.score_device is not None or is_quantised(parameter):
             return torch.zeros(shape, device=self.score_device or parameter.device)
         return torch.zeros_like(parameter, dtype=torch.float32, memory_format=torch.contiguous_format)
 

@@ -2,7 +2,8 @@
 
 Single entries need the gradient of every targeted weight. Input channels need only what a module reads and the
 gradient of what it returns, so a weight takes a gradient only where its module has no formula, or where the model uses
-it without calling the module.
+it without calling the module. Quantised weights take no gradients: for single entries, too, the gradient of one such
+weight at a time is computed from what its module reads and the gradient of what it returns.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ class LossSquares:
         self._scores = scores
         self._layouts = layouts
         self._max_norm = max_norm
-        self._let_take_gradients(Owners(loss.model, targets).without_formula() if layouts else set(targets))
+        without = Owners(loss.model, targets).without_formula()
+        dense = () if layouts else (name for name, parameter in targets.items() if not is_quantised(parameter))
+        self._let_take_gradients(without | set(dense))
 
     def add(self, batch: Any, number: int, observe: Observer | None = None) -> float:
         """Run the model forward and backward, and add the squared gradients of the loss.
@@ -91,7 +94,7 @@ class LossSquares:
     def _add_parts(self, observe: Observer | None, name: str, parts: Sequence[Part]) -> None:
         device = self._targets[name].device
         squares = torch.zeros(self._scores[name].shape, device=device)
-        add_squares(squares, parts, [1.0], device, self._layouts[name])
+        add_squares(squares, parts, [1.0], device, self._layouts.get(name))
         norm = squares.sum(dtype=torch.float64)
         if observe is not None:
             observe(name, norm)

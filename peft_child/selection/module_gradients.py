@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers.pytorch_utils import Conv1D
 
+from peft_child.layers.packed import packed_weight
 from peft_child.selection.example_gradients import Each, Part, Product, Rows, Whole, product
 from peft_child.tensors.compose import changes_in
 
@@ -56,7 +58,7 @@ class Use:
         return torch.autocast(self._device(), self.autocast, enabled=self.autocast is not None)
 
     def _device(self) -> str:
-        return next(self.module.parameters()).device.type
+        return next(chain(self.module.parameters(), self.module.buffers())).device.type
 
     def is_changed(self) -> bool:
         """Whether an argument was changed in place since the call."""
@@ -92,6 +94,8 @@ class Use:
 
 def formula_of(module: nn.Module, key: str) -> Callable[[Use, str], Part] | None:
     """The formula for the `forward` of a module, which subclasses may inherit; None if there is none."""
+    if packed_weight(module) is not None:
+        return _of_linear
     if key not in ("weight", "bias") or "forward" in vars(module):  # a forward replaced in this instance
         return None
     if isinstance(module, nn.Embedding) and (

@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from peft_child.layers.granularity import INPUT_CHANNEL
+from peft_child.layers.layer import ChildTuningLayer, child_tuning_layers
 from peft_child.selection.fisher_pass import FisherPass
 from peft_child.selection.loss import OVER_BATCHES, Forward
 from peft_child.tensors.channels import ChannelLayout, choose_channels
@@ -32,8 +34,6 @@ from peft_child.tensors.lazy import Lazy
 from peft_child.tensors.sharded_topk import select_largest_of_shards
 from peft_child.tensors.topk import select_largest
 from peft_child.tuner.config import ChildTuningConfig
-from peft_child.tuner.granularity import INPUT_CHANNEL
-from peft_child.tuner.layer import ChildTuningLayer, child_tuning_layers
 
 
 Scores = Mapping[str, Tensor]

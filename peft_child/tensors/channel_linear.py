@@ -1,7 +1,13 @@
-"""A linear layer with a child network of input channels, whose backward pass computes only their gradients."""
+"""Linear layers with a child network whose module is not simply called with another weight.
+
+With input channels, backward computes the gradients of these columns only. A layer that keeps its weight packed cannot
+be given another one: what channels add is added to its output, and single entries run on the unpacked weight.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,9 +17,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.module import _has_any_global_hook
 
 from peft_child.tensors.channels import Channels
-from peft_child.tensors.compose import Composition
+from peft_child.tensors.compose import Child, Composition, Index, delta_gradient
 from peft_child.tensors.mask_steps import MaskUse
-from peft_child.tensors.quantised import is_quantised
+from peft_child.tensors.quantised import PackedWeight, is_quantised
 
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
@@ -30,7 +36,7 @@ def can_call_channels(module: nn.Module, weight: Composition, is_transposed: boo
             not called this way.
     """
     # Without gradients nothing is kept anyway, and a base that is trained needs the gradient of every column.
-    if not torch.is_grad_enabled() or weight.base.requires_grad or is_quantised(weight.base):
+    if not torch.is_grad_enabled() or weight.base.requires_grad:
         return False
     # The module itself is not called, so its hooks would not run. A forward on the instance, such as accelerate's,
     # wraps the original one as a hook does.
@@ -60,8 +66,7 @@ def call_channels(x: Tensor, weight: Composition, bias: Tensor | None) -> Tensor
     """
     if torch.compiler.is_compiling():
         return _in_operations(x, weight, bias)
-    y: Tensor = _ChannelLinear.apply(x, bias, weight, *(child.delta for child in weight.children))  # type: ignore[no-untyped-call]
-    return y
+    return _recipe_linear(x, weight, bias)
 
 
 def _in_operations(x: Tensor, weight: Composition, bias: Tensor | None) -> Tensor:
@@ -84,16 +89,113 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, is_transposed: bool)
     return F.linear(x, weight, bias)
 
 
-class _ChannelLinear(torch.autograd.Function):
+def can_add_channels(weight: Composition) -> bool:
+    """Whether the module can run its quantised weight itself, and what the children add be added to its output.
+
+    So the packed kernel does the work. It has to be able to pass on gradients, if they are wanted; and the children
+    have to be input channels.
+    """
+    passes = not torch.is_grad_enabled() or getattr(weight.base, "passes_gradients", False)
+    return passes and all(isinstance(child.indices, Channels) for child in weight.children)
+
+
+def add_channels(y: Tensor, x: Tensor, weight: Composition) -> Tensor:
+    """Add to the output of a linear layer what its children, all of them input channels, change in it.
+
+    Args:
+        y: Output of the layer without them, shape `(..., out)`.
+        x: Its input, shape `(..., in)`.
+        weight: Its weight, shape `(out, in)`.
+
+    Returns:
+        The output, in the dtype of `y`.
+    """
+    dtype = _computes_in(weight.base) or x.dtype
+    for child in weight.children:
+        if isinstance(child.indices, Channels):
+            delta = child.delta.to(dtype)
+            if child.mask is not None:
+                delta = _Masked.apply(delta, child.mask)  # type: ignore[no-untyped-call]
+            block = child.indices.as_block(delta).squeeze(2)
+            y = y + F.linear(x.index_select(-1, child.indices.chosen).to(dtype), block).to(y.dtype)
+    return y
+
+
+def call_unpacked(
+    module: nn.Module, weight: Composition, bias: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor:
+    """Call a linear layer with its packed weight unpacked and composed, for this call only; its hooks run as usual.
+
+    Args:
+        module: The layer.
+        weight: Its weight, shape `(out, in)`; it is unpacked and composed again in backward.
+        bias: Shape `(out,)`, or None.
+        args: The input of the layer, positional
+        kwargs: or by name.
+
+    Returns:
+        The output, in the dtype of the input.
+    """
+
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        (x,) = (*args, *kwargs.values())
+        x_in = x.to(weight.base.device, _computes_in(weight.base) or x.dtype)
+        return _recipe_linear(x_in, weight, None if bias is None else bias.to(x_in.dtype)).to(x.dtype)
+
+    with _instead_of_forward(module, forward):
+        y: Tensor = module(*args, **kwargs)
+    return y
+
+
+@contextmanager
+def _instead_of_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    before = vars(module).get("forward")
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        del module.__dict__["forward"]
+        if before is not None:
+            module.__dict__["forward"] = before
+
+
+def _computes_in(weight: Tensor) -> torch.dtype | None:
+    """The dtype that a layer computes in whatever its input has, as those of bitsandbytes and HQQ do."""
+    return getattr(weight.module, "compute_dtype", None) if isinstance(weight, PackedWeight) else None
+
+
+class _Masked(torch.autograd.Function):
+    """A delta whose gradient is masked (CT_F)."""
+
+    @staticmethod
+    def forward(ctx: Any, delta: Tensor, mask: MaskUse) -> Tensor:
+        ctx.mask = mask
+        return delta.view_as(delta)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.mask.apply(gradient), None
+
+
+def _recipe_linear(x: Tensor, weight: Composition, bias: Tensor | None) -> Tensor:
+    y: Tensor = _RecipeLinear.apply(x, bias, weight, *(child.delta for child in weight.children))  # type: ignore[no-untyped-call]
+    return y
+
+
+class _RecipeLinear(torch.autograd.Function):
+    """A linear layer that composes its weight again in backward, and keeps of its input what its deltas need."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: Composition, *deltas: Tensor) -> Tensor:
         ctx.weight, ctx.versions, ctx.is_transposed = weight, weight.versions(), _is_transposed(weight)
-        y = _linear(x, weight.tensor(), bias, ctx.is_transposed)
+        dense = weight.tensor()
+        if is_quantised(weight.base) and not torch.is_autocast_enabled(x.device.type):
+            dense = dense.to(x.dtype)  # unpacked for this call; a dense base of another dtype is an error
+        y = _linear(x, dense, bias, ctx.is_transposed)
         ctx.dtypes = [delta.dtype for delta in deltas]
         ctx.dtype = x.dtype
-        chosen = [child.indices.chosen for child in weight.children if isinstance(child.indices, Channels)]
         # Autocast may have run in a lower precision; backward uses the same one.
-        ctx.save_for_backward(*(x.index_select(-1, numbers).to(y.dtype) for numbers in chosen))
+        ctx.save_for_backward(*(_needed_of(x, child.indices).to(y.dtype) for child in weight.children))
         return y
 
     @staticmethod
@@ -107,6 +209,7 @@ class _ChannelLinear(torch.autograd.Function):
             if needs_x:
                 dense = weight.unchanged(ctx.versions).to(gradient.dtype)
                 of_x = (gradient @ (dense.T if ctx.is_transposed else dense)).to(ctx.dtype)
+                del dense  # before the gradient of a weight takes as much
             if needs_bias:
                 of_bias = flat.sum(0)
             found: list[Tensor | None] = []
@@ -114,15 +217,24 @@ class _ChannelLinear(torch.autograd.Function):
                 ctx.saved_tensors, weight.children, ctx.dtypes, needed, strict=True
             ):
                 left, right = (kept, flat) if ctx.is_transposed else (flat, kept)
-                found.append(_channel_delta_gradient(left, right, child.mask, dtype) if is_needed else None)
+                found.append(_gradient_of(left, right, child, dtype) if is_needed else None)
         return of_x, of_bias, None, *found
+
+
+def _needed_of(x: Tensor, index: Index) -> Tensor:
+    """What the gradient of a delta needs of the input: the chosen channels, or all of them for single entries."""
+    return x.index_select(-1, index.chosen) if isinstance(index, Channels) else x
 
 
 def _is_transposed(weight: Composition) -> bool:
     layouts = [child.indices.layout for child in weight.children if isinstance(child.indices, Channels)]
-    return layouts[0].are_rows(len(weight.base))  # `can_call_channels` has checked that all agree
+    # `can_call_channels` has checked that all agree; packed weights are never transposed.
+    return bool(layouts) and layouts[0].are_rows(len(weight.base))
 
 
-def _channel_delta_gradient(left: Tensor, right: Tensor, mask: MaskUse | None, dtype: torch.dtype) -> Tensor:
-    found = (left.reshape(-1, left.shape[-1]).T @ right.reshape(-1, right.shape[-1])).reshape(-1).to(dtype)
-    return found if mask is None else mask.apply(found)
+def _gradient_of(left: Tensor, right: Tensor, child: Child, dtype: torch.dtype) -> Tensor:
+    whole = (left.reshape(-1, left.shape[-1]).T @ right.reshape(-1, right.shape[-1])).reshape(-1)
+    if not isinstance(child.indices, Channels):
+        return delta_gradient(whole, child.indices, child.mask, dtype)
+    found = whole.to(dtype)  # of the chosen channels alone
+    return found if child.mask is None else child.mask.apply(found)

@@ -4,7 +4,7 @@ A child network of a tensor is a compact 1-D delta and the flat indices of the e
 module computes with is composed from the frozen base and the delta when the module runs, and composed again when
 backward asks for it, so that no copy of the weight lives from forward to backward. Backward gathers the chosen entries
 from the dense gradient and drops the others: this is the fixed mask of CT_D. The random mask of CT_F, if there is one,
-is applied to the gathered entries (`_delta_gradient`).
+is applied to the gathered entries (`delta_gradient`).
 """
 
 from __future__ import annotations
@@ -60,6 +60,8 @@ class Composition(NamedTuple):
 
     def tensor(self) -> Tensor:
         """The composed tensor, shape and dtype of the base, differentiable in the base and in every delta."""
+        if not self.children:
+            return dense(self.base)
         deltas, indices, masks = zip(*self.children, strict=True)
         if is_traced():  # a TorchScript program holds no Python functions
             return _composed(dense(self.base), deltas, indices)
@@ -120,7 +122,7 @@ class _Compose(torch.autograd.Function):
             gradient = gradient.to_dense()
         flat = gradient.reshape(-1)
         gathered = [
-            _delta_gradient(flat, index, mask, dtype) if needed else None
+            delta_gradient(flat, index, mask, dtype) if needed else None
             for index, mask, dtype, needed in zip(
                 ctx.indices, ctx.masks, ctx.dtypes, ctx.needs_input_grad[3:], strict=True
             )
@@ -133,7 +135,7 @@ def positions_of(index: Tensor | Channels) -> Tensor:
     return index.positions() if isinstance(index, Channels) else index.long()
 
 
-def _delta_gradient(gradient: Tensor, indices: Index, mask: MaskUse | None, dtype: torch.dtype) -> Tensor:
+def delta_gradient(gradient: Tensor, indices: Index, mask: MaskUse | None, dtype: torch.dtype) -> Tensor:
     """The gradient of one delta, from that of the whole tensor, flat: its entries, cast, then masked (CT_F)."""
     if isinstance(indices, Channels):
         gradient = indices.of(gradient).index_select(1, indices.chosen).view(-1)

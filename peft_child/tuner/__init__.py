@@ -1,4 +1,4 @@
-"""The PEFT method: configuration, targets, layers, and the state dicts of loaders.
+"""The PEFT method: configuration, targets, and the state dicts of loaders.
 
-Start with `model`, which PEFT calls, and `layer`, which wraps a targeted module.
+Start with `model`, which PEFT calls.
 """

@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 from peft import PeftConfig
 
 from peft_child.card.model_card import complete_card
+from peft_child.layers.granularity import GRANULARITIES, INPUT_CHANNEL
 from peft_child.tensors.delta import ChildSize, check_share
 from peft_child.tensors.gradient_mask import GradientMask
-from peft_child.tuner.granularity import GRANULARITIES, INPUT_CHANNEL
 
 
 T = TypeVar("T")

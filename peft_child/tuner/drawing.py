@@ -7,12 +7,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from peft_child.layers.granularity import INPUT_CHANNEL, layout_of
 from peft_child.tensors.channels import ChannelLayout, choose_channels
 from peft_child.tensors.delta import SparseDelta, fresh_delta
 from peft_child.tensors.lazy import Lazy
 from peft_child.tensors.topk import apportion, draw_random, seeded, select_largest
 from peft_child.tuner.config import ChildTuningConfig
-from peft_child.tuner.granularity import INPUT_CHANNEL, layout_of
 from peft_child.tuner.targets import Target
 
 

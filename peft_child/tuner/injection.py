@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from peft_child.files.adapter_tensors import KINDS, MASK
+from peft_child.layers.layer import ChildTuningLayer, child_tuning_layers
 from peft_child.tensors.delta import ChildSize
-from peft_child.tuner.layer import ChildTuningLayer, child_tuning_layers
 from peft_child.tuner.targets import Target
 
 

@@ -17,9 +17,13 @@ from typing import Any, NamedTuple, cast
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from peft_child.files.adapter_folder import WITHOUT_SELECTION
+from peft_child.layers.layer import ChildTuningLayer, child_tuning_layers
+from peft_child.layers.mixed_batch import MixedBatch, check_mixed_batch, heads_by_row
+from peft_child.layers.packed import backend_of
 from peft_child.tensors.combine import combine_named, density_of
 from peft_child.tensors.delta import SparseDelta, fresh_delta
 from peft_child.tensors.distributed import check_has_values
@@ -36,8 +40,6 @@ from peft_child.tuner.injection import (
     replace_everywhere,
     unwrap,
 )
-from peft_child.tuner.layer import ChildTuningLayer, child_tuning_layers
-from peft_child.tuner.mixed_batch import MixedBatch, check_mixed_batch, heads_by_row
 from peft_child.tuner.state_dict import fit_state_dict, tensors_to_save
 from peft_child.tuner.targets import Owner, Target, all_linear, find_targets, names_parameter
 
@@ -64,6 +66,7 @@ class _Plan(NamedTuple):
         parents: For every module, each of its parent modules and its name in that parent.
         drawn: The child networks by name of the target, if they need neither data nor a file.
         awaits_file: Whether there has to be room for the child networks of a file.
+        quantisation: What PEFT's quantisation backends need to know of the model.
     """
 
     entries: dict[str, dict[nn.Module, list[tuple[Target, Owner]]]]
@@ -71,6 +74,7 @@ class _Plan(NamedTuple):
     parents: Parents
     drawn: Mapping[str, SparseDelta] | None
     awaits_file: bool
+    quantisation: dict[str, Any]
 
 
 class ChildTuningModel(BaseTuner):
@@ -85,7 +89,7 @@ class ChildTuningModel(BaseTuner):
     prefix = "child_"
     tuner_layer_cls = ChildTuningLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
-    _plan = _Plan({}, {}, {}, None, False)
+    _plan = _Plan({}, {}, {}, None, False, {})
 
     def __init__(
         self,
@@ -110,7 +114,7 @@ class ChildTuningModel(BaseTuner):
             raise
         finally:  # drop the plan: FSDP2 replaces parameters, and the plan would keep the old ones alive
             # The keys stay, for PEFT's `inspect_matched_modules`.
-            self._plan = _Plan({key: {} for key in self._plan.entries}, {}, {}, None, False)
+            self._plan = _Plan({key: {} for key in self._plan.entries}, {}, {}, None, False, {})
         keep_buffers_from_ddp(model)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
@@ -135,7 +139,8 @@ class ChildTuningModel(BaseTuner):
         layers = {layer.base_layer: layer for layer in child_tuning_layers(model).values()}
         awaits_file = is_of_a_file(targets, peft_config)
         drawn = None if awaits_file else drawn_children(targets, peft_config)
-        self._plan = _Plan(entries, layers, parents_of(model), drawn, awaits_file)
+        quantisation = get_quantization_kwargs(model)
+        self._plan = _Plan(entries, layers, parents_of(model), drawn, awaits_file, quantisation)
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
         if key in self._plan.entries:
@@ -175,7 +180,8 @@ class ChildTuningModel(BaseTuner):
     def _layer_around(self, module: nn.Module) -> ChildTuningLayer:
         layer = self._plan.layers.get(module)
         if layer is None:
-            layer = self._plan.layers[module] = ChildTuningLayer(module)
+            backend = backend_of(module, self._plan.quantisation)
+            layer = self._plan.layers[module] = ChildTuningLayer(module, backend)
             layer.train(module.training)
             replace_everywhere(self._plan.parents, module, layer)
         return layer

@@ -24,13 +24,13 @@ from peft_child.files.adapter_tensors import (
     read_children,
     stamped,
 )
+from peft_child.layers.granularity import INPUT_CHANNEL
+from peft_child.layers.layer import ChildTuningLayer, child_tuning_layers
 from peft_child.tensors.codec import FormatError, with_delta_checksum
 from peft_child.tensors.delta import ChildSize
 from peft_child.tensors.distributed import alike, whole
 from peft_child.tensors.gradient_mask import GradientMask
 from peft_child.tuner.config import ChildTuningConfig
-from peft_child.tuner.granularity import INPUT_CHANNEL
-from peft_child.tuner.layer import ChildTuningLayer, child_tuning_layers
 
 
 # Activation checkpointing and FSDP1 put these into module names, but not into the keys of state dicts.

@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from peft import TaskType
 from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, check_target_module_exists
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.pytorch_utils import Conv1D
 
+from peft_child.layers.granularity import INPUT_CHANNEL
+from peft_child.layers.layer import ChildTuningLayer
+from peft_child.layers.packed import SUPPORTED, packed_weight, parameters_of
 from peft_child.tensors.distributed import is_sharded
-from peft_child.tensors.quantised import is_quantised
+from peft_child.tensors.quantised import PackedWeight, is_quantised
 from peft_child.tuner.config import ChildTuningConfig
-from peft_child.tuner.layer import ChildTuningLayer
 
 
 # The heads that PEFT saves whole for a task. It adds them to `modules_to_save` only after injection.
@@ -103,15 +105,16 @@ def find_targets(model: nn.Module, config: ChildTuningConfig) -> list[Target]:
     seen: set[tuple[int, str]] = set()
     for place in _places(model, config):
         _check_place(place, config)
-        for key, parameter in place.module.named_parameters(recurse=False, remove_duplicate=False):
+        for key, parameter in parameters_of(place.module).items():
             owner = Owner(place, key)
+            identity = id(place.module if isinstance(parameter, PackedWeight) else parameter)
             if place.named or (place.named is False and names_parameter(config.target_parameters, owner.name)):
-                _check_weight(parameter, owner)
-                wanted.add(id(parameter))
+                _check_weight(parameter, owner, config)
+                wanted.add(identity)
             if (id(place.module), key) not in seen:  # a module with two names is visited twice, but is one owner
                 seen.add((id(place.module), key))
-                found.setdefault(id(parameter), Target(parameter, [])).owners.append(owner)
-    targets = [target for target in found.values() if id(target.parameter) in wanted]
+                found.setdefault(identity, Target(cast(nn.Parameter, parameter), [])).owners.append(owner)
+    targets = [target for identity, target in found.items() if identity in wanted]
     _check_dense_copies(model, config, targets)
     _check_entries(config.target_parameters, targets)
     return targets
@@ -133,8 +136,12 @@ def all_linear(model: nn.Module, config: ChildTuningConfig) -> set[str]:
     if head is None and config.task_type == TaskType.SEQ_CLS:
         head = next((getattr(model, name) for name in SEQ_CLS_HEAD_NAMES if hasattr(model, name)), None)
     head = head.base_layer if isinstance(head, ChildTuningLayer) else head
-    places = (place for place in _places(model, config) if isinstance(place.module, (nn.Linear, Conv1D)))
-    return {place.path for place in places if place.module is not head and place.named is not None}
+    places = (place for place in _places(model, config) if place.module is not head and place.named is not None)
+    return {place.path for place in places if _is_linear(place.module)}
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, Conv1D)) or packed_weight(module) is not None
 
 
 def saved_whole(config: ChildTuningConfig) -> tuple[str, ...]:
@@ -182,12 +189,14 @@ def _check_place(place: ModulePlace, config: ChildTuningConfig) -> None:
             f"modules_to_save cannot be applied to modules of type {type(place.module)}, such as '{place.path}'; name "
             "the modules in it."
         )
+    if not place.named or packed_weight(place.module) is not None:
+        return
     for name, buffer in place.module.named_buffers(recurse=False):
-        if place.named and name in ("qweight", "W_q", "codebooks"):  # quantised layers without any parameter
-            _refuse(f"{place.path}.{name}", buffer)
+        if name in ("qweight", "W_q", "codebooks"):  # quantised layers without any parameter
+            _refuse(f"{place.path}.{name}", place.module, buffer)
 
 
-def _check_weight(parameter: nn.Parameter, owner: Owner) -> None:
+def _check_weight(parameter: Tensor, owner: Owner, config: ChildTuningConfig) -> None:
     if not owner.place.path:
         raise ValueError(
             f"Parameter '{owner.name}' belongs to the top-level module, which PEFT cannot replace; target parameters "
@@ -206,15 +215,21 @@ def _check_weight(parameter: nn.Parameter, owner: Owner) -> None:
     tensor: object = parameter
     can_be_read = is_sharded(parameter) or is_quantised(parameter) or not is_traceable_wrapper_subclass(tensor)
     if parameter.dtype not in WEIGHT_DTYPES or not can_be_read:
-        _refuse(owner.name, parameter)
+        _refuse(owner.name, owner.place.module, parameter)
+    by_channel = config.granularity == INPUT_CHANNEL and config.variant != "task_free"
+    if isinstance(parameter, PackedWeight) and parameter.unpack is None and not by_channel:
+        raise ValueError(
+            f"'{owner.name}' is in a {type(owner.place.module).__name__}, whose weight cannot be unpacked, so single "
+            "entries of it cannot be trained: use granularity='input_channel' (not with variant='task_free'), or "
+            "exclude the module."
+        )
 
 
-def _refuse(name: str, parameter: torch.Tensor) -> None:
+def _refuse(name: str, module: nn.Module, tensor: Tensor) -> None:
     raise ValueError(
         f"Child-Tuning needs a floating point weight of dtype {', '.join(str(dtype)[6:] for dtype in WEIGHT_DTYPES)}; "
-        f"'{name}' is a {type(parameter).__name__} of {parameter.dtype}. Quantised weights are only "
-        "supported as tensors that can be dequantised (torchao): load the base model without quantisation, or exclude "
-        "the module."
+        f"'{name}' of a {type(module).__name__} is a {type(tensor).__name__} of {tensor.dtype}. {SUPPORTED}: load the "
+        "base model in another way, or exclude the module."
     )
 
 

@@ -12,7 +12,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as WIT
 from peft.utils.other import AuxiliaryTrainingWrapper
 
 from peft_child import ChildTuningConfig
-from peft_child.tuner.layer import child_tuning_layers
+from peft_child.layers.layer import child_tuning_layers
 
 from ..architectures import TASKS, architectures, run, runnable
 from ..helpers import assert_same, move, snapshot

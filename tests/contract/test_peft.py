@@ -19,7 +19,7 @@ from peft_child import (
     FormatError,
     select_child_network,
 )
-from peft_child.tuner.layer import child_tuning_layers
+from peft_child.layers.layer import child_tuning_layers
 
 from ..helpers import assert_same, child_of, chosen_model, config_for, logits, move, snapshot, train
 from ..problems import PROBLEMS, batch_of, build, tiny_bert

@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from peft_child import ChildTuningCallback, ChildTuningConfig, select_child_network
-from peft_child.tuner.layer import child_tuning_layers
+from peft_child.layers.layer import child_tuning_layers
 
 from ..helpers import assert_same, child_of, config_for, settings_of, snapshot, train
 from ..integrations.test_trainer import Rows, trainer_for

@@ -8,7 +8,7 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 from peft_child import select_child_network
-from peft_child.tuner.layer import child_tuning_layers
+from peft_child.layers.layer import child_tuning_layers
 
 from ..helpers import assert_same, child_of, chosen_model, config_for, logits, snapshot
 from ..problems import batch_of, build, tiny_bert

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 from peft_child import ChildTuningCallback, ChildTuningConfig, estimate_fisher, select_child_network
-from peft_child.tuner.layer import child_tuning_layers
+from peft_child.layers.layer import child_tuning_layers
 
 from ..helpers import assert_same, child_of, move, snapshot
 from ..problems import batch_of, tiny_gpt2, tiny_llama

@@ -7,9 +7,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_child import ChildTuningConfig, estimate_fisher, keep_largest, select_child_network
+from peft_child.layers.layer import child_tuning_layers
 from peft_child.tensors.channels import choose_channels
 from peft_child.tensors.codec import CHANNELS, read_header
-from peft_child.tuner.layer import child_tuning_layers
 
 from ..helpers import assert_same, child_of, chosen_model, config_for, logits, move
 from ..problems import PROBLEMS, Regression, batch_of, build

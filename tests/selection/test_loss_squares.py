@@ -7,10 +7,10 @@ from peft import get_peft_model
 from torch import nn
 
 from peft_child import ChildTuningConfig, estimate_fisher, select_child_network
+from peft_child.layers.layer import child_tuning_layers
 from peft_child.selection.loss import Loss
 from peft_child.selection.loss_squares import LossSquares
 from peft_child.tensors.channels import ChannelLayout
-from peft_child.tuner.layer import child_tuning_layers
 
 from ..helpers import assert_same, child_of, config_for
 from ..problems import Regression, batch_of, build

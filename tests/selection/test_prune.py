@@ -5,7 +5,7 @@ import torch
 from peft import PeftModel
 
 from peft_child import keep_largest
-from peft_child.tuner.layer import child_tuning_layers
+from peft_child.layers.layer import child_tuning_layers
 
 from .. import reference
 from ..helpers import assert_same, child_of, chosen_model, logits, move, snapshot, train

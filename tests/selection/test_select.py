@@ -4,7 +4,7 @@ from peft import get_peft_model
 from safetensors.torch import save_file
 
 from peft_child import estimate_fisher, select_child_network
-from peft_child.tuner.layer import child_tuning_layers
+from peft_child.layers.layer import child_tuning_layers
 
 from .. import reference
 from ..helpers import assert_same, child_of, config_for, logits, move, snapshot, train

@@ -9,8 +9,8 @@ from peft import get_peft_model
 from torch import nn
 
 from peft_child import ChildTuningConfig
+from peft_child.layers.layer import child_tuning_layers
 from peft_child.tensors.composed_on_use import ComposedOnUse
-from peft_child.tuner.layer import child_tuning_layers
 
 from ..helpers import batch_of, build, chosen_model, logits, move, snapshot
 

@@ -5,10 +5,11 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
+from transformers import AutoModelForCausalLM, TorchAoConfig
 
 from peft_child import estimate_fisher, select_child_network
+from peft_child.layers.layer import child_tuning_layers
 from peft_child.tensors.quantised import is_quantised
-from peft_child.tuner.layer import child_tuning_layers
 
 from ..helpers import assert_same, child_of, config_for, logits, snapshot, train
 from ..problems import batch_of, build
@@ -131,26 +132,14 @@ def test_the_composed_weight_is_the_dequantised_one_with_the_child(quantised):
         assert torch.equal(layer(x), functional_call(layer.base_layer, {"weight": merged[name]}, (x,)))
 
 
-def test_scores_come_from_the_dense_model(quantised):
-    batches = [batch_of("llama")]
-    scores = estimate_fisher(model_of(build("llama")), batches, progress_bar=False)
-    model = model_of(quantised())
-    with pytest.raises(ValueError, match=r"q_proj.weight' is quantised \(Int8\w*\), and no gradient reaches it"):
-        select_child_network(model, batches, progress_bar=False)
-    select_child_network(model, scores=scores)
-    dense = model_of(build("llama"))
-    select_child_network(dense, scores=scores)
-    assert_same(child_of(model), child_of(dense))
-
-
-def test_input_channels_are_chosen_in_the_quantised_model(quantised):
-    """As in the same model with unpacked weights: channels need no gradient of a weight."""
+def test_the_choice_is_made_in_the_quantised_model(quantised, granularity):
+    """As in the same model with unpacked weights: no gradient of a quantised weight is needed."""
     batches = [batch_of("llama", seed) for seed in range(2)]
     base = quantised()
     twin = dense_twin(base)
     found = []
     for each in (base, twin):
-        model = model_of(each, granularity="input_channel")
+        model = model_of(each, granularity=granularity)
         found.append(estimate_fisher(model, batches, progress_bar=False))
         select_child_network(model, batches, progress_bar=False)
         found.append(child_of(model))
@@ -158,10 +147,47 @@ def test_input_channels_are_chosen_in_the_quantised_model(quantised):
     assert_same(found[1], found[3])
 
 
-def test_merging_is_refused(quantised):
+def test_merging_is_refused_if_nothing_says_how_to_quantise(quantised):
     model = model_of(quantised(), variant="random", init_weights=False)
     expected = logits(model, batch_of("llama"))
     for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(ValueError, match=r"'weight' of a Linear is quantised \(Int8\w*\), and merging would"):
+        with pytest.raises(ValueError, match=r"'weight' of a Linear is quantised \(Int8\w*\), and PEFT has no way"):
             merge()
     assert torch.equal(logits(model, batch_of("llama")), expected)
+
+
+def by_config(tmp_path, config):
+    """A model that transformers has quantised, so that it knows how."""
+    build("llama").save_pretrained(tmp_path / "base")
+    quantisation = TorchAoConfig(config)
+    return AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=quantisation, dtype="float32")
+
+
+CONFIGS = {
+    "int8": lambda torchao: torchao.Int8WeightOnlyConfig(),
+    "int8_dynamic": lambda torchao: torchao.Int8DynamicActivationInt8WeightConfig(),
+    "int4": lambda torchao: torchao.IntxWeightOnlyConfig(weight_dtype=torch.int4),
+    "float8": lambda torchao: torchao.Float8WeightOnlyConfig(),
+}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_training_and_merging_what_transformers_has_quantised(tmp_path, kind, granularity):
+    torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    model = model_of(by_config(tmp_path, CONFIGS[kind](torchao)))
+    batch = batch_of("llama")
+    select_child_network(model, [batch], progress_bar=False)
+    packed = {name: layer.base_layer.weight for name, layer in child_tuning_layers(model).items()}
+    assert all(map(is_quantised, packed.values()))
+    train(model, [batch] * 3)
+    unmerged = logits(model, batch)
+    with model.disable_adapter():
+        base = logits(model, batch)
+    with pytest.warns(UserWarning, match="Merging into the quantised weight"):
+        model.merge_adapter()
+    layers = child_tuning_layers(model)
+    assert all(is_quantised(layer.base_layer.weight) for layer in layers.values())
+    assert (logits(model, batch) - unmerged).abs().max() < (base - unmerged).abs().max() / 2
+    model.unmerge_adapter()
+    assert all(layer.base_layer.weight is packed[name] for name, layer in layers.items())
+    assert torch.equal(logits(model, batch), unmerged)

@@ -12,7 +12,7 @@ from transformers import (
 )
 
 from peft_child import ChildTuningConfig
-from peft_child.tuner.layer import child_tuning_layers
+from peft_child.layers.layer import child_tuning_layers
 
 from ..helpers import assert_same, move, snapshot
 

@@ -7,8 +7,8 @@ from peft import get_peft_model
 from torch import nn
 
 from peft_child import ChildTuningConfig
+from peft_child.layers.layer import child_tuning_layers
 from peft_child.tuner.injection import parents_of
-from peft_child.tuner.layer import child_tuning_layers
 
 
 def of_many(count):

@@ -14,7 +14,7 @@ from peft_child import (
     ChildTuningConfig,
     select_child_network,
 )
-from peft_child.tuner.layer import child_tuning_layers
+from peft_child.layers.layer import child_tuning_layers
 
 from ..helpers import assert_same, child_of, chosen_model, config_for, logits, move, snapshot
 from ..problems import batch_of, build

@@ -9,8 +9,8 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 
+from peft_child.layers.layer import child_tuning_layers
 from peft_child.tensors.codec import FormatError
-from peft_child.tuner.layer import child_tuning_layers
 
 from ..files.test_adapter_tensors import read_independently
 from ..helpers import assert_same, child_of, chosen_model, config_for, logits, move, snapshot, train

@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from peft_child import ChildTuningConfig, select_child_network
-from peft_child.tuner.layer import child_tuning_layers
+from peft_child.layers.layer import child_tuning_layers
 
 from ..helpers import assert_same, child_of, config_for, snapshot
 from ..problems import Output, Regression, batch_of, build, tiny_bert

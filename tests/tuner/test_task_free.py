@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from peft_child import ChildTuningConfig, next_gradient_mask, select_child_network
+from peft_child.layers.layer import child_tuning_layers
 from peft_child.tensors.gradient_mask import GradientMask
-from peft_child.tuner.layer import child_tuning_layers
 
 from .. import reference
 from ..helpers import assert_same, child_of, chosen_model, config_for, logits, snapshot, train

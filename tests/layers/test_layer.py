@@ -10,9 +10,9 @@ from transformers import (
 )
 
 from peft_child import ChildTuningConfig, FormatError
-from peft_child.tuner.layer import child_tuning_layers
+from peft_child.layers.layer import child_tuning_layers
 
-from ..helpers import assert_same, chosen_model, logits, move, snapshot
+from ..helpers import chosen_model, logits
 from ..problems import Regression, batch_of, bert_batch, build
 from ..tensors.test_compose import saved_bytes
 
@@ -188,18 +188,6 @@ def test_data_parallel_replicas_are_refused():
         replica(torch.randn(2, 6))
 
 
-def test_a_merge_that_cannot_finish_does_not_start():
-    model = chosen_model("linear")
-    move(model)
-    last = list(child_tuning_layers(model).values())[-1]
-    last.base_layer.weight = nn.Parameter(last.base_layer.weight.to("meta"), requires_grad=False)
-    with pytest.raises(RuntimeError, match="is offloaded"):
-        model.merge_adapter()
-    assert not any(layer.merged for layer in child_tuning_layers(model).values())
-    with pytest.raises(ValueError, match="There is no adapter 'typo'; there are default"):
-        model.merge_and_unload(adapter_names=["typo"])
-
-
 def test_a_file_without_a_child_network_is_refused(tmp_path):
     chosen_model("llama").save_pretrained(tmp_path)
     from safetensors.torch import save_file
@@ -219,15 +207,6 @@ def test_autocast_and_inference_mode():
         loss = model(**bert_batch()).loss
     loss.backward()
     assert all(value.grad is not None for key, value in model.named_parameters() if "child_delta" in key)
-
-
-def test_a_merge_is_undone_after_a_change_of_dtype():
-    model = chosen_model("linear", variant="random", init_weights=False)
-    expected = {name: tensor.half() for name, tensor in snapshot(model).items() if "base_layer" in name}
-    model.merge_adapter()
-    model.half()
-    model.unmerge_adapter()
-    assert_same({name: tensor for name, tensor in snapshot(model).items() if "base_layer" in name}, expected)
 
 
 def test_attention_with_keys_of_another_width():

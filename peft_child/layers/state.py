@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Container, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -11,6 +12,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from peft_child.files.adapter_tensors import KINDS, MASK, check_numel, checked_child, fingerprint_of, precise_dtype
+from peft_child.layers.buffers import IndexBuffers, MaskBuffers
+from peft_child.layers.granularity import layout_of
+from peft_child.layers.packed import packed_weight
+from peft_child.layers.unheld import expect_optimizer
 from peft_child.tensors.channels import ChannelLayout, Channels
 from peft_child.tensors.codec import FormatError, decode_channels, encode
 from peft_child.tensors.compose import Child, lock_of, positions_of
@@ -18,9 +23,7 @@ from peft_child.tensors.delta import ChildSize, SparseDelta
 from peft_child.tensors.distributed import check_whole, is_sharded
 from peft_child.tensors.gradient_mask import GradientMask
 from peft_child.tensors.mask_steps import MaskUse, count_steps, numbered, owner_of
-from peft_child.tuner.buffers import IndexBuffers, MaskBuffers
-from peft_child.tuner.granularity import layout_of
-from peft_child.tuner.unheld import expect_optimizer
+from peft_child.tensors.quantised import PackedWeight
 
 
 Draw = Callable[[str, Tensor, ChannelLayout, int], SparseDelta]
@@ -70,6 +73,7 @@ class LayerState(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
+        self.is_packed = packed_weight(base_layer) is not None
         self.child_delta = nn.ModuleDict()
         self.child_index = IndexBuffers()
         self.child_mask = MaskBuffers()
@@ -134,11 +138,18 @@ class LayerState(nn.Module, BaseTunerLayer):
             )
 
     def base_parameter(self, name: str) -> nn.Parameter:
-        """The parameter of the base layer, never composed."""
+        """The parameter of the base layer, never composed; a packed one as a `PackedWeight`."""
         with lock_of(self.base_layer):
             return self._base(name)
 
+    def _packed(self) -> PackedWeight:
+        packed = packed_weight(self.base_layer)  # made anew, since the base layer may have been moved or replaced
+        assert packed is not None
+        return packed
+
     def _base(self, name: str) -> nn.Parameter:
+        if self.is_packed and name == "weight":
+            return cast(nn.Parameter, self._packed())
         parameter = self.base_layer._parameters.get(name)
         if parameter is None:
             raise RuntimeError(
@@ -472,7 +483,7 @@ class LayerState(nn.Module, BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """As PEFT's, but deltas keep their precision whatever the dtype of the base."""
         if adapter_name in self.child_delta and not any(delta.is_meta for delta in self.child_delta.parameters()):
-            device = device or next(self.base_layer.parameters()).device
+            device = device or next(chain(self.base_layer.parameters(), self.base_layer.buffers())).device
             for held in (self.child_delta, self.child_index, self.child_mask):
                 held[adapter_name].to(device)
 

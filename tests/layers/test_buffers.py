@@ -3,8 +3,8 @@
 import torch
 from peft import PeftModel
 
+from peft_child.layers import buffers
 from peft_child.tensors.codec import decode_index
-from peft_child.tuner import buffers
 
 from ..helpers import child_of, chosen_model, logits, move
 from ..problems import batch_of, build

@@ -6,7 +6,7 @@ from peft import get_peft_model
 from transformers import Trainer, TrainingArguments
 
 from peft_child import keep_largest, select_child_network
-from peft_child.tuner.layer import child_tuning_layers
+from peft_child.layers.layer import child_tuning_layers
 
 from ..helpers import assert_same, child_of, chosen_model, config_for, move, snapshot, train
 from ..problems import batch_of, build

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from peft_child.layers.state import LayerState
 from peft_child.tensors.delta import ChildSize, SparseDelta
 from peft_child.tensors.gradient_mask import GradientMask
-from peft_child.tuner.state import LayerState
 
 
 def state_of(mask=None):

@@ -1,4 +1,4 @@
-"""One targeted module, run and merged with its adapters' child networks.
+"""One targeted module, run with its adapters' child networks.
 
 One class serves every kind of module, since all it does is to run the module with composed tensors in place of the
 module's own parameters.
@@ -7,32 +7,30 @@ module's own parameters.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from inspect import ismethod
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import _get_in_out_features, check_adapters_to_merge
+from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from peft_child.tensors.channel_linear import call_channels, can_call_channels
-from peft_child.tensors.compose import Child, Composition, call_composed, is_traced, lock_of, positions_of
+from peft_child.layers.merging import MergingLayer
+from peft_child.layers.mixed_batch import BASE, READ_DIRECTLY, MixedBatch
+from peft_child.layers.packed import features_of
+from peft_child.tensors.channel_linear import (
+    add_channels,
+    call_channels,
+    call_unpacked,
+    can_add_channels,
+    can_call_channels,
+)
+from peft_child.tensors.compose import Composition, call_composed, is_traced, lock_of
 from peft_child.tensors.composed_on_use import ComposedOnUse, ComposedToRead
-from peft_child.tensors.distributed import check_has_values, is_sharded
 from peft_child.tensors.quantised import is_quantised
-from peft_child.tuner.mixed_batch import BASE, READ_DIRECTLY, MixedBatch
-from peft_child.tuner.state import LayerState
-
-
-class _Replaced(NamedTuple):
-    """Base values that a merge overwrote."""
-
-    parameter: str
-    indices: Tensor | None
-    values: Tensor
 
 
 _LINEAR = {"weight", "bias"}  # the parameters of a linear layer
@@ -42,21 +40,20 @@ _LINEAR = {"weight", "bias"}  # the parameters of a linear layer
 _MARKS = ("_hf_", "_is_hf_", "_old_forward", "_fsdp", "_is_fsdp", "_ddp")
 
 
-class ChildTuningLayer(LayerState):
+class ChildTuningLayer(MergingLayer):
     """A base layer whose parameters are composed with the child networks of the active adapters.
 
     Args:
         base_layer: The module, of any kind; it keeps its parameters, hooks and attributes.
+        quantization_backend: PEFT's backend to quantise its weight again, if it is quantised and can be.
     """
 
-    def __init__(self, base_layer: nn.Module) -> None:
-        super().__init__(base_layer)
-        self.merged_adapters: list[str] = []
-        self._replaced: list[_Replaced] = []
+    def __init__(self, base_layer: nn.Module, quantization_backend: QuantizationBackend | None = None) -> None:
+        super().__init__(base_layer, quantization_backend)
         self._base_only = False
         self.mixed_batch: MixedBatch | None = None
         self._only: list[str] | None = None  # adapters in place of the active ones
-        self.in_features, self.out_features = _features(base_layer)
+        self.in_features, self.out_features = features_of(base_layer)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the base layer with composed parameters."""
@@ -68,6 +65,8 @@ class ChildTuningLayer(LayerState):
             return self.mixed_batch.call(partial(self._call_with, call), self.child_states, args, kwargs)
         with self._locked():
             compositions = self._compositions()
+            if self._is_quantised(call, compositions):
+                return self._call_quantised(compositions, args, kwargs)
             if not compositions:
                 return call(*args, **kwargs)
             if self.training and torch.is_grad_enabled() and getattr(self.base_layer, "gradient_checkpointing", False):
@@ -82,6 +81,29 @@ class ChildTuningLayer(LayerState):
                 own: Tensor | None = self.base_layer._parameters["bias"]
                 return call_channels(args[0], weight, own if bias is None else bias.tensor())
             return call_composed(self.base_layer, compositions, call, args, kwargs)
+
+    def _is_quantised(self, call: Callable[..., Any], compositions: Mapping[str, Composition]) -> bool:
+        """Whether the weight must be run in another way than as a dense one, since it is packed."""
+        if call is not self.base_layer:
+            return False
+        if "weight" in compositions:
+            weight = compositions["weight"]
+            is_linear = self.is_packed or type(self.base_layer).forward is nn.Linear.forward
+            return is_quantised(weight.base) and is_linear and (self.is_packed or can_add_channels(weight))
+        if not self.is_packed or not torch.is_grad_enabled():
+            return False
+        return not self._packed().passes_gradients
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _call_quantised(
+        self, compositions: dict[str, Composition], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor:
+        weight = compositions.pop("weight", None)
+        if weight is not None and can_add_channels(weight):
+            y = call_composed(self.base_layer, compositions, self.base_layer, args, kwargs)
+            return add_channels(y, next(iter((*args, *kwargs.values()))), weight)
+        bias = compositions["bias"].tensor() if "bias" in compositions else getattr(self.base_layer, "bias", None)
+        return call_unpacked(self.base_layer, weight or Composition(self._packed(), ()), bias, args, kwargs)
 
     def _call_with(
         self, call: Callable[..., Any], adapter_name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -133,15 +155,6 @@ class ChildTuningLayer(LayerState):
                 "for each device (torchrun or accelerate launch), or make only one visible (CUDA_VISIBLE_DEVICES)."
             )
 
-    def _check_present(self, parameter: str, base: Tensor) -> None:
-        check_has_values(f"Parameter '{parameter}' of a {type(self.base_layer).__name__}", base)
-        if is_sharded(base):
-            raise RuntimeError(
-                f"Parameter '{parameter}' of a {type(self.base_layer).__name__} is sharded (a DTensor), so that it "
-                "cannot be composed or merged: apply fully_shard to modules around the Child-Tuning layer, not to the "
-                "module inside it; to merge, save the adapter and load it in one process."
-            )
-
     def _check_chosen(self) -> None:
         if not self.training or not torch.is_grad_enabled():
             return
@@ -188,11 +201,11 @@ class ChildTuningLayer(LayerState):
     def _composed(self, name: str) -> Tensor:
         self._check_no_replica()
         if self._is_bare():
-            return self._base(name)
+            return self._own(name)
         if self.mixed_batch is not None and self._only is None:
             children = tuple(self.children_of(name, self.mixed_batch.names))
             return (
-                ComposedOnUse(Composition(self._base(name), children), READ_DIRECTLY) if children else self._base(name)
+                ComposedOnUse(Composition(self._base(name), children), READ_DIRECTLY) if children else self._own(name)
             )
         composition, refusal = self._composition(name), None
         try:
@@ -201,10 +214,15 @@ class ChildTuningLayer(LayerState):
         except RuntimeError as error:  # to be raised only if something computes with the tensor
             refusal = error
         if not composition.children and refusal is None:
-            return composition.base
+            return self._own(name)
         if refusal is not None or torch.is_grad_enabled():
             return ComposedOnUse(composition, refusal)
         return ComposedToRead(composition)  # composed now; torch's fast paths take it for a plain tensor
+
+    def _own(self, name: str) -> Tensor:
+        """What the base layer itself has, packed if it is."""
+        own: Tensor = getattr(self.base_layer, name) if self.is_packed else self._base(name)
+        return own
 
     def __setattr__(self, name: str, value: Any) -> None:
         """As torch's; base-layer parameters are set there, and those with a child network only to their own tensor."""
@@ -224,7 +242,8 @@ class ChildTuningLayer(LayerState):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether PEFT's `convert_to_lora` can approximate the child network here, which lies in a linear layer."""
-        return isinstance(self.base_layer, (nn.Linear, Conv1D)) and self.targets_of(adapter_name).keys() <= _LINEAR
+        is_linear = self.is_packed or isinstance(self.base_layer, (nn.Linear, Conv1D))
+        return is_linear and self.targets_of(adapter_name).keys() <= _LINEAR
 
     @torch.no_grad()
     def get_delta_weight(self, adapter_name: str) -> Tensor:
@@ -239,55 +258,6 @@ class ChildTuningLayer(LayerState):
             dense[self.indices(adapter_name, "weight")] = deltas["weight"].float()
         return dense.view(base.shape)
 
-    # Merging
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Write the composed values into the base parameters, and keep the values that they replace.
-
-        Args:
-            safe_merge: Check that the composed values are finite before anything is written.
-            adapter_names: The adapters; by default the active ones.
-
-        Raises:
-            ValueError: If `safe_merge` finds a NaN or infinite value.
-        """
-        names = check_adapters_to_merge(self, adapter_names)
-        names = [name for name in names if name in self.child_delta]
-        if not names:
-            return
-        self.check_mergeable(names, safe_merge)
-        merged = [*self.merged_adapters, *names]
-        self._restore()  # so that all merged adapters are summed first, and the sum is rounded once
-        self._write(merged)
-        self.merged_adapters = merged
-
-    def unmerge(self) -> None:
-        """Restore the base values, bit for bit."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        self._restore()
-        self.merged_adapters = []
-
-    @torch.no_grad()
-    def check_mergeable(self, adapter_names: list[str], safe_merge: bool = False) -> None:
-        """Raise what `merge` would raise, before it writes anything."""
-        for adapter in adapter_names:
-            self.check_is_chosen(adapter, "merging")
-        for parameter, base, children in self._held(adapter_names):
-            if is_quantised(base):
-                raise ValueError(
-                    f"'{parameter}' of a {type(self.base_layer).__name__} is quantised ({type(base).__name__}), and "
-                    "merging would round the child network away: merge the adapter into the unquantised base model, "
-                    "and quantise the result."
-                )
-            if safe_merge and not torch.isfinite(Composition(base.detach(), children).tensor()).all():
-                raise ValueError(
-                    f"NaNs detected in the merged weights. The adapter {', '.join(adapter_names)} seems to be broken: "
-                    f"'{parameter}' of a {type(self.base_layer).__name__} would have NaN or infinite values. Nothing "
-                    "was merged."
-                )
-
     @contextmanager
     def base_only(self) -> Iterator[None]:
         """Inside this context, run as the base layer whatever is active; gradients may reach the base parameters."""
@@ -296,71 +266,6 @@ class ChildTuningLayer(LayerState):
             yield
         finally:
             self._base_only = was_base_only
-
-    def enable_adapters(self, enabled: bool) -> None:
-        """As PEFT's; a merged layer is unmerged when it is disabled."""
-        if not enabled and self.merged:
-            self.unmerge()
-        super().enable_adapters(enabled)
-
-    def _held(self, adapter_names: list[str]) -> Iterator[tuple[str, nn.Parameter, tuple[Child, ...]]]:
-        """Parameters whose children this layer holds. Merging writes a tied one in the layer that holds its child."""
-        for parameter in self.targeted():
-            children = () if parameter in self.child_ties else tuple(self.children_of(parameter, adapter_names))
-            if children:
-                base = self.base_parameter(parameter)
-                self._check_present(parameter, base)
-                yield parameter, base, children
-
-    @torch.no_grad()
-    def _write(self, adapter_names: list[str]) -> None:
-        for parameter, base, children in self._held(adapter_names):
-            indices = _union(children)
-            before = _values_at(base, indices)
-            if len(children) == 1:  # its entries alone, as if they were all that the tensor has
-                after = Composition(before, (children[0]._replace(indices=None),)).tensor()
-            else:
-                after = _values_at(Composition(base.detach(), children).tensor(), indices)
-            self._replaced.append(_Replaced(parameter, indices, before))
-            _set_values_at(base, indices, after)
-
-    @torch.no_grad()
-    def _restore(self) -> None:
-        for parameter, indices, values in self._replaced:
-            base = self.base_parameter(parameter)
-            places = None if indices is None else indices.to(base.device)
-            _set_values_at(base, places, values.to(base.device, base.dtype))
-        self._replaced = []
-
-
-def _features(module: nn.Module) -> tuple[int | None, int | None]:
-    """PEFT's `in_features` and `out_features` of a module, None if it has no such thing."""
-    with warnings.catch_warnings():  # it warns of every kind of module that it does not know
-        warnings.simplefilter("ignore", UserWarning)
-        try:
-            return _get_in_out_features(module)
-        except ValueError:  # raised for nn.MultiheadAttention whose keys or values differ in width from its queries
-            return None, None
-
-
-def _union(children: tuple[Child, ...]) -> Tensor | None:
-    """Positions of all children, possibly with repeats; None, for all entries, if a child covers the whole tensor."""
-    indices = [positions_of(child.indices) for child in children if child.indices is not None]
-    return torch.cat(indices) if len(indices) == len(children) else None
-
-
-def _values_at(base: Tensor, indices: Tensor | None) -> Tensor:
-    flat = base.detach().reshape(-1)
-    return flat.clone() if indices is None else flat[indices]
-
-
-def _set_values_at(base: Tensor, indices: Tensor | None, values: Tensor) -> None:
-    if indices is None:
-        base.detach().copy_(values.view(base.shape))
-    elif base.is_contiguous():
-        base.detach().view(-1).index_copy_(0, indices, values)
-    else:
-        base.detach().copy_(base.detach().reshape(-1).index_copy(0, indices, values).view(base.shape))
 
 
 def child_tuning_layers(model: nn.Module, adapter_name: str | None = None) -> dict[str, ChildTuningLayer]:

@@ -6,8 +6,8 @@ from peft import get_peft_model
 from torch import nn
 
 from peft_child import ChildTuningConfig
-from peft_child.tuner.layer import child_tuning_layers
-from peft_child.tuner.mixed_batch import BASE
+from peft_child.layers.layer import child_tuning_layers
+from peft_child.layers.mixed_batch import BASE
 
 from ..helpers import chosen_model, config_for, logits, move
 from ..problems import Regression, batch_of

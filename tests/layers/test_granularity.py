@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from peft_child.tuner.granularity import layout_of
+from peft_child.layers.granularity import layout_of
 
 
 class Experts(nn.Module):

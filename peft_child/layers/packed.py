@@ -1,0 +1,124 @@
+"""Linear layers that keep their weight packed: which they are, and how they take another weight.
+
+What PEFT knows of a quantiser is taken from its backends; nothing here is about a single one but GGUF, which PEFT does
+not know. Weights that are packed as tensors of their own class (torchao) need nothing of this.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import _get_in_out_features
+from peft.utils.quantization_utils import QuantizationBackend, resolve_quantization_backend
+from torch import Tensor, nn
+
+from peft_child.tensors.quantised import PackedWeight, is_quantised
+
+
+SUPPORTED = (
+    "Quantised weights are supported in linear layers of bitsandbytes (4 and 8 bits), HQQ and GGUF and in tensors of "
+    "torchao; with granularity='input_channel' also in those of GPTQ, AWQ, EETQ and AQLM"
+)
+
+
+def packed_weight(module: nn.Module) -> PackedWeight | None:
+    """The weight of a linear layer that keeps it packed; None for any other module."""
+    weight = module._parameters.get("weight")
+    if weight is not None and is_quantised(weight):
+        return None
+    unpack: Callable[[], Tensor] | None
+    if _is_gguf(module):
+        unpack, passes_gradients = partial(_unpack_gguf, module), False  # its kernels have no backward pass
+    else:
+        backend = resolve_quantization_backend(module)
+        if backend is None or backend.layer_type != "linear":
+            return None
+        unpack = partial(backend.get_base_weight, module) if backend.supports_merge else None
+        passes_gradients = True
+    inputs, outputs = features_of(module)
+    if inputs is None or outputs is None:
+        return None
+    held = next(chain(module.parameters(recurse=False), module.buffers(recurse=False)))
+    dtype = getattr(module, "compute_dtype", None) or torch.get_default_dtype()
+    return PackedWeight(module, (outputs, inputs), dtype, held.device, unpack, passes_gradients)
+
+
+def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | PackedWeight]:
+    """The parameters that a module owns itself, by name; a packed weight as the dense one that it stands for."""
+    own = {name: value for name, value in module._parameters.items() if value is not None}
+    packed = packed_weight(module)
+    if packed is None:
+        return {**own}
+    return {"weight": packed, **{name: value for name, value in own.items() if name == "bias"}}
+
+
+def features_of(module: nn.Module) -> tuple[int | None, int | None]:
+    """PEFT's `in_features` and `out_features` of a module, None if it has no such thing."""
+    with warnings.catch_warnings():  # it warns of every kind of module that it does not know
+        warnings.simplefilter("ignore", UserWarning)
+        try:
+            return _get_in_out_features(module)
+        except ValueError:  # raised for nn.MultiheadAttention whose keys or values differ in width from its queries
+            return None, None
+
+
+def backend_of(module: nn.Module, settings: Mapping[str, Any]) -> QuantizationBackend | None:
+    """PEFT's way to quantise the weight of a module again; None if there is none, or the module is not quantised.
+
+    Args:
+        module: The module.
+        settings: What PEFT's `get_quantization_kwargs` finds in the model.
+    """
+    try:
+        backend = resolve_quantization_backend(module, **settings)
+    except ValueError:  # torchao, and nothing says how the model was quantised
+        return None
+    return backend if backend is not None and backend.supports_merge else None
+
+
+class Requantised:
+    """A copy of a quantised module with another weight, made by a backend; the module stays as it was.
+
+    Args:
+        module: The module.
+        backend: PEFT's backend for it.
+        weight: The new weight, float, shape `(out, in)`.
+
+    Attributes:
+        base_layer: The copy.
+    """
+
+    def __init__(self, module: nn.Module, backend: QuantizationBackend, weight: Tensor) -> None:
+        self.base_layer = copy.deepcopy(module)
+        backend.set_base_weight(self, weight)
+        new: Any = self.base_layer
+        if module.bias is not None and new.bias is None:  # that of HQQ makes a new module, and forgets the bias
+            new.bias = copy.deepcopy(module.bias)
+
+    def get_base_layer(self) -> nn.Module:
+        """The copy; PEFT's backends ask for it."""
+        return self.base_layer
+
+
+def _is_gguf(module: nn.Module) -> bool:
+    loaded = sys.modules.get("transformers.integrations.gguf.utils")  # not loaded, so no module is of its class
+    return loaded is not None and isinstance(module, loaded.GgufLinear)
+
+
+def _unpack_gguf(module: Any) -> Tensor:
+    from transformers.integrations.gguf.kernels import dequantize_blocks
+
+    rows, columns = module.out_features, module.in_features
+    packed: Tensor = dequantize_blocks(module.weight.data, module.ggml_type, rows, columns, torch.float32)
+    if module.input_permutation is None:
+        return packed
+    weight = torch.empty_like(packed)
+    weight[:, module.input_permutation] = packed  # the layer permutes its input instead
+    return weight
