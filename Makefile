@@ -30,7 +30,7 @@ check: $(VENV)/.installed
 	$(BIN)/pytest -n 2 --dist worksteal
 
 quantised: $(VENV)/quantised/.installed  ## Tests on weights quantised by packages that would slow every import down
-	PYTHONPATH=$(VENV)/quantised $(BIN)/pytest -n 2 tests/layers/test_packed.py tests/tensors/test_quantised.py
+	PYTHONPATH=$(VENV)/quantised $(BIN)/pytest -n 2 tests/layers/test_packed.py tests/layers/test_packed_training.py tests/tensors/test_quantised.py
 
 wheel: $(VENV)/.installed  ## Build the wheel, and try it in an environment of its own
 	set -e; folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \

@@ -53,6 +53,7 @@ PRIVATE = {
         "torch.utils._pytree": "tensors in the arguments of a call",
     },
     "tensors/channel_linear.py": {
+        "_old_forward": "the forward that accelerate has wrapped, which loads what is offloaded",
         "_backward_hooks": "hooks, which the module itself would run",
         "_backward_pre_hooks": "as _backward_hooks",
         "_forward_hooks": "as _backward_hooks",
@@ -84,6 +85,7 @@ PRIVATE = {
     },
     "layers/packed.py": {
         "_get_in_out_features": "PEFT's in_features and out_features",
+        "_hf_hook": "where accelerate says on which device an offloaded module runs",
         "_parameters": "parameters that a module itself owns, by key",
     },
     "layers/layer.py": {

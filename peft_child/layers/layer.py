@@ -30,7 +30,7 @@ from peft_child.tensors.channel_linear import (
 )
 from peft_child.tensors.compose import Composition, call_composed, is_traced, lock_of
 from peft_child.tensors.composed_on_use import ComposedOnUse, ComposedToRead
-from peft_child.tensors.quantised import is_quantised
+from peft_child.tensors.quantised import PackedWeight, is_quantised
 
 
 _LINEAR = {"weight", "bias"}  # the parameters of a linear layer
@@ -86,13 +86,14 @@ class ChildTuningLayer(MergingLayer):
         """Whether the weight must be run in another way than as a dense one, since it is packed."""
         if call is not self.base_layer:
             return False
-        if "weight" in compositions:
-            weight = compositions["weight"]
-            is_linear = self.is_packed or type(self.base_layer).forward is nn.Linear.forward
-            return is_quantised(weight.base) and is_linear and (self.is_packed or can_add_channels(weight))
-        if not self.is_packed or not torch.is_grad_enabled():
-            return False
-        return not self._packed().passes_gradients
+        packed = self._packed()
+        if "weight" not in compositions:  # gradients reach its input all the same
+            return packed is not None and not packed.passes_gradients and torch.is_grad_enabled()
+        if packed is not None:
+            return True
+        weight = compositions["weight"]
+        is_linear = type(self.base_layer).forward is nn.Linear.forward
+        return is_linear and is_quantised(weight.base) and can_add_channels(weight)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _call_quantised(
@@ -102,8 +103,8 @@ class ChildTuningLayer(MergingLayer):
         if weight is not None and can_add_channels(weight):
             y = call_composed(self.base_layer, compositions, self.base_layer, args, kwargs)
             return add_channels(y, next(iter((*args, *kwargs.values()))), weight)
-        bias = compositions["bias"].tensor() if "bias" in compositions else getattr(self.base_layer, "bias", None)
-        return call_unpacked(self.base_layer, weight or Composition(self._packed(), ()), bias, args, kwargs)
+        weight = weight or Composition(self._base("weight"), ())
+        return call_unpacked(self.base_layer, weight, compositions.get("bias"), args, kwargs)
 
     def _call_with(
         self, call: Callable[..., Any], adapter_name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -221,7 +222,8 @@ class ChildTuningLayer(MergingLayer):
 
     def _own(self, name: str) -> Tensor:
         """What the base layer itself has, packed if it is."""
-        own: Tensor = getattr(self.base_layer, name) if self.is_packed else self._base(name)
+        base = self._base(name)
+        own: Tensor = getattr(self.base_layer, name) if isinstance(base, PackedWeight) else base
         return own
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -242,7 +244,7 @@ class ChildTuningLayer(MergingLayer):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether PEFT's `convert_to_lora` can approximate the child network here, which lies in a linear layer."""
-        is_linear = self.is_packed or isinstance(self.base_layer, (nn.Linear, Conv1D))
+        is_linear = self._packed() is not None or isinstance(self.base_layer, (nn.Linear, Conv1D))
         return is_linear and self.targets_of(adapter_name).keys() <= _LINEAR
 
     @torch.no_grad()

@@ -79,11 +79,14 @@ class MergingLayer(LayerState):
             self.check_is_chosen(adapter, "merging")
         for parameter, base, children in self._held(adapter_names):
             if is_quantised(base) and self.quantization_backend is None:
-                kind = type(self.base_layer if self.is_packed else base).__name__
+                kind, is_packed = type(self.base_layer).__name__, isinstance(base, PackedWeight)
+                holder = kind if is_packed else type(base).__name__
+                why = f"quantised ({holder}), and PEFT cannot quantise it again"
+                if is_packed and kind == "Linear":
+                    why = "offloaded"
                 raise ValueError(
-                    f"'{parameter}' of a {type(self.base_layer).__name__} is quantised ({kind}), and PEFT has no way "
-                    "to quantise it again: merge the adapter into the dense base model (`peft-child merge`), and "
-                    "quantise the result."
+                    f"'{parameter}' of a {kind} is {why}: merge the adapter into the dense base model on the command "
+                    "line (`peft-child merge`), and quantise the result if you want to."
                 )
             if safe_merge and not torch.isfinite(Composition(base.detach(), children).tensor()).all():
                 raise ValueError(

@@ -1,7 +1,8 @@
-"""Linear layers that keep their weight packed: which they are, and how they take another weight.
+"""Linear layers whose weight cannot be read as it is: which they are, and how they take another weight.
 
-What PEFT knows of a quantiser is taken from its backends; nothing here is about a single one but GGUF, which PEFT does
-not know. Weights that are packed as tensors of their own class (torchao) need nothing of this.
+They keep it quantised, or accelerate has offloaded it. What PEFT knows of a quantiser is taken from its backends; only
+GGUF is known here, since PEFT does not know it. Weights that are packed as tensors of their own class (torchao) need
+nothing of this.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import torch
+from accelerate.utils import align_module_device, has_offloaded_params
 from peft.tuners.tuners_utils import _get_in_out_features
 from peft.utils.quantization_utils import QuantizationBackend, resolve_quantization_backend
 from torch import Tensor, nn
@@ -29,10 +31,16 @@ SUPPORTED = (
 
 
 def packed_weight(module: nn.Module) -> PackedWeight | None:
-    """The weight of a linear layer that keeps it packed; None for any other module."""
+    """The weight of a linear layer that keeps it packed or elsewhere; None for any other module."""
     weight = module._parameters.get("weight")
     if weight is not None and is_quantised(weight):
         return None
+    if type(module) is nn.Linear:
+        if weight is None or not weight.is_meta or not has_offloaded_params(module):
+            return None
+        device = torch.device(cast(Any, module)._hf_hook.execution_device)
+        outputs, inputs = weight.shape
+        return PackedWeight(module, (outputs, inputs), weight.dtype, device, partial(_load, module), True)
     unpack: Callable[[], Tensor] | None
     if _is_gguf(module):
         unpack, passes_gradients = partial(_unpack_gguf, module), False  # its kernels have no backward pass
@@ -42,12 +50,12 @@ def packed_weight(module: nn.Module) -> PackedWeight | None:
             return None
         unpack = partial(backend.get_base_weight, module) if backend.supports_merge else None
         passes_gradients = True
-    inputs, outputs = features_of(module)
-    if inputs is None or outputs is None:
+    width, height = features_of(module)
+    if width is None or height is None:
         return None
     held = next(chain(module.parameters(recurse=False), module.buffers(recurse=False)))
     dtype = getattr(module, "compute_dtype", None) or torch.get_default_dtype()
-    return PackedWeight(module, (outputs, inputs), dtype, held.device, unpack, passes_gradients)
+    return PackedWeight(module, (height, width), dtype, held.device, unpack, passes_gradients)
 
 
 def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | PackedWeight]:
@@ -105,6 +113,12 @@ class Requantised:
     def get_base_layer(self) -> nn.Module:
         """The copy; PEFT's backends ask for it."""
         return self.base_layer
+
+
+def _load(module: nn.Module) -> Tensor:
+    """The weight that accelerate has offloaded to the CPU or the disk, on the device that the module runs on."""
+    with align_module_device(module):
+        return cast(Tensor, module.weight)
 
 
 def _is_gguf(module: nn.Module) -> bool:

@@ -73,7 +73,7 @@ class LayerState(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.is_packed = packed_weight(base_layer) is not None
+        self._can_be_packed = packed_weight(base_layer) is not None
         self.child_delta = nn.ModuleDict()
         self.child_index = IndexBuffers()
         self.child_mask = MaskBuffers()
@@ -142,14 +142,14 @@ class LayerState(nn.Module, BaseTunerLayer):
         with lock_of(self.base_layer):
             return self._base(name)
 
-    def _packed(self) -> PackedWeight:
-        packed = packed_weight(self.base_layer)  # made anew, since the base layer may have been moved or replaced
-        assert packed is not None
-        return packed
+    def _packed(self) -> PackedWeight | None:
+        """The weight of the base layer if it is packed or offloaded now; the base layer may be moved or replaced."""
+        return packed_weight(self.base_layer) if self._can_be_packed else None
 
     def _base(self, name: str) -> nn.Parameter:
-        if self.is_packed and name == "weight":
-            return cast(nn.Parameter, self._packed())
+        packed = self._packed() if name == "weight" else None
+        if packed is not None:
+            return cast(nn.Parameter, packed)
         parameter = self.base_layer._parameters.get(name)
         if parameter is None:
             raise RuntimeError(
@@ -483,7 +483,10 @@ class LayerState(nn.Module, BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """As PEFT's, but deltas keep their precision whatever the dtype of the base."""
         if adapter_name in self.child_delta and not any(delta.is_meta for delta in self.child_delta.parameters()):
-            device = device or next(chain(self.base_layer.parameters(), self.base_layer.buffers())).device
+            if device is None:
+                packed = self._packed()
+                tensors = chain(self.base_layer.parameters(), self.base_layer.buffers())
+                device = next(tensors).device if packed is None else packed.device
             for held in (self.child_delta, self.child_index, self.child_mask):
                 held[adapter_name].to(device)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -30,6 +32,7 @@ from peft_child.tensors.distributed import (
     in_step,
     is_sharded,
     on_every_rank,
+    own_part,
     rank,
     world_size,
 )
@@ -72,6 +75,7 @@ class FisherPass:
         with _scoring(self.model, training=self._by_batch):
             if shared:  # all ranks run the same example, which needs the same dropout
                 torch.manual_seed(gathered(torch.initial_seed())[0])
+            on_every_rank(partial(self._check_memory, targets))
             sums = {name: self._zeros(name, parameter) for name, parameter in targets.items()}
             losses = on_every_rank(partial(self._add_squares, dataloader, targets, sums, shared))
             average(sums, losses, shared)
@@ -105,6 +109,22 @@ class FisherPass:
             raise ValueError(
                 "Scores of a sharded model stay with its shards; leave out score_device and score_folder."
             )
+
+    def _check_memory(self, targets: Mapping[str, nn.Parameter]) -> None:
+        """Refuse scores of single entries that would not fit, before the first of them is made."""
+        if self.layouts or self.score_folder is not None:
+            return
+        needed: Counter[torch.device] = Counter()
+        for parameter in targets.values():
+            needed[torch.device(self.score_device or parameter.device)] += 4 * own_part(parameter).numel()
+        for device, size in needed.items():
+            free = _free_memory(device)
+            if free is not None and size > free:
+                raise ValueError(
+                    f"The scores of single entries take 4 bytes for each targeted weight, {size / 1e9:.1f} GB on "
+                    f"{device}, of which {free / 1e9:.1f} GB are free: use granularity='input_channel', whose scores "
+                    "are small, or pass score_device='cpu' or score_folder=."
+                )
 
     def _zeros(self, name: str, parameter: Tensor) -> Tensor:
         """Where to add up the scores of a parameter; by default on its device, and sharded as it is."""
@@ -170,6 +190,16 @@ class FisherPass:
             yield batch
         if is_empty:
             raise ValueError("The Fisher information needs at least one example, got none.")
+
+
+def _free_memory(device: torch.device) -> int | None:
+    """Bytes that can still be allocated on a device; None if that is not known."""
+    if device.type == "cpu":
+        return int(psutil.virtual_memory().available)
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
+    return None
 
 
 def _share(num_examples: int | None, number: int) -> int:

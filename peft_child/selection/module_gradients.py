@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
@@ -36,6 +35,7 @@ class Use:
         gradient: Gradient of the output, once backward has computed it; its first dimension is `length`, or `examples`
             if the call was shared.
         versions: Counts of the changes of its arguments in place, when it was made.
+        device: The type of the device that it ran on.
         autocast: The dtype of autocast then, or None.
     """
 
@@ -46,19 +46,18 @@ class Use:
     length: int
     gradient: Tensor | None = None
     versions: list[int] = field(init=False)
+    device: str = field(init=False)
     autocast: torch.dtype | None = field(init=False)
 
     def __post_init__(self) -> None:
         self.versions = self._changes()
-        device = self._device()
-        self.autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        tensors = (leaf for leaf in tree_flatten(self.inputs)[0] if isinstance(leaf, Tensor))
+        self.device = next((tensor.device.type for tensor in tensors), "cpu")  # parameters may be offloaded
+        self.autocast = torch.get_autocast_dtype(self.device) if torch.is_autocast_enabled(self.device) else None
 
     def same_autocast(self) -> torch.autocast:
         """Autocast as it was when the call was made."""
-        return torch.autocast(self._device(), self.autocast, enabled=self.autocast is not None)
-
-    def _device(self) -> str:
-        return next(chain(self.module.parameters(), self.module.buffers())).device.type
+        return torch.autocast(self.device, self.autocast, enabled=self.autocast is not None)
 
     def is_changed(self) -> bool:
         """Whether an argument was changed in place since the call."""

@@ -122,14 +122,14 @@ def add_channels(y: Tensor, x: Tensor, weight: Composition) -> Tensor:
 
 
 def call_unpacked(
-    module: nn.Module, weight: Composition, bias: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    module: nn.Module, weight: Composition, bias: Composition | None, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Tensor:
     """Call a linear layer with its packed weight unpacked and composed, for this call only; its hooks run as usual.
 
     Args:
         module: The layer.
         weight: Its weight, shape `(out, in)`; it is unpacked and composed again in backward.
-        bias: Shape `(out,)`, or None.
+        bias: Shape `(out,)`; by default that of the layer.
         args: The input of the layer, positional
         kwargs: or by name.
 
@@ -140,7 +140,8 @@ def call_unpacked(
     def forward(*args: Any, **kwargs: Any) -> Tensor:
         (x,) = (*args, *kwargs.values())
         x_in = x.to(weight.base.device, _computes_in(weight.base) or x.dtype)
-        return _recipe_linear(x_in, weight, None if bias is None else bias.to(x_in.dtype)).to(x.dtype)
+        b: Tensor | None = getattr(module, "bias", None) if bias is None else bias.tensor()
+        return _recipe_linear(x_in, weight, None if b is None else b.to(x_in.dtype)).to(x.dtype)
 
     with _instead_of_forward(module, forward):
         y: Tensor = module(*args, **kwargs)
@@ -149,14 +150,16 @@ def call_unpacked(
 
 @contextmanager
 def _instead_of_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    before = vars(module).get("forward")
-    module.__dict__["forward"] = forward
+    # Inside accelerate's forward, which loads what is offloaded.
+    name = "_old_forward" if "_old_forward" in vars(module) else "forward"
+    before = vars(module).get(name)
+    module.__dict__[name] = forward
     try:
         yield
     finally:
-        del module.__dict__["forward"]
+        del module.__dict__[name]
         if before is not None:
-            module.__dict__["forward"] = before
+            module.__dict__[name] = before
 
 
 def _computes_in(weight: Tensor) -> torch.dtype | None:

@@ -190,8 +190,9 @@ def check_has_values(what: str, tensor: Tensor) -> None:
     """Raise a `RuntimeError` if a tensor is on the meta device, as those of an offloaded model are."""
     if tensor.is_meta:
         raise RuntimeError(
-            f"{what} is offloaded (on the meta device), which Child-Tuning does not support: load the base model "
-            "without offloading."
+            f"{what} is offloaded (on the meta device). Child-Tuning supports that for the weights of linear layers "
+            "alone: target no others, choose a device_map that keeps these modules on a device, load the base model "
+            "in 4 or 8 bits, or shard it (FSDP2)."
         )
 
 

@@ -6,12 +6,14 @@ from accelerate import cpu_offload, disk_offload, dispatch_model
 from peft import PeftModel, get_peft_model
 
 from peft_child import select_child_network
+from peft_child.layers.layer import child_tuning_layers
 
-from ..helpers import chosen_model, config_for, logits, move
+from ..helpers import assert_same, child_of, chosen_model, config_for, logits, move, train
 from ..problems import batch_of, build
 
 
-REFUSED = r"is offloaded \(on the meta device\), which Child-Tuning does not support: load the base model without"
+REFUSED = r"is offloaded \(on the meta device\). Child-Tuning supports that for the weights of linear layers alone"
+LINEAR = {"target_modules": ["q_proj", "down_proj"]}
 
 
 def offload(model, place, folder):
@@ -21,21 +23,56 @@ def offload(model, place, folder):
     return model
 
 
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+@pytest.mark.parametrize("variant", ["task_driven", "random", "task_free"])
+def test_linear_layers_train_as_if_they_were_not_offloaded(tmp_path, place, variant, granularity):
+    batches = [batch_of("llama", seed) for seed in range(3)]
+    found = []
+    for base in (build("llama"), offload(build("llama"), place, tmp_path)):
+        model = get_peft_model(base, config_for("llama", variant=variant, **LINEAR))
+        if variant == "task_driven":
+            select_child_network(model, batches, progress_bar=False)
+        train(model, batches)
+        found.append(model)
+    assert all(parameter.is_meta for name, parameter in model.named_parameters() if "child_" not in name)
+    assert_same(child_of(found[0]), child_of(found[1]))
+    for first, second in zip(*(list(child_tuning_layers(model).values()) for model in found), strict=True):
+        for name, delta in first.named_deltas("default").items():
+            torch.testing.assert_close(second.named_deltas("default")[name], delta, rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits(found[1], batches[0]), logits(found[0], batches[0]), rtol=0, atol=1e-5)
+
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(build("llama"), tmp_path / "adapter")
+    torch.testing.assert_close(logits(loaded, batches[0]), logits(model, batches[0]), rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="'weight' of a Linear is offloaded: merge the adapter into the dense base"):
+        model.merge_adapter()
+
+
+@pytest.mark.filterwarnings("ignore:.*copying from a non-meta parameter")  # torch's, which PEFT lets through
+def test_an_adapter_is_loaded_onto_an_offloaded_base(tmp_path, granularity):
+    model = get_peft_model(build("llama"), config_for("llama", variant="random", **LINEAR))
+    move(model)
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(offload(build("llama"), "disk", tmp_path), tmp_path / "adapter")
+    expected = logits(model, batch_of("llama"))
+    torch.testing.assert_close(logits(loaded, batch_of("llama")), expected, rtol=0, atol=1e-5)
+
+
 WORK = {
     "evaluating": lambda model: logits(model, batch_of("llama")),
     "training": lambda model: model.train()(**batch_of("llama")).loss.backward(),
     "merging": lambda model: model.merge_adapter(),
     "merging and unloading": lambda model: model.merge_and_unload(),
-    "combining": lambda model: model.base_model.add_weighted_adapter(["default"], [0.5], "half"),
-    "reading": lambda model: model.base_model.model.model.layers[0].self_attn.q_proj.weight.sum(),
+    "choosing": lambda model: select_child_network(model, [batch_of("llama")], progress_bar=False),
 }
 
 
 @pytest.mark.parametrize("place", ["cpu", "disk"])
 @pytest.mark.parametrize("work", WORK)
-def test_work_with_an_offloaded_base_is_refused(work, place, tmp_path):
+def test_other_weights_that_are_offloaded_are_refused(work, place, tmp_path):
     base = offload(build("llama"), place, tmp_path)
-    model = get_peft_model(base, config_for("llama", variant="random", init_weights=False))
+    changes = {"variant": "task_driven"} if work == "choosing" else {"variant": "random", "init_weights": False}
+    model = get_peft_model(base, config_for("llama", target_modules=["embed_tokens"], **changes))
     with pytest.raises(RuntimeError, match=REFUSED):
         WORK[work](model)
 
@@ -46,20 +83,6 @@ def test_saving_an_offloaded_adapter_is_refused(place, tmp_path):
     model = offload(model, place, tmp_path)
     with pytest.raises(RuntimeError, match=r"child network of 'model.layers.0.self_attn.\w_proj.weight' " + REFUSED):
         model.save_pretrained(tmp_path / "adapter")
-
-
-def test_choosing_in_an_offloaded_base_is_refused():
-    model = get_peft_model(cpu_offload(build("llama")), config_for("llama"))
-    with pytest.raises(RuntimeError, match=REFUSED):
-        select_child_network(model, [batch_of("llama")], progress_bar=False)
-
-
-@pytest.mark.filterwarnings("ignore:.*copying from a non-meta parameter")  # torch's, which PEFT lets through
-def test_loading_an_adapter_and_running_it_on_an_offloaded_base_is_refused(tmp_path):
-    chosen_model("llama").save_pretrained(tmp_path)
-    model = PeftModel.from_pretrained(cpu_offload(build("llama")), tmp_path)
-    with pytest.raises(RuntimeError, match=REFUSED):
-        logits(model, batch_of("llama"))
 
 
 def test_a_dispatched_base_is_offloaded_around_the_layers_and_works(tmp_path):

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from peft_child import ChildTuningConfig, estimate_fisher, select_child_network
+from peft_child.layers.layer import child_tuning_layers
 
 from ..helpers import assert_same, child_of, config_for, snapshot
 from ..problems import batch_of, bert_batch, build, tiny_bert
@@ -211,3 +212,23 @@ def test_scores_on_the_cpu_of_a_model_on_a_gpu():
     for name, score in beside.items():
         assert (score.device.type, apart[name].device.type) == ("cuda", "cpu")
         torch.testing.assert_close(apart[name], score.cpu())
+
+
+def test_scores_that_do_not_fit_are_refused_before_the_first_is_made(monkeypatch, tmp_path):
+    model = get_peft_model(build("llama"), config_for("llama"))
+    batches = [batch_of("llama")]
+    needed = 4 * sum(layer.base_parameter(key).numel() for layer, key in targets_of(model))
+    for free, fits in ((needed, True), (needed - 1, False)):
+        monkeypatch.setattr("psutil.virtual_memory", lambda free=free: SimpleNamespace(available=free))
+        if fits:
+            expected = estimate_fisher(model, batches, progress_bar=False)
+    message = rf"take 4 bytes for each targeted weight, {needed / 1e9:.1f} GB on cpu.*use granularity='input_channel'"
+    with pytest.raises(ValueError, match=message):
+        estimate_fisher(model, batches, progress_bar=False)
+    assert_same(estimate_fisher(model, batches, progress_bar=False, score_folder=tmp_path), expected)
+    by_channel = get_peft_model(build("llama"), config_for("llama", granularity="input_channel"))
+    select_child_network(by_channel, batches, progress_bar=False)
+
+
+def targets_of(model):
+    return [(layer, key) for layer in child_tuning_layers(model).values() for key in layer.targets_of("default")]
