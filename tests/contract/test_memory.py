@@ -31,6 +31,11 @@ def peak_of_a_step(layers, chosen):
         optimizer.zero_grad()
 
     step()  # optimizer states and decoded indices are there to stay
+    return peak_of(step)
+
+
+def peak_of(step):
+    """Largest number of bytes alive at once while `step` runs, beyond what was there before it."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         step()
     events = sorted(

@@ -3,8 +3,9 @@
 import pytest
 import torch
 from datasets import Dataset
-from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from tokenizers import Tokenizer, models
+from torch import nn
 from torch.nn import functional
 from transformers import (
     AutoModelForCausalLM,
@@ -18,9 +19,10 @@ from transformers.integrations.gguf import kernels
 from peft_child import ChildTuningConfig, select_child_network
 from peft_child.layers.layer import child_tuning_layers
 
+from ..contract.test_memory import peak_of
 from ..helpers import assert_same, child_of, logits, train
 from ..problems import batch_of
-from .test_packed import base_of, dense_twin, gguf, packed_bits, plain_base, rows
+from .test_packed import base_of, dense_twin, gguf, nf4, packed_bits, plain_base, rows
 
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -132,3 +134,34 @@ def test_gguf_blocks_that_stay_packed(monkeypatch, granularity):
     few = {"input_ids": batch["input_ids"][:1, :5]}  # on the kernel
     for inputs in (batch, few):
         torch.testing.assert_close(logits(found[0], inputs), logits(found[1], inputs), rtol=0, atol=1e-3)
+
+
+def test_memory_is_that_of_lora_and_at_most_one_unpacked_layer(granularity):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: run make quantised")
+    width, layers, rank = 256, 8, 16
+    trained = 2 * rank * width  # in each layer
+    peaks = {}
+    for method in ("lora", "child"):
+        torch.manual_seed(0)
+        base = nn.Sequential(*(nf4(nn.Linear(width, width, bias=False)) for _ in range(layers)))
+        names = [str(number) for number in range(layers)]
+        model = get_peft_model(
+            base,
+            LoraConfig(target_modules=names, r=rank)
+            if method == "lora"
+            else config_of(
+                granularity, target_modules=names, task_type=None, variant="random", density=trained / width**2
+            ),
+        )
+        optimizer = torch.optim.AdamW([value for value in model.parameters() if value.requires_grad], foreach=False)
+        assert sum(value.numel() for value in model.parameters() if value.requires_grad) == layers * trained
+        x = torch.randn(64, width)
+
+        def step(model=model, optimizer=optimizer, x=x):
+            model(x).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        step()
+        peaks[method] = peak_of(step)
+    assert peaks["child"] <= peaks["lora"] + 4 * width * width
