@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu
+from benchmarks import gpu, plan
 
 
 ROOT = Path(__file__).parents[1]
@@ -67,6 +67,12 @@ def test_growth_fits_every_phase_and_keeps_the_other_part_of_the_page(tmp_path):
     assert [len(stored["growth"][axis]) for axis in ("size", "density", "batch")] == [3, 2, 2]
     for row in ("pass, native", "pass, ours", "Fisher pass", "choice", "save", "load", "merge", "training"):
         assert f"\n| {row} |" in page
+
+
+def test_the_page_on_large_models_has_the_plan():
+    assert plan.table() in (ROOT / "docs" / "scale.md").read_text()
+    shape = plan.LLAMAS["8B"]
+    assert shape.linear + shape.others == 8_029_995_008  # Llama 3.1 8B has 8,030,261,248 weights with its norms
 
 
 @pytest.mark.slow

@@ -57,6 +57,13 @@ class ChildTuningLayer(MergingLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the base layer with composed parameters."""
+        if self._can_be_packed and torch.compiler.is_compiling():
+            return self._call_uncompiled(args, kwargs)
+        return self._call(self.base_layer, args, kwargs)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _call_uncompiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """As `_call`, for a packed base layer: what unpacks weights cannot be traced."""
         return self._call(self.base_layer, args, kwargs)
 
     def _call(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -95,7 +102,6 @@ class ChildTuningLayer(MergingLayer):
         is_linear = type(self.base_layer).forward is nn.Linear.forward
         return is_linear and is_quantised(weight.base) and can_add_channels(weight)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _call_quantised(
         self, compositions: dict[str, Composition], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor:

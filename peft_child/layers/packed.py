@@ -104,8 +104,10 @@ class Requantised:
     """
 
     def __init__(self, module: nn.Module, backend: QuantizationBackend, weight: Tensor) -> None:
+        before = dict(vars(module))
         self.base_layer = copy.deepcopy(module)
         backend.set_base_weight(self, weight)
+        vars(module).update(before)  # weights of bitsandbytes refer to the module that was copied, and write to it
         new: Any = self.base_layer
         if module.bias is not None and new.bias is None:  # that of HQQ makes a new module, and forgets the bias
             new.bias = copy.deepcopy(module.bias)

@@ -311,6 +311,22 @@ def test_several_adapters_and_mixed_batches(quantise):
         torch.testing.assert_close(found[row], alone[name][row], rtol=0, atol=0.1 if quantise is int8 else 1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's own, where a compiled program is interrupted
+@pytest.mark.parametrize("quantise", [nf4, gguf])
+def test_a_compiled_model_computes_the_same(quantise, granularity):
+    found = []
+    for compiled in (False, True):
+        model = model_of(base_of(quantise), variant="random", granularity=granularity, init_weights=False).train()
+        run = torch.compile(model, backend="aot_eager") if compiled else model
+        loss = run(**rows(batch_of("llama"))).loss
+        loss.backward()
+        gradients = {name: value.grad for name, value in model.named_parameters() if value.requires_grad}
+        found.append({"loss": loss.detach(), **gradients})
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_activation_checkpointing_changes_no_gradient(quantise, granularity, reentrant):
     found = []
