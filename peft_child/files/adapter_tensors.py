@@ -25,6 +25,7 @@ from peft_child.tensors.codec import (
 from peft_child.tensors.delta import ChildSize, SparseDelta
 from peft_child.tensors.distributed import check_has_values, whole
 from peft_child.tensors.gradient_mask import GradientMask
+from peft_child.tensors.partitioned import numel_of
 from peft_child.tensors.quantised import is_quantised
 
 
@@ -236,10 +237,10 @@ def _naming(name: str) -> Iterator[None]:
 
 def check_numel(name: str, child: StoredChild, base: Tensor) -> None:
     """Raise a `FormatError` if a child network was made for a tensor of another size than its parameter's."""
-    if child.header.numel != base.numel():
+    if child.header.numel != numel_of(base):
         raise FormatError(
             f"The child of '{name}' cannot be loaded. It was made for a tensor of {child.header.numel} entries, and "
-            f"that of the base model has {base.numel()}."
+            f"that of the base model has {numel_of(base)}."
         )
 
 

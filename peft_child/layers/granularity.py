@@ -6,6 +6,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_child.tensors.channels import ChannelLayout
+from peft_child.tensors.partitioned import shape_of
 
 
 ENTRY, INPUT_CHANNEL = "entry", "input_channel"
@@ -29,7 +30,7 @@ def layout_of(module: nn.Module, key: str, parameter: nn.Parameter) -> ChannelLa
         key: The parameter's name in the module.
         parameter: The parameter, of any shape.
     """
-    shape = parameter.shape
+    shape = shape_of(parameter)
     if len(shape) == 3 and not isinstance(module, _CONVOLUTIONS):  # experts: (experts, out, in), or (experts, in, out)
         is_transposed = getattr(module, "is_transposed", False)
         return ChannelLayout(shape[0], 1, *shape[1:]) if is_transposed else ChannelLayout(*shape, 1)

@@ -30,14 +30,15 @@ from peft_child.tensors.channel_linear import (
 )
 from peft_child.tensors.compose import Composition, call_composed, is_traced, lock_of
 from peft_child.tensors.composed_on_use import ComposedOnUse, ComposedToRead
+from peft_child.tensors.partitioned import check_gathered, gather_with, has_hooks, is_away
 from peft_child.tensors.quantised import PackedWeight, is_quantised
 
 
 _LINEAR = {"weight", "bias"}  # the parameters of a linear layer
 
-# Prefixes of the attributes with which accelerate, transformers, FSDP and DDP mark modules. A mark on the base layer
-# says nothing about this layer, so these are not looked up there.
-_MARKS = ("_hf_", "_is_hf_", "_old_forward", "_fsdp", "_is_fsdp", "_ddp")
+# Prefixes of the attributes with which accelerate, transformers, FSDP, DDP and DeepSpeed mark modules. A mark on the
+# base layer says nothing about this layer, so these are not looked up there.
+_MARKS = ("_hf_", "_is_hf_", "_old_forward", "_fsdp", "_is_fsdp", "_ddp", "_external_params", "_z3_leaf", "ds_")
 
 
 class ChildTuningLayer(MergingLayer):
@@ -71,6 +72,8 @@ class ChildTuningLayer(MergingLayer):
         if self.mixed_batch is not None and self._only is None:
             return self.mixed_batch.call(partial(self._call_with, call), self.child_states, args, kwargs)
         with self._locked():
+            if not torch.compiler.is_compiling():
+                gather_with(self, self._read_here())
             compositions = self._compositions()
             if self._is_quantised(call, compositions):
                 return self._call_quantised(compositions, args, kwargs)
@@ -145,7 +148,15 @@ class ChildTuningLayer(MergingLayer):
             if composition.children:
                 self._check_present(name, composition.base)
                 found[name] = composition
+            elif is_away(composition.base) and not has_hooks(self.base_layer):  # else they gather it later
+                check_gathered(f"Parameter '{self.name_of(name)}'", composition.base)
         return found
+
+    def _read_here(self) -> Iterator[Tensor]:
+        """The tensors that compositions are made from, which are parameters of other modules."""
+        for name in () if self._is_bare() else self.targeted():
+            yield self._base(name)
+            yield from (delta for _, delta in self.deltas_of(name))
 
     def _composition(self, parameter: str) -> Composition:
         adapters = self.active_adapters if self._only is None else self._only

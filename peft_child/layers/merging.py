@@ -15,6 +15,7 @@ from peft_child.layers.packed import Requantised
 from peft_child.layers.state import LayerState
 from peft_child.tensors.compose import Child, Composition, positions_of
 from peft_child.tensors.distributed import check_has_values, is_sharded
+from peft_child.tensors.partitioned import check_gathered, is_partitioned
 from peft_child.tensors.quantised import PackedWeight, is_quantised
 
 
@@ -155,6 +156,11 @@ class MergingLayer(LayerState):
 
     def _check_present(self, parameter: str, base: Tensor) -> None:
         check_has_values(f"Parameter '{parameter}' of a {type(self.base_layer).__name__}", base)
+        if is_partitioned(base):
+            name = self.name_of(parameter)
+            check_gathered(f"Parameter '{name}'", base)
+            for adapter, delta in self.deltas_of(parameter):
+                check_gathered(f"The child network of '{name}' (adapter '{adapter}')", delta)
         if is_sharded(base):
             raise RuntimeError(
                 f"Parameter '{parameter}' of a {type(self.base_layer).__name__} is sharded (a DTensor), so that it "

@@ -11,7 +11,15 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from peft_child.files.adapter_tensors import KINDS, MASK, check_numel, checked_child, fingerprint_of, precise_dtype
+from peft_child.files.adapter_tensors import (
+    INDEX,
+    KINDS,
+    MASK,
+    check_numel,
+    checked_child,
+    fingerprint_of,
+    precise_dtype,
+)
 from peft_child.layers.buffers import IndexBuffers, MaskBuffers
 from peft_child.layers.granularity import layout_of
 from peft_child.layers.packed import packed_weight
@@ -23,6 +31,14 @@ from peft_child.tensors.delta import ChildSize, SparseDelta
 from peft_child.tensors.distributed import check_whole, is_sharded
 from peft_child.tensors.gradient_mask import GradientMask
 from peft_child.tensors.mask_steps import MaskUse, count_steps, numbered, owner_of
+from peft_child.tensors.partitioned import (
+    check_gathered,
+    check_not_optimized,
+    gathered_whole,
+    is_optimized,
+    numel_of,
+    shape_of,
+)
 from peft_child.tensors.quantised import PackedWeight
 
 
@@ -150,7 +166,8 @@ class LayerState(nn.Module, BaseTunerLayer):
         packed = self._packed() if name == "weight" else None
         if packed is not None:
             return cast(nn.Parameter, packed)
-        parameter = self.base_layer._parameters.get(name)
+        parameters = self.base_layer._parameters
+        parameter = parameters[name] if name in parameters else None  # noqa: SIM401 (DeepSpeed gathers at [...])
         if parameter is None:
             raise RuntimeError(
                 f"'{name}' has a child network, but is no parameter of the {type(self.base_layer).__name__} any more: "
@@ -173,21 +190,27 @@ class LayerState(nn.Module, BaseTunerLayer):
         """Sizes of the adapter's child networks in this layer, by name in the whole model."""
         blocks = self.child_index.of(adapter_name)
         return {
-            name: ChildSize(self.base_parameter(key).numel(), delta.numel(), blocks[key].numel())
+            name: ChildSize(numel_of(self.base_parameter(key)), numel_of(delta), blocks[key].numel())
             for key, name, delta in self._named_deltas(adapter_name)
         }
 
     def sparse_deltas(self, adapter_name: str) -> dict[str, SparseDelta]:
         """The adapter's child networks in this layer, by name in the whole model."""
+        for _, name, delta in self._named_deltas(adapter_name):
+            check_gathered(f"The child network of '{name}' (adapter '{adapter_name}')", delta)
         return {
             name: SparseDelta(
-                tuple(self.base_parameter(key).shape),
+                tuple(shape_of(self.base_parameter(key))),
                 self.indices(adapter_name, key),
                 delta,
                 layout=self._layout(adapter_name, key),
             )
             for key, name, delta in self._named_deltas(adapter_name)
         }
+
+    def parameters_of(self, adapter_name: str) -> dict[str, nn.Parameter]:
+        """The parameters that hold the adapter's deltas in this layer, by name in the whole model."""
+        return {name: delta for _, name, delta in self._named_deltas(adapter_name)}
 
     def named_deltas(self, adapter_name: str) -> dict[str, Tensor]:
         """The adapter's deltas in this layer, detached, shape `(k,)`, by name in the whole model."""
@@ -229,6 +252,18 @@ class LayerState(nn.Module, BaseTunerLayer):
             name = self.targets_of(adapter_name)[parameter]
             raise FormatError(f"The child of '{name}' (adapter '{adapter_name}'). {error}") from error
 
+    def name_of(self, parameter: str) -> str:
+        """The name of a targeted parameter of the base layer in the whole model."""
+        holder, held = self.child_ties.get(parameter, (self, parameter))
+        return next(state.targets[held] for state in holder.child_states.values() if held in state.targets)
+
+    def deltas_of(self, parameter: str) -> Iterator[tuple[str, nn.Parameter]]:
+        """Adapters and their deltas in one parameter of the base layer, those of tied parameters included."""
+        holder, held = self.child_ties.get(parameter, (self, parameter))
+        for adapter in holder.child_delta:
+            if held in holder._deltas(adapter):
+                yield adapter, holder._deltas(adapter)[held]
+
     def children_of(self, parameter: str, adapter_names: Collection[str]) -> Iterator[Child]:
         """The children of some adapters in one parameter of the base layer, those of tied parameters included."""
         holder, held = self.child_ties.get(parameter, (self, parameter))
@@ -238,7 +273,7 @@ class LayerState(nn.Module, BaseTunerLayer):
 
     def _child(self, adapter_name: str, parameter: str) -> Child:
         delta = self._deltas(adapter_name)[parameter]
-        is_whole = delta.numel() == self._base(parameter).numel()
+        is_whole = numel_of(delta) == numel_of(self._base(parameter))
         indices = None if is_whole else self._indices(adapter_name, parameter)
         is_masked = parameter in self.child_mask.of(adapter_name)
         return Child(delta, indices, MaskUse(self._number, f"{adapter_name}.{parameter}") if is_masked else None)
@@ -260,7 +295,8 @@ class LayerState(nn.Module, BaseTunerLayer):
             if child is None or not child.indices.numel():
                 continue  # FSDP2 cannot shard an empty delta
             base = self.base_parameter(parameter)
-            block = _block_of(base, child)
+            with gathered_whole([base]):
+                block = _block_of(base, child)
             delta = _kept(before.get(parameter), child.values.detach().to(base.device, copy=True))
             self._put(adapter_name, parameter, delta, block, trainable)
             self.child_index.remember(adapter_name, parameter, _index_of(child))
@@ -339,7 +375,8 @@ class LayerState(nn.Module, BaseTunerLayer):
         empty = [(key, name, delta) for key, name, delta in self._named_deltas(adapter_name) if not blocks[key].any()]
         for parameter, name, delta in empty:
             base = self.base_parameter(parameter)
-            with torch.inference_mode(False):  # a block drawn as an inference tensor could not be loaded into
+            # A block drawn as an inference tensor could not be loaded into.
+            with gathered_whole([base]), torch.inference_mode(False):
                 blocks[parameter] = _block_of(base, state.draw(name, base, layouts[name], delta.numel()))
         state.unloaded = False
         return bool(empty)
@@ -355,8 +392,9 @@ class LayerState(nn.Module, BaseTunerLayer):
 
     def _clear(self, adapter_name: str) -> dict[str, nn.Parameter]:
         """Take an adapter's child network out, to be replaced; returns its deltas by parameter."""
-        for name, delta in self.named_deltas(adapter_name).items():
+        for _, name, delta in self._named_deltas(adapter_name):
             check_whole(name, delta, "give its adapter another child network before sharding the model")
+            check_not_optimized(name, delta, "give its adapter another child network")
         deltas = dict(self._deltas(adapter_name).items())
         for held in (self._deltas(adapter_name), self.child_index.of(adapter_name), self.child_mask.of(adapter_name)):
             held.clear()
@@ -395,6 +433,27 @@ class LayerState(nn.Module, BaseTunerLayer):
                 sizes[name], dtypes[name] = child.size(), precise_dtype(child.delta)
         return sizes, dtypes
 
+    def is_optimized(self) -> bool:
+        """Whether an engine of DeepSpeed trains deltas of this layer."""
+        return any(map(is_optimized, self.child_delta.parameters()))
+
+    def check_same_child(self, state_dict: Mapping[str, Any], prefix: str) -> None:
+        """Raise a `RuntimeError` if a checkpoint of DeepSpeed has other child networks than this layer.
+
+        DeepSpeed restores deltas from its optimizer, and nothing can be added to that any more.
+        """
+        for adapter, state in self.child_states.items():
+            for parameter, name in state.targets.items():
+                blocks = self.child_index.of(adapter)
+                here = dict(blocks.items()).get(parameter)
+                there = state_dict.get(f"{prefix}{INDEX}.{adapter}.{parameter}")
+                if here is not there and (here is None or there is None or not here.cpu().equal(there.cpu())):
+                    raise RuntimeError(
+                        f"The checkpoint has another child network of '{name}' (adapter '{adapter}') than the model, "
+                        "which DeepSpeed trains already: make the model with PeftModel.from_pretrained(base_model, "
+                        "CHECKPOINT, is_trainable=True), or choose the same child network again, before resuming."
+                    )
+
     def make_room(self, adapter_name: str, sizes: Mapping[str, ChildSize], dtypes: Mapping[str, torch.dtype]) -> None:
         """Allocate for a state dict about to be loaded, unless the sizes are right already.
 
@@ -408,10 +467,11 @@ class LayerState(nn.Module, BaseTunerLayer):
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         """As torch's; a child network that was chosen in another model gets room first."""
-        found = {adapter: self.sizes_in(state_dict, prefix, adapter) for adapter in self.child_states}
-        for adapter, (sizes, dtypes) in found.items():
-            if sizes:
-                self.make_room(adapter, sizes, dtypes)
+        if not self.is_optimized():
+            found = {adapter: self.sizes_in(state_dict, prefix, adapter) for adapter in self.child_states}
+            for adapter, (sizes, dtypes) in found.items():
+                if sizes:
+                    self.make_room(adapter, sizes, dtypes)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -433,7 +493,7 @@ class LayerState(nn.Module, BaseTunerLayer):
         """How the values of a delta are divided into input channels; see `GradientMask.apply`."""
         base = self.base_parameter(parameter)
         layout = layout_of(self.base_layer, parameter, base)
-        if self._deltas(adapter_name)[parameter].numel() == base.numel():
+        if numel_of(self._deltas(adapter_name)[parameter]) == numel_of(base):
             return layout
         index = self._indices(adapter_name, parameter)
         if isinstance(index, Channels):

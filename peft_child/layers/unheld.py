@@ -16,6 +16,8 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
+from peft_child.tensors.partitioned import copied_by
+
 
 T = TypeVar("T")
 
@@ -72,7 +74,8 @@ def _unheld(model: nn.Module, lost: set[int], stepped: set[int]) -> list[str]:
 
 
 def _parameters_of(optimizer: Optimizer) -> set[int]:
-    return {id(parameter) for group in getattr(optimizer, "param_groups", ()) for parameter in group["params"]}
+    held = {id(parameter) for group in getattr(optimizer, "param_groups", ()) for parameter in group["params"]}
+    return held | copied_by(optimizer)
 
 
 def _living(kind: type[T]) -> Iterator[T]:

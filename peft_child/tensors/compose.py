@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from peft_child.tensors.channels import Channels
 from peft_child.tensors.delta import rounded_sum
 from peft_child.tensors.mask_steps import MaskUse
+from peft_child.tensors.partitioned import is_partitioned
 from peft_child.tensors.quantised import dense
 
 
@@ -213,15 +214,21 @@ def call_composed(
 def _swapped(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     """Put `tensors` in the place of the parameters of `module`, and the parameters back at the end.
 
-    FSDP keeps its parameters in the instance dictionary as well, where attribute lookup finds them first.
+    FSDP keeps its parameters in the instance dictionary as well, where attribute lookup finds them first. That is also
+    where tensors are put for a module that ZeRO-3 has partitioned: DeepSpeed's hooks look for its parameters.
     """
     own = {name: module._parameters[name] for name in tensors}
     shadows = {name: module.__dict__.pop(name) for name in tensors if name in module.__dict__}
+    is_hooked = any(parameter is not None and is_partitioned(parameter) for parameter in own.values())
     try:
-        module._parameters.update(tensors)  # type: ignore[arg-type]
+        (module.__dict__ if is_hooked else module._parameters).update(tensors)  # type: ignore[arg-type]
         yield
     finally:
-        module._parameters.update(own)
+        if is_hooked:
+            for name in tensors:
+                module.__dict__.pop(name, None)
+        else:
+            module._parameters.update(own)
         module.__dict__.update(shadows)
         if isinstance(module, nn.RNNBase):  # it remembers the tensors that it ran with
             module._init_flat_weights()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from peft_child.tensors.channels import ChannelLayout
+from peft_child.tensors.partitioned import shape_of
 
 
 Progress = Callable[[Sequence[str], str], Iterable[str]]  # wraps a loop over names, with a title
@@ -117,7 +118,7 @@ def fresh_delta(
     """A float32 delta to be trained: zeros, or small random values if `init_weights` is False."""
     # 0.02 is the usual standard deviation of new weights.
     values = torch.zeros(indices.numel()) if init_weights else torch.randn(indices.numel()) * 0.02
-    return SparseDelta(tuple(tensor.shape), indices, values, layout=layout)
+    return SparseDelta(tuple(shape_of(tensor)), indices, values, layout=layout)
 
 
 def rounded_sum(base: Tensor, change: Tensor) -> Tensor:

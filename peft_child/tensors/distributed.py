@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, distributed
 
 
 T = TypeVar("T")
+PATIENCE = timedelta(minutes=2)  # ranks that do the same come at almost the same time
 _NONE = object()  # marks the end of the items, which may be None
 
 
@@ -132,6 +134,17 @@ def _failure(error: Exception) -> _Failure:
     if isinstance(error, RuntimeError):
         return _Failure(RuntimeError, str(error))
     return _Failure(RuntimeError, f"{type(error).__name__}: {error}")
+
+
+def check_all_come(message: str, patience: timedelta = PATIENCE) -> None:
+    """Raise a `RuntimeError` with the message if not every rank calls this; gathering would wait for the others."""
+    if world_size() == 1:
+        return
+    device = "cpu" if "gloo" in distributed.get_backend() else torch.accelerator.current_accelerator()
+    try:
+        distributed.all_reduce(torch.zeros(1, device=device), async_op=True).wait(patience)
+    except RuntimeError as error:
+        raise RuntimeError(message) from error
 
 
 def check_equal(settings: Mapping[str, object]) -> None:

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from peft_child.tensors.partitioned import copied_by
+
 
 class MaskOwner(Protocol):
     """An object that knows the masks of some parameters, and counts the optimizer steps that are done on them."""
@@ -59,18 +61,24 @@ class _Step:
     Attributes:
         open: Optimizers whose steps have begun and not ended.
         counted: The `id()` of each parameter for which the step has been counted.
-        has_news: Whether a gradient was masked since the last step began. If so, a step that is still open has failed,
-            and the next call of `begin` opens a new one.
+        copied: The same for parameters of which an optimizer steps copies. DeepSpeed steps them group after group.
+        news: Owners of the gradients that were masked since the last step began. If there are any, a step that is
+            still open has failed, and the next call of `begin` opens a new one.
+        masked: Owners of the gradients that this step is for. DeepSpeed also steps copies before there are gradients.
     """
 
     def __init__(self) -> None:
         self.open: list[int] = []
         self.counted: set[int] = set()
-        self.has_news = False
+        self.copied: set[int] = set()
+        self.news: set[int] = set()
+        self.masked: set[int] = set()
 
     def begin(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if self.has_news or not self.open:
-            self.open, self.counted, self.has_news = [], set(), False
+        if self.news or not self.open:
+            self.open, self.counted = [], set()
+        if self.news:
+            self.masked, self.news, self.copied = self.news, set(), set()
         self.open.append(id(optimizer))
 
     def end(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -80,9 +88,12 @@ class _Step:
         if not _COUNTING or (found_inf is not None and bool(found_inf)):
             return
         stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        for owner in list(_COUNTING.values()):
-            owner.count_step(stepped - self.counted)  # a wrapper has the parameters of what it wraps, too
+        copied = copied_by(optimizer)
+        for number, owner in list(_COUNTING.items()):
+            new = stepped - self.counted  # a wrapper has the parameters of what it wraps, too
+            owner.count_step(new | (copied - self.copied) if number in self.masked else new)
         self.counted |= stepped
+        self.copied |= copied
 
 
 _STEP = _Step()
@@ -107,7 +118,7 @@ def count_steps(number: int) -> None:
 
 
 def _mask_gradient(gradient: Tensor, owner: int, key: str) -> Tensor:
-    _STEP.has_news = True
+    _STEP.news.add(owner)
     return owner_of(owner).masked(key, gradient)
 
 

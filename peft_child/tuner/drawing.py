@@ -11,6 +11,7 @@ from peft_child.layers.granularity import INPUT_CHANNEL, layout_of
 from peft_child.tensors.channels import ChannelLayout, choose_channels
 from peft_child.tensors.delta import SparseDelta, fresh_delta
 from peft_child.tensors.lazy import Lazy
+from peft_child.tensors.partitioned import numel_of
 from peft_child.tensors.topk import apportion, draw_random, seeded, select_largest
 from peft_child.tuner.config import ChildTuningConfig
 from peft_child.tuner.targets import Target
@@ -44,7 +45,7 @@ def _counts(targets: list[Target], config: ChildTuningConfig) -> dict[str, int] 
     """How many entries are drawn by name of the target, if the variant draws at random."""
     if config.variant not in DRAWN or not targets:
         return None
-    numels = {target.name: target.parameter.numel() for target in targets}
+    numels = {target.name: numel_of(target.parameter) for target in targets}
     size = config.child_size(sum(numels.values()))
     if not _by_channel(config):
         return apportion(numels, size)
@@ -75,7 +76,7 @@ def drawn_child(
         count: Number of entries to draw; if channels are drawn, that of whole ones.
     """
     if not _by_channel(config):
-        indices = draw_random(name, tensor.numel(), count, config.seed)
+        indices = draw_random(name, numel_of(tensor), count, config.seed)
         return fresh_delta(tensor, indices, config.init_weights)
     numbers = torch.arange(count // layout.size)
     if 0 < len(numbers) < layout.number:

@@ -21,12 +21,14 @@ from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from peft_child.files.adapter_folder import WITHOUT_SELECTION
+from peft_child.files.adapter_tensors import INDEX
 from peft_child.layers.layer import ChildTuningLayer, child_tuning_layers
 from peft_child.layers.mixed_batch import MixedBatch, check_mixed_batch, heads_by_row
 from peft_child.layers.packed import backend_of
 from peft_child.tensors.combine import combine_named, density_of
 from peft_child.tensors.delta import SparseDelta, fresh_delta
 from peft_child.tensors.distributed import check_has_values
+from peft_child.tensors.partitioned import numel_of
 from peft_child.tuner.config import ChildTuningConfig
 from peft_child.tuner.drawing import DRAWN, drawn_child, drawn_children, is_of_a_file
 from peft_child.tuner.injection import (
@@ -47,8 +49,8 @@ from peft_child.tuner.targets import Owner, Target, all_linear, find_targets, na
 def next_gradient_mask(model: nn.Module) -> None:
     """Count one optimizer step on all deltas of a model, so that random gradient masks are redrawn.
 
-    Only for engines whose optimizer is not a `torch.optim.Optimizer`, or holds copies of the parameters (DeepSpeed).
-    Steps of a torch optimizer on the deltas themselves are counted automatically.
+    Only for engines whose optimizer is not a `torch.optim.Optimizer`. Steps of a torch optimizer on the deltas, or on
+    DeepSpeed's copies of them, are counted automatically.
 
     Args:
         model: A model with Child-Tuning adapters; call this once after each optimizer step.
@@ -127,7 +129,7 @@ class ChildTuningModel(BaseTuner):
         if isinstance(peft_config.target_modules, str) and peft_config.target_modules.lower() == "all-linear":
             peft_config.target_modules = all_linear(model, peft_config)
         targets = find_targets(model, peft_config)
-        numels = {target.name: target.parameter.numel() for target in targets}
+        numels = {target.name: numel_of(target.parameter) for target in targets}
         check_sizes(peft_config.child_sizes or {}, numels)
         check_vocabulary(model, targets)
 
@@ -399,6 +401,12 @@ class ChildTuningModel(BaseTuner):
         In a whole model's state dict, a layer without a child network is one in which nothing was chosen.
         """
         layers = {f"{prefix}{name}.": layer for name, layer in child_tuning_layers(self).items()}
+        if any(layer.is_optimized() for layer in layers.values()):
+            if any(f".{INDEX}." in key for key in state_dict):
+                for path, layer in layers.items():
+                    layer.check_same_child(state_dict, path)
+            super()._load_from_state_dict(state_dict, prefix, *args)
+            return
         found = {
             adapter: {path: layer.sizes_in(state_dict, path, adapter) for path, layer in layers.items()}
             for adapter in self.peft_config

@@ -28,8 +28,9 @@ from peft_child.layers.granularity import INPUT_CHANNEL
 from peft_child.layers.layer import ChildTuningLayer, child_tuning_layers
 from peft_child.tensors.codec import FormatError, with_delta_checksum
 from peft_child.tensors.delta import ChildSize
-from peft_child.tensors.distributed import alike, whole
+from peft_child.tensors.distributed import alike, check_all_come, check_equal, digest, whole
 from peft_child.tensors.gradient_mask import GradientMask
+from peft_child.tensors.partitioned import check_not_optimized, gathered_whole, is_partitioned, numel_of
 from peft_child.tuner.config import ChildTuningConfig
 
 
@@ -42,7 +43,9 @@ def tensors_to_save(
 ) -> dict[str, Tensor]:
     """The tensors of an adapter file, under names that still contain the adapter's.
 
-    If the model is sharded over processes (FSDP2), every rank has to call this, and gets whole tensors.
+    If the model is sharded over processes (FSDP2, ZeRO-3), every rank has to call this, and gets whole tensors: the
+    child network and the modules saved whole are gathered, one tensor at a time, and nothing else. With a state dict
+    that is whole already, as the Trainer passes it, nothing is gathered.
 
     Args:
         model: A model whose layers have the adapter.
@@ -56,6 +59,7 @@ def tensors_to_save(
         RuntimeError: If no child network was chosen, or the state dict does not hold all of it.
     """
     layers = _layers(model)
+    _gather(model, adapter_name, state_dict)
     sizes: dict[str, ChildSize] = {}
     for layer in layers.values():
         if layer.has_adapter(adapter_name):
@@ -81,6 +85,26 @@ def tensors_to_save(
     return stamped(selected, getattr(torch, config.delta_dtype))
 
 
+def _gather(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
+    """Put what is trained into a state dict that has placeholders, since ZeRO-3 has partitioned the parameters."""
+    kinds = (f".{DELTA}.{adapter_name}.", f".modules_to_save.{adapter_name}.")
+    absent = {}
+    for name, parameter in model.named_parameters():
+        key = _without_wrappers(name)
+        is_placeholder = key in state_dict and state_dict[key].numel() != numel_of(parameter)
+        if is_partitioned(parameter) and is_placeholder and any(kind in key for kind in kinds):
+            absent[key] = parameter
+    if absent:
+        check_all_come(
+            "Not every rank gathers the child network, which ZeRO-3 has partitioned: call save_pretrained on every "
+            "rank without state_dict=, or, with the state dict that accelerator.get_state_dict returns, on the main "
+            "process alone."
+        )
+    for key, parameter in absent.items():
+        with gathered_whole([parameter]):
+            state_dict[key] = parameter.detach().clone()
+
+
 def _check_saved(sizes: Mapping[str, ChildSize], selected: Mapping[str, Tensor]) -> None:
     entries = sum(value.numel() for key, value in selected.items() if f".{DELTA}." in key)
     blocks = sum(f".{INDEX}." in key for key in selected)
@@ -95,12 +119,13 @@ def _check_saved(sizes: Mapping[str, ChildSize], selected: Mapping[str, Tensor])
 
 def _layers(model: nn.Module) -> dict[str, ChildTuningLayer]:
     """The layers of a model by their names in its state dict."""
-    found = {}
-    for name, layer in child_tuning_layers(model).items():
-        for wrapper in _WRAPPERS:
-            name = name.replace(wrapper, "")
-        found[name] = layer
-    return found
+    return {_without_wrappers(name): layer for name, layer in child_tuning_layers(model).items()}
+
+
+def _without_wrappers(name: str) -> str:
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
 
 
 def fit_state_dict(
@@ -122,8 +147,9 @@ def fit_state_dict(
         ValueError: If the base model has other weights, and `check_base` is 'error'; or if the configuration did not
             come with the file, and says that the child network or its gradient mask must be another.
     """
-    children, remapped = read_children(state_dict)
     layers = {path: layer for path, layer in _layers(model).items() if layer.has_adapter(adapter_name)}
+    bases = _loadable(layers, adapter_name, state_dict)
+    children, remapped = read_children(state_dict)
     sizes: dict[str, ChildSize] = {}
     dtypes: dict[str, torch.dtype] = {}
     strange: list[str] = []
@@ -148,13 +174,25 @@ def fit_state_dict(
     if not sizes:
         raise FormatError("The file holds no child network; it was saved before one was chosen.")
     if config.present_sizes != sizes and config.variant != "extracted":  # the configuration is not the file's own
-        bases = [base for layer in layers.values() for base in layer.base_parameters(adapter_name).values()]
-        _check_density(config, sum(base.numel() for base in bases), sum(size.chosen for size in sizes.values()))
+        _check_density(config, sum(map(numel_of, bases)), sum(size.chosen for size in sizes.values()))
     _check_base(config.check_base, strange, len(sizes))
     for layer in layers.values():
         layer.allocate(adapter_name, sizes, dtypes, trainable=not config.inference_mode)
     config.present_sizes = sizes
     return remapped
+
+
+def _loadable(
+    layers: Mapping[str, ChildTuningLayer], adapter_name: str, state_dict: Mapping[str, Tensor]
+) -> list[nn.Parameter]:
+    """The base parameters that an adapter targets; raises if no file can be loaded into its deltas any more."""
+    for layer in layers.values():
+        for name, delta in layer.parameters_of(adapter_name).items():
+            check_not_optimized(name, delta, "load the adapter")
+    bases = [base for layer in layers.values() for base in layer.base_parameters(adapter_name).values()]
+    if any(map(is_partitioned, bases)):  # the ranks will gather them together, so they must have the same file
+        check_equal({"tensors of the adapter file (digest)": digest(state_dict)[:12]})
+    return bases
 
 
 def _differs_from_base(
@@ -172,7 +210,8 @@ def _differs_from_base(
                 f"The random child network of '{name}' must be the one that was saved; the one here was drawn with "
                 "another seed, another density, or another version of peft_child."
             )
-    return not layer.merged and fingerprints_differ(child.header.fingerprint, fingerprint_of(base, indices))
+    with gathered_whole([base]):
+        return not layer.merged and fingerprints_differ(child.header.fingerprint, fingerprint_of(base, indices))
 
 
 def _check_density(config: ChildTuningConfig, targeted: int, chosen: int) -> None:
