@@ -15,6 +15,7 @@ from peft_child.card.plot import grouped
 from peft_child.layers.layer import child_tuning_layers
 from peft_child.selection.select import Scores, select_child_network
 from peft_child.tensors.distributed import check_equal, digest, whole, world_size
+from peft_child.tensors.partitioned import gathered_whole
 from peft_child.tuner.model import next_gradient_mask
 
 
@@ -42,7 +43,7 @@ class ChildTuningCallback(TrainerCallback):
         scores: Ready-made scores instead of data, as `select_child_network` takes them.
         adapter_name: The adapter.
         count_steps: Count optimizer steps for random gradient masks where torch's hooks do not, because the engine
-            steps on copies of the parameters or without a torch optimizer (DeepSpeed); see `next_gradient_mask`.
+            steps without a torch optimizer; see `next_gradient_mask`.
         kwargs: Further arguments of `select_child_network`, such as `num_examples`.
     """
 
@@ -126,15 +127,17 @@ def _counted_steps(model: nn.Module) -> list[int]:
 
 def _numbers(model: nn.Module, adapter_name: str) -> dict[str, float]:
     """The numbers to log: how far the child network of an adapter has moved."""
-    layers = child_tuning_layers(model, adapter_name).values()
-    deltas = {name: delta for layer in layers for name, delta in layer.named_deltas(adapter_name).items()}
-    if not deltas:
+    squares, moved, chosen = {}, 0.0, 0
+    for layer in child_tuning_layers(model, adapter_name).values():
+        with gathered_whole(layer.parameters_of(adapter_name).values()):
+            for name, delta in layer.named_deltas(adapter_name).items():
+                squares[name] = float(whole(vector_norm(delta, dtype=torch.float64))) ** 2
+                moved += float(whole(delta.ne(0).sum()))
+                chosen += delta.numel()
+    if not squares:
         return {}
-    squares = {name: float(whole(vector_norm(delta, dtype=torch.float64))) ** 2 for name, delta in deltas.items()}
-    moved = sum(float(whole(delta.ne(0).sum())) for delta in deltas.values())
     norms = {
         "child/norm/other" if layer is None else f"child/norm/layer.{layer}": sum(group) ** 0.5
         for layer, group in grouped(squares, lambda place: place.layer).items()
     }
-    chosen = sum(delta.numel() for delta in deltas.values())
     return {"child/moved": moved / chosen, "child/norm": sum(squares.values()) ** 0.5, **norms}

@@ -36,6 +36,7 @@ from peft_child.tensors.distributed import (
     rank,
     world_size,
 )
+from peft_child.tensors.partitioned import gathered_whole
 from peft_child.tensors.quantised import is_quantised
 
 
@@ -72,7 +73,8 @@ class FisherPass:
         """Fisher information of the targets, float32: in their shapes, or summed over each input channel."""
         shared = any(is_sharded(parameter) for parameter in targets.values())  # then all ranks score all examples
         self._check(targets, shared)
-        with _scoring(self.model, training=self._by_batch):
+        # A pass goes through the whole model for every example, so what ZeRO-3 has partitioned is gathered once.
+        with gathered_whole(self.model.parameters()), _scoring(self.model, training=self._by_batch):
             if shared:  # all ranks run the same example, which needs the same dropout
                 torch.manual_seed(gathered(torch.initial_seed())[0])
             on_every_rank(partial(self._check_memory, targets))

@@ -31,6 +31,7 @@ from peft_child.tensors.distributed import (
     world_size,
 )
 from peft_child.tensors.lazy import Lazy
+from peft_child.tensors.partitioned import gathered_whole, is_in_engine, numel_of, shape_of
 from peft_child.tensors.sharded_topk import select_largest_of_shards
 from peft_child.tensors.topk import select_largest
 from peft_child.tuner.config import ChildTuningConfig
@@ -123,7 +124,7 @@ def select_child_network(
         found = fisher_pass.scores(dataloader, targets)
         examples, skipped = fisher_pass.examples, fisher_pass.skipped
     on_every_rank(partial(_check_scores, found, targets, layouts))
-    targeted = sum(parameter.numel() for parameter in targets.values())
+    targeted = sum(map(numel_of, targets.values()))
     chosen = _choose(found, targets, layouts, config.child_size(targeted))
     if len(set(gathered(digest(chosen)))) > 1:
         raise ValueError("Every process must have the same scores; these would choose different child networks.")
@@ -138,7 +139,7 @@ def select_child_network(
     children = Lazy(targets, child)  # made one at a time, when their layers ask
     for layer in layers:
         layer.set_child(adapter_name, children, trainable=not config.inference_mode)
-    dense = sum(parameter.numel() for _, parameter in _dense_parameters(model))
+    dense = sum(numel_of(parameter) for _, parameter in _dense_parameters(model))
     size = sum(len(own) * (layouts[name].size if layouts else 1) for name, own in chosen.items())
     return ChildNetwork(size, targeted, dense, skipped)
 
@@ -249,6 +250,12 @@ def adapter_of(model: nn.Module, adapter_name: str) -> Adapter:
             "The child network must be chosen before the model is wrapped in DistributedDataParallel, which does not "
             "see parameters that are made later."
         )
+    if is_in_engine(model):
+        raise ValueError(
+            "The child network must be chosen before DeepSpeed takes the model over (deepspeed.initialize, "
+            "accelerator.prepare, trainer.train), whose optimizer does not see parameters that are made later. To "
+            "make a trained one smaller, save it, and load it in one process."
+        )
     configs = getattr(model, "peft_config", None)
     config = configs.get(adapter_name) if isinstance(configs, dict) else None
     if not isinstance(config, ChildTuningConfig):
@@ -286,7 +293,7 @@ def _selectable(model: nn.Module, adapter_name: str) -> Adapter:
             "it. Save it, and add a new adapter."
         )
     # This raises if the density chooses nothing; better now than after the pass over the data.
-    adapter.config.child_size(sum(parameter.numel() for parameter in adapter.targets.values()))
+    adapter.config.child_size(sum(map(numel_of, adapter.targets.values())))
     return adapter
 
 
@@ -296,8 +303,10 @@ def _check_same_settings(
     """Raise if ranks differ in a setting that determines the child network, which would go unnoticed."""
     if world_size() == 1:
         return
-    shapes = repr({name: tuple(parameter.shape) for name, parameter in targets.items()})
+    shapes = repr({name: tuple(shape_of(parameter)) for name, parameter in targets.items()})
     dense = {name: parameter for name, parameter in _dense_parameters(model) if not is_sharded(parameter)}
+    with gathered_whole(dense.values()):
+        of_dense = digest(dense)[:12]
     check_equal(
         {
             "density": config.density,
@@ -306,7 +315,7 @@ def _check_same_settings(
             **others,
             "number of targeted parameters": len(targets),
             "digest of the targeted parameters' names and shapes": hashlib.sha256(shapes.encode()).hexdigest()[:12],
-            "digest of the densely trained weights (set the same seed before a new head is made)": digest(dense)[:12],
+            "digest of the densely trained weights (set the same seed before a new head is made)": of_dense,
         }
     )
 
@@ -350,7 +359,7 @@ def _check_scores(scores: Scores, targets: Mapping[str, nn.Parameter], layouts: 
                 f"scores must have exactly one tensor for each targeted parameter; {len(names)} {kind}: {some}."
             )
     for name, parameter in targets.items():
-        shape = (layouts[name].number,) if layouts else tuple(parameter.shape)
+        shape = (layouts[name].number,) if layouts else tuple(shape_of(parameter))
         if tuple(scores[name].shape) != shape:
             kind = "be one for each input channel" if layouts else "have the shapes of their parameters"
             raise ValueError(
