@@ -1,6 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+DEEPSPEED := $(VENV)/deepspeed
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export OMP_WAIT_POLICY := PASSIVE  # threads that wait leave the core to others
@@ -11,7 +12,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # What is imported is compiled then; compiling all that is installed takes pip three quarters of its time.
 INSTALL := -m pip install --quiet --no-compile
 
-.PHONY: demo test quick lint check quantised wheel benchmark gpu clean
+.PHONY: demo test quick lint check quantised wheel benchmark gpu test-deepspeed clean
 
 demo: $(VENV)/.installed  ## Pretrain, adapt three ways, save, load, merge and draw
 	$(BIN)/python examples/quickstart.py
@@ -46,6 +47,19 @@ benchmark: $(VENV)/.installed  ## All methods side by side, into docs: 40 minute
 
 gpu: $(VENV)/.installed  ## On a machine with a GPU: its tests, steps, memory and the choice, into docs; 8 minutes
 	$(BIN)/python -m benchmarks.gpu --output docs
+
+# The tests' two processes share memory through an operator that DeepSpeed compiles when it is first used.
+test-deepspeed: $(DEEPSPEED)/.installed  ## Training with DeepSpeed, in an environment of its own; 6 minutes, on the CPU
+	PATH="$(CURDIR)/$(DEEPSPEED)/bin:$$PATH" TORCH_EXTENSIONS_DIR="$(CURDIR)/$(DEEPSPEED)/extensions" \
+	DS_ACCELERATOR=cpu $(DEEPSPEED)/bin/pytest tests/integrations/test_deepspeed.py tests/tensors/test_partitioned.py
+
+# Without its dependencies: some of them are for GPUs alone. Nothing is compiled here.
+$(DEEPSPEED)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(DEEPSPEED)
+	$(DEEPSPEED)/bin/python $(INSTALL) --editable ".[test]"
+	$(DEEPSPEED)/bin/python $(INSTALL) setuptools wheel hjson ninja py-cpuinfo msgpack einops pydantic
+	DS_ACCELERATOR=cpu DS_BUILD_OPS=0 $(DEEPSPEED)/bin/python $(INSTALL) --no-deps --no-build-isolation deepspeed
+	touch $@
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
