@@ -24,7 +24,7 @@ TARGETS = ["q_proj", "down_proj"]
 
 
 def nf4(linear, double=False):
-    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: run make quantised")
     bias = linear.bias is not None
     packed = bnb.nn.Linear4bit(
         *(linear.in_features, linear.out_features, bias),
@@ -41,7 +41,7 @@ def nf4_twice(linear):
 
 
 def int8(linear):
-    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: run make quantised")
     bias = linear.bias is not None
     packed = bnb.nn.Linear8bitLt(linear.in_features, linear.out_features, bias, has_fp16_weights=False)
     packed.load_state_dict(linear.state_dict())
@@ -50,13 +50,13 @@ def int8(linear):
 
 @torch.no_grad()
 def hqq(linear):
-    quantize = pytest.importorskip("hqq.core.quantize", reason="hqq is not installed")
+    quantize = pytest.importorskip("hqq.core.quantize", reason="hqq is not installed: run make quantised")
     config = quantize.BaseQuantizeConfig(nbits=4, group_size=16)
     return quantize.HQQLinear(copy.deepcopy(linear), config, compute_dtype=torch.float32, device="cpu")
 
 
 def gguf(linear):
-    quants = pytest.importorskip("gguf.quants", reason="gguf is not installed")
+    quants = pytest.importorskip("gguf.quants", reason="gguf is not installed: run make quantised")
     from transformers.integrations.gguf.utils import GgufLinear
 
     packed = GgufLinear(linear.in_features, linear.out_features, ggml_type=8, bias=linear.bias is not None)
@@ -409,7 +409,7 @@ def test_what_peft_cannot_unpack_is_trained_by_channels(monkeypatch):
 
 
 def test_a_layer_that_is_not_linear_is_named():
-    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: run make quantised")
     base = plain_base()
     embedding = bnb.nn.Embedding8bit(*base.model.embed_tokens.weight.shape)
     embedding.load_state_dict(base.model.embed_tokens.state_dict())
