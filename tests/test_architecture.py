@@ -37,7 +37,7 @@ MODULES = {
         ),
         *("gradient_mask", "mask_steps", "compose", "channel_linear", "composed_on_use"),
     ],
-    "layers": ["granularity", "packed", "unheld", "buffers", "state", "merging", "mixed_batch", "layer"],
+    "layers": ["granularity", "packed", "unheld", "buffers", "state", "loading", "merging", "mixed_batch", "layer"],
     "tuner": ["mask_hooks", "config", "targets", "drawing", "injection", "state_dict", "model"],
 }
 LONG = {
@@ -94,6 +94,10 @@ PRIVATE = {
         "_ddp_params_and_buffers_to_ignore": "where DDP looks for buffers that it need not broadcast",
         "_modules": "a module in every place where another one stands",
     },
+    "layers/loading.py": {
+        "_load_from_state_dict": "the hook of nn.Module before tensors are loaded",
+        "_save_to_state_dict": "the hook of nn.Module before tensors are collected",
+    },
     "layers/packed.py": {
         "_get_in_out_features": "PEFT's in_features and out_features",
         "_hf_hook": "where accelerate says on which device an offloaded module runs",
@@ -130,8 +134,6 @@ PRIVATE = {
         "_unload_and_optionally_merge": "overridden: layers inside layers",
     },
     "layers/state.py": {
-        "_load_from_state_dict": "the hook of nn.Module before tensors are loaded",
-        "_save_to_state_dict": "the hook of nn.Module before tensors are collected",
         "_modules": "deltas of an adapter, without an error where there are none",
         "_move_adapter_to_device_of_base_layer": "overridden: deltas keep their precision",
         "_parameters": "parameters that the base layer itself owns, by key",
@@ -280,7 +282,7 @@ def test_top_level_names_are_unique():
 
 @pytest.mark.parametrize("source", SOURCES, ids=path_of)
 def test_only_layers_reach_into_layers(source):
-    inside = ("layers/layer.py", "layers/merging.py", "layers/state.py", "layers/buffers.py")
+    inside = ("layers/layer.py", "layers/loading.py", "layers/merging.py", "layers/state.py", "layers/buffers.py")
     found = {
         node.attr
         for node in ast.walk(TREES[source])

@@ -11,8 +11,8 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
+from peft_child.layers.loading import LoadingLayer
 from peft_child.layers.packed import Requantised
-from peft_child.layers.state import LayerState
 from peft_child.tensors.compose import Child, Composition, positions_of
 from peft_child.tensors.distributed import check_has_values, is_sharded
 from peft_child.tensors.partitioned import check_gathered, is_partitioned
@@ -27,7 +27,7 @@ class _Replaced(NamedTuple):
     values: Tensor
 
 
-class MergingLayer(LayerState):
+class MergingLayer(LoadingLayer):
     """The child networks of a base layer, which can be merged into it.
 
     Args:

@@ -425,11 +425,11 @@ def test_a_top_level_parameter_is_refused():
 def test_quantised_weights_are_refused(dtype):
     base = build("linear")
     base.body[2].weight = nn.Parameter(base.body[2].weight.detach().to(dtype), requires_grad=False)
-    with pytest.raises(ValueError, match=f"'body.2.weight' is a Parameter of {dtype}. Quantised weights"):
+    with pytest.raises(ValueError, match=f"'body.2.weight' of a Linear is a Parameter of {dtype}. Quantised weights"):
         get_peft_model(base, config_for("linear"))
     packed = build("linear")
     packed.body[0].register_buffer("qweight", torch.zeros(3, dtype=torch.int32))
-    with pytest.raises(ValueError, match=r"'body.0.qweight' is a Tensor of torch.int32"):
+    with pytest.raises(ValueError, match=r"'body.0.qweight' of a Linear is a Tensor of torch.int32"):
         get_peft_model(packed, config_for("linear"))
     assert type(packed.body[0]) is nn.Linear
 
@@ -458,7 +458,7 @@ def test_a_tensor_subclass_that_packs_a_weight_is_refused():
 
     base = build("linear")
     base.body[0].weight = nn.Parameter(Packed(base.body[0].weight.detach()), requires_grad=False)
-    with pytest.raises(ValueError, match=r"'body.0.weight' is a Packed of torch.float32. Quantised"):
+    with pytest.raises(ValueError, match=r"'body.0.weight' of a Linear is a Packed of torch.float32. Quantised"):
         get_peft_model(base, config_for("linear"))
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from peft_child.layers.state import LayerState
-from peft_child.tensors.delta import ChildSize, SparseDelta
+from peft_child.tensors.delta import SparseDelta
 from peft_child.tensors.gradient_mask import GradientMask
 
 
@@ -52,17 +52,6 @@ def test_a_child_network_of_the_same_size_keeps_the_parameter():
     kept = [any(parameter is other for other in before) for parameter in after]
     assert kept == [True, True, True, False]  # base weight and bias, the delta of the weight, not that of the bias
     assert state.indices("default", "weight").tolist() == [2, 7]
-
-
-def test_room_is_made_for_what_will_be_loaded():
-    state = state_of()
-    state.mark_unloaded("default")
-    state.allocate("default", {"layer.weight": ChildSize(12, 3, 50)}, trainable=True)
-    assert not state.is_unloaded("default")
-    assert state.sizes("default") == {"layer.weight": ChildSize(12, 3, 50)}
-    before = state.named_deltas("default")["layer.weight"].data_ptr()
-    state.allocate("default", {"layer.weight": ChildSize(12, 3, 50)}, trainable=True)
-    assert state.named_deltas("default")["layer.weight"].data_ptr() == before
 
 
 def test_a_part_can_be_kept():
