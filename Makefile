@@ -49,7 +49,7 @@ gpu: $(VENV)/.installed  ## On a machine with a GPU: its tests, steps, memory an
 	$(BIN)/python -m benchmarks.gpu --output docs
 
 # The tests' two processes share memory through an operator that DeepSpeed compiles when it is first used.
-test-deepspeed: $(DEEPSPEED)/.installed  ## Training with DeepSpeed, in an environment of its own; 6 minutes, on the CPU
+test-deepspeed: $(DEEPSPEED)/.installed  ## Training with DeepSpeed, in an environment of its own; on two busy cores 16 minutes
 	PATH="$(CURDIR)/$(DEEPSPEED)/bin:$$PATH" TORCH_EXTENSIONS_DIR="$(CURDIR)/$(DEEPSPEED)/extensions" \
 	DS_ACCELERATOR=cpu $(DEEPSPEED)/bin/pytest tests/integrations/test_deepspeed.py tests/tensors/test_partitioned.py
 
