@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu, plan
+from benchmarks import conversion, gpu, plan
+
+from .glue_data import save_model, save_task
 
 
 ROOT = Path(__file__).parents[1]
@@ -83,3 +85,24 @@ def test_the_command_for_a_gpu_runs_tiny_without_one(tmp_path):
     assert all(f"\n| {method} |" in page for method in gpu.METHODS)
     assert "\n| input_channel |" in page
     assert json.loads((tmp_path / "gpu.json").read_text())["weights"] == results["weights"]
+
+
+@pytest.mark.slow
+def test_conversion_to_lora_is_measured_by_rank(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_model(tmp_path / "encoder")
+    save_task(tmp_path / "data", "stsb")
+    arguments = ["--model", str(tmp_path / "encoder"), "--data", str(tmp_path / "data"), "--task", "stsb", "--bf16"]
+    small = ["--epochs", "1", "--seeds", "1", "--num-fisher-examples", "8", "--ranks", "1", "16"]
+    measured = conversion.main([*arguments, *small, "--output", "docs"])
+    page = (tmp_path / "docs" / "conversion.md").read_text()
+    assert str(tmp_path) not in page
+    for network, (rows,) in measured.items():
+        assert f"\n## {network.title}\n" in page
+        least, most = rows["LoRA, rank 1"], rows["LoRA, rank 16"]
+        assert 1 > least["error"] > 1e-2
+        assert most["error"] < 1e-5  # no weight has a higher rank
+        assert least["bytes"] < most["bytes"]
+        assert rows[conversion.CHILD]["bytes"] > 0
+        assert all(-1 <= row["score"] <= 1 for row in rows.values())
+    assert page.count("\n| LoRA, rank 16 |") == len(conversion.NETWORKS)
