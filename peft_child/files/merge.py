@@ -126,7 +126,8 @@ def check_fits(adapter: SparseAdapter, base: Checkpoint) -> None:
     for name, numel in numels.items():
         here = base.places[name].numel
         if here != numel:
-            raise ValueError(f"'{name}' has {here} entries in '{base.path}', but {numel} in the adapter.")
+            quantised = " If the checkpoint is quantised, give the one that it was made from." if here < numel else ""
+            raise ValueError(f"'{name}' has {here} entries in '{base.path}', but {numel} in the adapter.{quantised}")
 
 
 def check_weights(adapter: SparseAdapter, base: Checkpoint, progress: Progress = silent) -> None:

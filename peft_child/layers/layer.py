@@ -22,7 +22,7 @@ from peft_child.layers.merging import MergingLayer
 from peft_child.layers.mixed_batch import BASE, READ_DIRECTLY, MixedBatch
 from peft_child.layers.packed import features_of
 from peft_child.tensors.channel_linear import (
-    add_channels,
+    call_adding_channels,
     call_channels,
     call_unpacked,
     can_add_channels,
@@ -77,6 +77,8 @@ class ChildTuningLayer(MergingLayer):
             compositions = self._compositions()
             if self._is_quantised(call, compositions):
                 return self._call_quantised(compositions, args, kwargs)
+            if self._packed() is not None:
+                compositions.pop("weight", None)  # a method of a packed layer cannot be given another one
             if not compositions:
                 return call(*args, **kwargs)
             if self.training and torch.is_grad_enabled() and getattr(self.base_layer, "gradient_checkpointing", False):
@@ -96,22 +98,20 @@ class ChildTuningLayer(MergingLayer):
         """Whether the weight must be run in another way than as a dense one, since it is packed."""
         if call is not self.base_layer:
             return False
-        packed = self._packed()
-        if "weight" not in compositions:  # gradients reach its input all the same
-            return packed is not None and not packed.passes_gradients and torch.is_grad_enabled()
-        if packed is not None:
-            return True
-        weight = compositions["weight"]
-        is_linear = type(self.base_layer).forward is nn.Linear.forward
-        return is_linear and is_quantised(weight.base) and can_add_channels(weight)
+        packed, is_linear = self._packed(), type(self.base_layer).forward is nn.Linear.forward
+        weight = compositions.get("weight")
+        if weight is None:  # gradients have to reach its input all the same
+            own = self.base_layer._parameters.get("weight") if packed is None else packed
+            is_cut = own is not None and is_quantised(own) and not getattr(own, "passes_gradients", False)
+            return torch.is_grad_enabled() and is_cut and (packed is not None or is_linear)
+        return packed is not None or (is_linear and is_quantised(weight.base) and can_add_channels(weight))
 
     def _call_quantised(
         self, compositions: dict[str, Composition], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Tensor:
+    ) -> Any:
         weight = compositions.pop("weight", None)
         if weight is not None and can_add_channels(weight):
-            y = call_composed(self.base_layer, compositions, self.base_layer, args, kwargs)
-            return add_channels(y, next(iter((*args, *kwargs.values()))), weight)
+            return call_adding_channels(self.base_layer, weight, compositions, args, kwargs)
         weight = weight or Composition(self._base("weight"), ())
         return call_unpacked(self.base_layer, weight, compositions.get("bias"), args, kwargs)
 

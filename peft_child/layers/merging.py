@@ -12,7 +12,7 @@ from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
 from peft_child.layers.loading import LoadingLayer
-from peft_child.layers.packed import Requantised
+from peft_child.layers.packed import Requantised, tensors_of
 from peft_child.tensors.compose import Child, Composition, positions_of
 from peft_child.tensors.distributed import check_has_values, is_sharded
 from peft_child.tensors.partitioned import check_gathered, is_partitioned
@@ -40,7 +40,8 @@ class MergingLayer(LoadingLayer):
         self.quantization_backend = quantization_backend
         self.merged_adapters: list[str] = []
         self._replaced: list[_Replaced] = []
-        self._quantised: nn.Module | None = None  # the base layer, while a requantised copy stands in its place
+        # The base layer, while a requantised copy stands in its place; in a list, to be no submodule.
+        self._quantised: list[nn.Module] = []
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write the composed values into the base parameters, and keep the values that they replace.
@@ -80,14 +81,14 @@ class MergingLayer(LoadingLayer):
             self.check_is_chosen(adapter, "merging")
         for parameter, base, children in self._held(adapter_names):
             if is_quantised(base) and self.quantization_backend is None:
-                kind, is_packed = type(self.base_layer).__name__, isinstance(base, PackedWeight)
-                holder = kind if is_packed else type(base).__name__
-                why = f"quantised ({holder}), and PEFT cannot quantise it again"
-                if is_packed and kind == "Linear":
-                    why = "offloaded"
+                name, kind = self.name_of(parameter), type(self.base_layer).__name__
+                if isinstance(base, PackedWeight) and kind == "Linear":
+                    why = "offloaded: load the base model without offloading to merge"
+                else:
+                    holder = kind if isinstance(base, PackedWeight) else type(base).__name__
+                    why = f"quantised ({holder}), and PEFT cannot quantise it again: merge into the dense base model"
                 raise ValueError(
-                    f"'{parameter}' of a {kind} is {why}: merge the adapter into the dense base model on the command "
-                    "line (`peft-child merge`), and quantise the result if you want to."
+                    f"'{name}' is {why}, or on the command line (`peft-child merge ADAPTER BASE OUTPUT`)."
                 )
             if safe_merge and not torch.isfinite(Composition(base.detach(), children).tensor()).all():
                 raise ValueError(
@@ -141,12 +142,14 @@ class MergingLayer(LoadingLayer):
             weight = weight._replace(base=weight.base.unpacked())  # not rounded to the dtype that it computes in
         before = self.base_layer
         self.base_layer = Requantised(before, self.quantization_backend, weight.tensor()).base_layer
-        self._quantised = before
+        self._quantised = [before]
 
     @torch.no_grad()
     def _restore(self) -> None:
-        if self._quantised is not None:
-            self.base_layer, self._quantised = self._quantised, None
+        if self._quantised:
+            device = next(tensors_of(self.base_layer)).device  # it was left behind if the model has moved
+            (self.base_layer,), self._quantised = self._quantised, []
+            self.base_layer.to(device)
             self._replaced = []  # what was written since was written to the copy
         for parameter, indices, values in self._replaced:
             base = self.base_parameter(parameter)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import chain
 from typing import Any, cast
@@ -53,7 +53,7 @@ def packed_weight(module: nn.Module) -> PackedWeight | None:
     width, height = features_of(module)
     if width is None or height is None:
         return None
-    held = next(chain(module.parameters(recurse=False), module.buffers(recurse=False)))
+    held = next(tensors_of(module))
     dtype = getattr(module, "compute_dtype", None) or torch.get_default_dtype()
     return PackedWeight(module, (height, width), dtype, held.device, unpack, passes_gradients)
 
@@ -65,6 +65,11 @@ def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | PackedWeight]:
     if packed is None:
         return {**own}
     return {"weight": packed, **{name: value for name, value in own.items() if name == "bias"}}
+
+
+def tensors_of(module: nn.Module) -> Iterator[Tensor]:
+    """The parameters and buffers that a module owns itself, as they are."""
+    return chain(module.parameters(recurse=False), module.buffers(recurse=False))
 
 
 def features_of(module: nn.Module) -> tuple[int | None, int | None]:
@@ -105,12 +110,17 @@ class Requantised:
 
     def __init__(self, module: nn.Module, backend: QuantizationBackend, weight: Tensor) -> None:
         before = dict(vars(module))
-        self.base_layer = copy.deepcopy(module)
+        copied = self.base_layer = copy.deepcopy(module)
         backend.set_base_weight(self, weight)
-        vars(module).update(before)  # weights of bitsandbytes refer to the module that was copied, and write to it
+        # Weights of bitsandbytes refer to the module that was copied, and have written to it.
+        vars(module).update(before)
         new: Any = self.base_layer
-        if module.bias is not None and new.bias is None:  # that of HQQ makes a new module, and forgets the bias
-            new.bias = copy.deepcopy(module.bias)
+        if "weight" in new._parameters and getattr(new.weight, "module", None) is module:
+            new.weight.module, new.quant_state = new, new.weight.quant_state
+        if new is not copied:  # that of HQQ makes a new module, and forgets the rest
+            new.bias = copied.bias
+            vars(new).update({name: value for name, value in vars(copied).items() if name.endswith("_hooks")})
+            new.train(module.training)
 
     def get_base_layer(self) -> nn.Module:
         """The copy; PEFT's backends ask for it."""

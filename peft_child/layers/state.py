@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Container, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -16,7 +15,7 @@ from peft_child.files.adapter_tensors import (
 )
 from peft_child.layers.buffers import IndexBuffers, MaskBuffers
 from peft_child.layers.granularity import layout_of
-from peft_child.layers.packed import packed_weight
+from peft_child.layers.packed import packed_weight, tensors_of
 from peft_child.layers.unheld import expect_optimizer
 from peft_child.tensors.channels import ChannelLayout, Channels
 from peft_child.tensors.codec import FormatError, decode_channels, encode
@@ -438,8 +437,7 @@ class LayerState(nn.Module, BaseTunerLayer):
         if adapter_name in self.child_delta and not any(delta.is_meta for delta in self.child_delta.parameters()):
             if device is None:
                 packed = self._packed()
-                tensors = chain(self.base_layer.parameters(), self.base_layer.buffers())
-                device = next(tensors).device if packed is None else packed.device
+                device = next(tensors_of(self.base_layer)).device if packed is None else packed.device
             for held in (self.child_delta, self.child_index, self.child_mask):
                 held[adapter_name].to(device)
 

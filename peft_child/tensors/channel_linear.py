@@ -6,7 +6,7 @@ be given another one: what channels add is added to its output, and single entri
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.module import _has_any_global_hook
 
 from peft_child.tensors.channels import Channels
-from peft_child.tensors.compose import Child, Composition, Index, delta_gradient
+from peft_child.tensors.compose import Child, Composition, Index, call_composed, delta_gradient
 from peft_child.tensors.mask_steps import MaskUse
 from peft_child.tensors.quantised import PackedWeight, is_quantised
 
@@ -99,17 +99,36 @@ def can_add_channels(weight: Composition) -> bool:
     return passes and all(isinstance(child.indices, Channels) for child in weight.children)
 
 
-def add_channels(y: Tensor, x: Tensor, weight: Composition) -> Tensor:
-    """Add to the output of a linear layer what its children, all of them input channels, change in it.
+def call_adding_channels(
+    module: nn.Module,
+    weight: Composition,
+    others: Mapping[str, Composition],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Call a linear layer as it is, and add to its output what input channels change in it; its hooks run as usual.
 
     Args:
-        y: Output of the layer without them, shape `(..., out)`.
-        x: Its input, shape `(..., in)`.
-        weight: Its weight, shape `(out, in)`.
+        module: The layer.
+        weight: Its weight, shape `(out, in)`; all children are input channels.
+        others: Compositions of its other parameters.
+        args: The input of the layer, shape `(..., in)`, positional
+        kwargs: or by name.
 
     Returns:
-        The output, in the dtype of `y`.
+        The output, shape `(..., out)`, in the dtype that the layer gives it.
     """
+    own = getattr(module, _name_of_forward(module))
+
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        (x,) = (*args, *kwargs.values())
+        return _add_channels(own(*args, **kwargs), x, weight)
+
+    with _instead_of_forward(module, forward):
+        return call_composed(module, others, module, args, kwargs)
+
+
+def _add_channels(y: Tensor, x: Tensor, weight: Composition) -> Tensor:
     dtype = _computes_in(weight.base) or x.dtype
     for child in weight.children:
         if isinstance(child.indices, Channels):
@@ -134,14 +153,16 @@ def call_unpacked(
         kwargs: or by name.
 
     Returns:
-        The output, in the dtype of the input.
+        The output, in the dtype of the input, or in that of autocast.
     """
 
     def forward(*args: Any, **kwargs: Any) -> Tensor:
         (x,) = (*args, *kwargs.values())
         x_in = x.to(weight.base.device, _computes_in(weight.base) or x.dtype)
         b: Tensor | None = getattr(module, "bias", None) if bias is None else bias.tensor()
-        return _recipe_linear(x_in, weight, None if b is None else b.to(x_in.dtype)).to(x.dtype)
+        y = _recipe_linear(x_in, weight, None if b is None else b.to(x_in.dtype))
+        # The output has the dtype of the input, or that of autocast, which such layers do without.
+        return y.to(x.dtype) if _computes_in(weight.base) or not torch.is_autocast_enabled(x.device.type) else y
 
     with _instead_of_forward(module, forward):
         y: Tensor = module(*args, **kwargs)
@@ -150,8 +171,7 @@ def call_unpacked(
 
 @contextmanager
 def _instead_of_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    # Inside accelerate's forward, which loads what is offloaded.
-    name = "_old_forward" if "_old_forward" in vars(module) else "forward"
+    name = _name_of_forward(module)
     before = vars(module).get(name)
     module.__dict__[name] = forward
     try:
@@ -160,6 +180,11 @@ def _instead_of_forward(module: nn.Module, forward: Callable[..., Any]) -> Itera
         del module.__dict__[name]
         if before is not None:
             module.__dict__[name] = before
+
+
+def _name_of_forward(module: nn.Module) -> str:
+    """The forward inside that of accelerate, if it has wrapped one, which loads what is offloaded."""
+    return "_old_forward" if "_old_forward" in vars(module) else "forward"
 
 
 def _computes_in(weight: Tensor) -> torch.dtype | None:

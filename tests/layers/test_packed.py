@@ -1,6 +1,8 @@
 """Child networks in linear layers that keep their weight packed: bitsandbytes, HQQ and GGUF."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -253,7 +255,7 @@ def test_merging_rounds_and_unmerging_is_exact(quantise, granularity):
     plain = logits_of_base(model, batch)
     if quantise is gguf:
         with pytest.raises(
-            ValueError, match=r"is quantised \(GgufLinear\), and PEFT cannot quantise it again.*`peft-child merge`"
+            ValueError, match=r"is quantised \(GgufLinear\), and PEFT cannot quantise it again.*`peft-child merge"
         ):
             model.merge_adapter()
     else:
@@ -277,12 +279,18 @@ def test_merge_and_unload_leaves_a_quantised_model(quantise):
     if quantise is gguf:
         pytest.skip("GGUF cannot be quantised again; see the test above")
     model = model_of(base_of(quantise), variant="random", granularity="input_channel")
+    names = model.state_dict().keys()
     move(model, 0.02)
     batch = rows(batch_of("llama"))
+    replaced = [weakref.ref(layer.base_layer) for layer in child_tuning_layers(model).values()]
     with pytest.warns(UserWarning, match="Merging into the quantised weight"):
         model.merge_adapter()
+    assert model.state_dict().keys() == names
     expected = logits(model, batch)
     merged = model.merge_and_unload()
+    del model
+    gc.collect()
+    assert not [module for module in replaced if module() is not None]
     assert not child_tuning_layers(merged)
     assert len(packed_bits(merged)) > 14
     assert torch.equal(logits(merged, batch), expected)
@@ -341,14 +349,26 @@ def test_activation_checkpointing_changes_no_gradient(quantise, granularity, ree
     assert_same(*found)
 
 
-def test_hooks_of_the_layer_run(quantise, granularity):
-    model = model_of(base_of(quantise), variant="random", granularity=granularity)
+def test_hooks_of_the_layer_change_what_goes_in_and_out(layer_pair, granularity):
+    x, found = torch.randn(9, 64), []
+    for base in layer_pair:
+        model = layer_model(base, variant="random", granularity=granularity)
+        torch.manual_seed(1)
+        move(model)
+        (layer,) = child_tuning_layers(model).values()
+        layer.base_layer.register_forward_pre_hook(lambda _, args: (args[0] * 2,))
+        layer.base_layer.register_forward_hook(lambda _, args, output: output * 3)
+        y = model(x)
+        y.square().sum().backward()
+        found.append((y, layer.child_delta["default"]["weight"].grad))
+    for first, second in zip(*found, strict=True):  # the gradients are sums of products of up to 100
+        torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-3)
+
+
+def test_methods_of_the_layer_are_its_own():
+    model = model_of(base_of(hqq), variant="random")
     layer = next(iter(child_tuning_layers(model).values()))
-    calls = []
-    layer.base_layer.register_forward_hook(lambda *_: calls.append("after"))
-    layer.base_layer.register_forward_pre_hook(lambda *_: calls.append("before"))
-    model(**rows(batch_of("llama")))
-    assert calls == ["before", "after"]
+    assert torch.equal(layer.dequantize(), layer.base_layer.dequantize())
 
 
 def test_nothing_as_large_as_a_weight_is_kept(quantise, granularity):
