@@ -98,13 +98,18 @@ class ChildTuningLayer(MergingLayer):
         """Whether the weight must be run in another way than as a dense one, since it is packed."""
         if call is not self.base_layer:
             return False
-        packed, is_linear = self._packed(), type(self.base_layer).forward is nn.Linear.forward
+        is_linear = type(self.base_layer).forward is nn.Linear.forward
         weight = compositions.get("weight")
-        if weight is None:  # gradients have to reach its input all the same
-            own = self.base_layer._parameters.get("weight") if packed is None else packed
-            is_cut = own is not None and is_quantised(own) and not getattr(own, "passes_gradients", False)
-            return torch.is_grad_enabled() and is_cut and (packed is not None or is_linear)
-        return packed is not None or (is_linear and is_quantised(weight.base) and can_add_channels(weight))
+        if weight is not None:
+            is_packed = isinstance(weight.base, PackedWeight)
+            return is_packed or (is_linear and is_quantised(weight.base) and can_add_channels(weight))
+        if not torch.is_grad_enabled():
+            return False
+        packed = self._packed()  # gradients have to reach its input all the same
+        if packed is not None:
+            return not packed.passes_gradients
+        own = self.base_layer._parameters.get("weight")
+        return is_linear and own is not None and is_quantised(own)
 
     def _call_quantised(
         self, compositions: dict[str, Composition], args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -13,7 +13,8 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import chain
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from accelerate.utils import align_module_device, has_offloaded_params
@@ -41,21 +42,38 @@ def packed_weight(module: nn.Module) -> PackedWeight | None:
         device = torch.device(cast(Any, module)._hf_hook.execution_device)
         outputs, inputs = weight.shape
         return PackedWeight(module, (outputs, inputs), weight.dtype, device, partial(_load, module), True)
-    unpack: Callable[[], Tensor] | None
+    kind = _KINDS.get(module) or _kind_of(module)
+    if kind is None:
+        return None
+    _KINDS[module] = kind
+    dtype = getattr(module, "compute_dtype", None) or torch.get_default_dtype()
+    unpack = None if kind.unpack is None else partial(kind.unpack, module)
+    return PackedWeight(module, kind.shape, dtype, next(tensors_of(module)).device, unpack, kind.passes_gradients)
+
+
+class _Kind(NamedTuple):
+    """What is known of a packed layer: see `PackedWeight`."""
+
+    shape: tuple[int, int]
+    unpack: Callable[[Any], Tensor] | None
+    passes_gradients: bool
+
+
+# Layers ask at every call, and PEFT takes longer to answer than a small layer takes to run.
+_KINDS: WeakKeyDictionary[nn.Module, _Kind] = WeakKeyDictionary()
+
+
+def _kind_of(module: nn.Module) -> _Kind | None:
+    unpack: Callable[[Any], Tensor] | None
     if _is_gguf(module):
-        unpack, passes_gradients = partial(_unpack_gguf, module), False  # its kernels have no backward pass
+        unpack, passes_gradients = _unpack_gguf, False  # its kernels have no backward pass
     else:
         backend = resolve_quantization_backend(module)
         if backend is None or backend.layer_type != "linear":
             return None
-        unpack = partial(backend.get_base_weight, module) if backend.supports_merge else None
-        passes_gradients = True
+        unpack, passes_gradients = backend.get_base_weight if backend.supports_merge else None, True
     width, height = features_of(module)
-    if width is None or height is None:
-        return None
-    held = next(tensors_of(module))
-    dtype = getattr(module, "compute_dtype", None) or torch.get_default_dtype()
-    return PackedWeight(module, (height, width), dtype, held.device, unpack, passes_gradients)
+    return None if width is None or height is None else _Kind((height, width), unpack, passes_gradients)
 
 
 def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | PackedWeight]:
