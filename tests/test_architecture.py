@@ -100,6 +100,7 @@ PRIVATE = {
     },
     "layers/packed.py": {
         "_get_in_out_features": "PEFT's in_features and out_features",
+        "_hooks": "endings of the attributes with a module's hooks, for the copy that PEFT makes without them",
         "_hf_hook": "where accelerate says on which device an offloaded module runs",
         "_parameters": "parameters that a module itself owns, by key",
     },
