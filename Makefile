@@ -17,7 +17,7 @@ INSTALL := -m pip install --quiet --no-compile
 demo: $(VENV)/.installed  ## Pretrain, adapt three ways, save, load, merge and draw
 	$(BIN)/python examples/quickstart.py
 
-test: lint check quantised wheel  ## Everything that has to pass: 11 minutes on two cores
+test: lint check quantised wheel  ## Everything that has to pass: 9 to 17 minutes on two cores
 
 quick: lint  ## What a change breaks first, in a minute
 	$(BIN)/pytest -n 2 -m "not slow and not by_hand" tests/tensors tests/files tests/card tests/layers tests/tuner tests/test_architecture.py

@@ -28,6 +28,7 @@ from .test_packed import base_of, dense_twin, gguf, nf4, packed_bits, plain_base
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 SETTINGS = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "nf4_once": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
     "nf4_bfloat16": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "bfloat16"},
     "int8": {"load_in_8bit": True},
 }
