@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import conversion, gpu, plan
+from benchmarks import gpu, plan
 
 from .glue_data import save_model, save_task
 
@@ -89,6 +89,9 @@ def test_the_command_for_a_gpu_runs_tiny_without_one(tmp_path):
 
 @pytest.mark.slow
 def test_conversion_to_lora_is_measured_by_rank(tmp_path, monkeypatch):
+    pytest.importorskip("datasets", reason="datasets is not installed")
+    from benchmarks import conversion
+
     monkeypatch.chdir(tmp_path)
     save_model(tmp_path / "encoder")
     save_task(tmp_path / "data", "stsb")

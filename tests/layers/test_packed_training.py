@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from tokenizers import Tokenizer, models
 from torch import nn
@@ -79,6 +78,8 @@ def test_a_run_in_the_trainer(tmp_path, load, granularity):
 
 def test_supervised_fine_tuning_with_trl(tmp_path, load, granularity):
     trl = pytest.importorskip("trl", reason="TRL is not installed")
+    from datasets import Dataset
+
     batch = rows(batch_of("llama"))
     arguments = trl.SFTConfig(
         str(tmp_path / "run"),
