@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from peft import get_peft_model
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.measure import peak_allocated
 from benchmarks.shapes import build, llama
 from peft_child import ChildTuningConfig
 
@@ -107,23 +107,20 @@ def counted(base: str, density: float, tokens: int) -> tuple[dict[str, float], d
     deltas = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(deltas, foreach=False)
     ids = torch.randint(config.vocab_size, (1, tokens))
+
+    def pass_through() -> None:
+        adapted(input_ids=ids, labels=ids).loss.backward()
+
     for _ in range(2):
         optimizer.zero_grad(set_to_none=False)
-        adapted(input_ids=ids, labels=ids).loss.backward()
+        pass_through()
         optimizer.step()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        adapted(input_ids=ids, labels=ids).loss.backward()
-    alive = peak = 0
-    for event in sorted(recorded.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            alive += event.nbytes()
-            peak = max(peak, alive)
     found = {
         "weights": weights,
         "deltas": sum(map(_bytes, deltas)),
         "gradients": sum(_bytes(delta.grad) for delta in deltas),
         "AdamW": sum(_bytes(value) for state in optimizer.state.values() for value in state.values() if value.dim()),
-        "activations and a moment": peak,
+        "activations and a moment": peak_allocated(pass_through),
     }
     plan = parts(size, base, density, 1, tokens)
     plan["activations and a moment"] = plan.pop("activations") + plan.pop("for a moment")
@@ -165,12 +162,9 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     for base in BYTES:
-        for name, (planned, found) in _pairs(*counted(base, 0.1, args.tokens)).items():
-            print(f"{base:10}{name:28}{planned / 1e6:10.2f} MB planned{found / 1e6:10.2f} MB counted")
-
-
-def _pairs(planned: dict[str, float], found: dict[str, float]) -> dict[str, tuple[float, float]]:
-    return {name: (planned[name], value) for name, value in found.items()}
+        planned, found = counted(base, 0.1, args.tokens)
+        for name, value in found.items():
+            print(f"{base:10}{name:28}{planned[name] / 1e6:10.2f} MB planned{value / 1e6:10.2f} MB counted")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ from pathlib import Path
 import torch
 from torch import distributed
 
+from .problems import tiny_bert, tiny_llama
+
 
 ROOT = Path(__file__).parents[1]
 _SERVER = multiprocessing.get_context("forkserver")
@@ -87,3 +89,31 @@ def _run(rank, port, module, function, folder):
     except BaseException:
         (folder / f"rank{rank}.txt").write_text(f"On rank {rank}: {traceback.format_exc()}")
         raise
+
+
+def batches(name, rank=None):
+    """Five global batches of eight examples, or the half of each that belongs to a rank."""
+    torch.manual_seed(11)
+    found = []
+    for _ in range(5):
+        ids = torch.randint(2, 50, (8, 6))
+        found.append({"input_ids": ids, "labels": ids.clone() if name == "llama" else torch.randint(0, 2, (8,))})
+    if rank is None:
+        return found
+    return [{key: value[4 * rank : 4 * rank + 4] for key, value in batch.items()} for batch in found]
+
+
+def base_of(name):
+    torch.manual_seed(0)
+    return tiny_llama() if name == "llama" else tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+
+
+def train_with(accelerator, model, loader):
+    """A loop of one's own through accelerate; returns the model without its wrappers."""
+    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-2)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    for batch in loader:
+        accelerator.backward(model(**batch).loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    return accelerator.unwrap_model(model)

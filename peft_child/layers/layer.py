@@ -77,7 +77,7 @@ class ChildTuningLayer(MergingLayer):
             compositions = self._compositions()
             if self._is_quantised(call, compositions):
                 return self._call_quantised(compositions, args, kwargs)
-            if self._packed() is not None:
+            if call is not self.base_layer and self._packed() is not None:
                 compositions.pop("weight", None)  # a method of a packed layer cannot be given another one
             if not compositions:
                 return call(*args, **kwargs)

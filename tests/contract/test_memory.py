@@ -6,6 +6,7 @@ from peft import get_peft_model
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.measure import peak_allocated
 from peft_child import ChildTuningConfig
 
 
@@ -31,22 +32,7 @@ def peak_of_a_step(layers, chosen):
         optimizer.zero_grad()
 
     step()  # optimizer states and decoded indices are there to stay
-    return peak_of(step)
-
-
-def peak_of(step):
-    """Largest number of bytes alive at once while `step` runs, beyond what was there before it."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        step()
-    events = sorted(
-        (event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"),
-        key=lambda event: event.start_ns(),
-    )
-    alive = peak = 0
-    for event in events:
-        alive += event.nbytes()
-        peak = max(peak, alive)
-    return peak
+    return peak_allocated(step)
 
 
 def test_peak_memory_grows_with_the_child_network_and_not_with_the_model():

@@ -15,7 +15,7 @@ from peft_child.layers.layer import child_tuning_layers
 from ..helpers import assert_same, child_of, config_for, settings_of, snapshot, train
 from ..integrations.test_trainer import Rows, trainer_for
 from ..problems import build, tiny_bert
-from ..ranks import on_two_ranks
+from ..ranks import on_two_ranks, train_with
 
 
 pytestmark = pytest.mark.slow  # two processes each
@@ -144,13 +144,7 @@ def accelerated(folder):
     """A loop of one's own through accelerate; its sampler gives every rank each other batch."""
     accelerator = Accelerator(cpu=True)
     model = model_for("task_free").double()
-    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-2)
-    model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(Rows("bert"), batch_size=4))
-    for batch in loader:
-        accelerator.backward(model(**batch).loss)
-        optimizer.step()
-        optimizer.zero_grad()
-    return snapshot(accelerator.unwrap_model(model))
+    return snapshot(train_with(accelerator, model, DataLoader(Rows("bert"), batch_size=4)))
 
 
 def test_accelerate_trains_as_one_process_with_the_whole_batch(tmp_path):

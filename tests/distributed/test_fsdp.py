@@ -18,8 +18,8 @@ from peft_child.tensors.sharded_topk import select_largest_of_shards
 from .. import reference
 from ..helpers import assert_same, child_of, config_for, logits, move, settings_of, snapshot, train
 from ..integrations.test_trainer import trainer_for
-from ..problems import batch_of, build, tiny_bert, tiny_llama
-from ..ranks import on_two_ranks
+from ..problems import batch_of, build, tiny_bert
+from ..ranks import base_of, batches, on_two_ranks
 
 
 pytestmark = pytest.mark.slow  # two processes each
@@ -33,23 +33,6 @@ CASES = {  # model, how its child network is chosen, and how activations are che
     "bert channels": ("bert", "channels", None),
     "llama channels checkpointed": ("llama", "channels", "wrapper"),
 }
-
-
-def batches(name, rank=None):
-    """Five global batches of eight examples, or the half of each that belongs to a rank."""
-    torch.manual_seed(11)
-    found = []
-    for _ in range(5):
-        ids = torch.randint(2, 50, (8, 6))
-        found.append({"input_ids": ids, "labels": ids.clone() if name == "llama" else torch.randint(0, 2, (8,))})
-    if rank is None:
-        return found
-    return [{key: value[4 * rank : 4 * rank + 4] for key, value in batch.items()} for batch in found]
-
-
-def base_of(name):
-    torch.manual_seed(0)
-    return tiny_llama() if name == "llama" else tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
 
 
 def model_for(name, variant, folder, rank=None):

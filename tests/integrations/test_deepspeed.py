@@ -22,8 +22,8 @@ from peft_child.layers.layer import child_tuning_layers
 from peft_child.tensors import distributed as distributed_module
 
 from ..helpers import assert_same, child_of, config_for, logits, settings_of, snapshot, train
-from ..problems import PROBLEMS, batch_of, build, tiny_bert, tiny_llama
-from ..ranks import on_two_ranks
+from ..problems import PROBLEMS, batch_of, build, tiny_llama
+from ..ranks import base_of, batches, on_two_ranks, train_with
 from .test_trainer import Rows, trainer_for
 
 
@@ -52,23 +52,6 @@ def zero(stage, **changes):
         },
         **changes,
     }
-
-
-def batches(name, rank=None):
-    """Five global batches of eight examples, or the half of each that belongs to a rank."""
-    torch.manual_seed(11)
-    found = []
-    for _ in range(5):
-        ids = torch.randint(2, 50, (8, 6))
-        found.append({"input_ids": ids, "labels": ids.clone() if name == "llama" else torch.randint(0, 2, (8,))})
-    if rank is None:
-        return found
-    return [{key: value[4 * rank : 4 * rank + 4] for key, value in batch.items()} for batch in found]
-
-
-def base_of(name):
-    torch.manual_seed(0)
-    return tiny_llama() if name == "llama" else tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
 
 
 def partitioned(base):
@@ -230,14 +213,9 @@ def train_accelerated(folder):
     accelerator = Accelerator(deepspeed_plugin=plugin, kwargs_handlers=[gloo])
     assert accelerator.num_processes == 2
     model = adapted(base_of("bert"), "bert", "task_driven", rank)
-    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-2)
-    model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(Rows("bert"), batch_size=4))
-    for batch in loader:
-        accelerator.backward(model(**batch).loss)
-        optimizer.step()
-        optimizer.zero_grad()
-    accelerator.unwrap_model(model).save_pretrained(folder / "saved", is_main_process=accelerator.is_main_process)
-    return whole(accelerator.unwrap_model(model))
+    trained = train_with(accelerator, model, DataLoader(Rows("bert"), batch_size=4))
+    trained.save_pretrained(folder / "saved", is_main_process=accelerator.is_main_process)
+    return whole(trained)
 
 
 @pytest.mark.parametrize("stage", STAGES)

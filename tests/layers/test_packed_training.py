@@ -15,10 +15,10 @@ from transformers import (
 )
 from transformers.integrations.gguf import kernels
 
+from benchmarks.measure import peak_allocated
 from peft_child import ChildTuningConfig, select_child_network
 from peft_child.layers.layer import child_tuning_layers
 
-from ..contract.test_memory import peak_of
 from ..helpers import assert_same, child_of, logits, train
 from ..problems import batch_of
 from .test_packed import base_of, dense_twin, gguf, nf4, packed_bits, plain_base, rows
@@ -165,5 +165,5 @@ def test_memory_is_that_of_lora_and_at_most_one_unpacked_layer(granularity):
             optimizer.zero_grad()
 
         step()
-        peaks[method] = peak_of(step)
+        peaks[method] = peak_allocated(step)
     assert peaks["child"] <= peaks["lora"] + 4 * width * width
