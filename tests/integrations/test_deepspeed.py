@@ -207,27 +207,28 @@ def train_accelerated(folder):
     let_deepspeed_warn()
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     rank = distributed.get_rank()
-    stage = int((folder / "stage").read_text())
-    plugin = DeepSpeedPlugin(hf_ds_config=zero(stage, gradient_clipping=1e9))
+    name, variant, stage = (folder / "case").read_text().split()
+    plugin = DeepSpeedPlugin(hf_ds_config=zero(int(stage), gradient_clipping=1e9))
     gloo = InitProcessGroupKwargs(backend="gloo")  # without a GPU accelerate would see one process
     accelerator = Accelerator(deepspeed_plugin=plugin, kwargs_handlers=[gloo])
     assert accelerator.num_processes == 2
-    model = adapted(base_of("bert"), "bert", "task_driven", rank)
-    trained = train_with(accelerator, model, DataLoader(Rows("bert"), batch_size=4))
+    model = adapted(base_of(name), name, variant, rank)
+    trained = train_with(accelerator, model, DataLoader(Rows(name), batch_size=4))
     trained.save_pretrained(folder / "saved", is_main_process=accelerator.is_main_process)
     return whole(trained)
 
 
+@pytest.mark.parametrize(("name", "variant"), [("bert", "task_driven"), ("llama", "channels")])
 @pytest.mark.parametrize("stage", STAGES)
-def test_accelerate_trains_as_one_process_with_the_whole_batch(tmp_path, stage):
-    (tmp_path / "stage").write_text(str(stage))
+def test_accelerate_trains_as_one_process_with_the_whole_batch(tmp_path, stage, name, variant):
+    (tmp_path / "case").write_text(f"{name} {variant} {stage}")
     first, second = on_two_ranks(train_accelerated, tmp_path, timeout=300)
     assert_same(first, second)
-    alone = adapted(base_of("bert"), "bert", "task_driven")
-    assert_trained_alike(first, alone, DataLoader(Rows("bert"), batch_size=8))
-    loaded = PeftModel.from_pretrained(base_of("bert"), tmp_path / "saved")
+    alone = adapted(base_of(name), name, variant)
+    assert_trained_alike(first, alone, DataLoader(Rows(name), batch_size=8))
+    loaded = PeftModel.from_pretrained(base_of(name), tmp_path / "saved")
     alone.load_state_dict(first)
-    assert torch.equal(logits(loaded, batches("bert")[0]), logits(alone, batches("bert")[0]))
+    assert torch.equal(logits(loaded, batches(name)[0]), logits(alone, batches(name)[0]))
 
 
 # The Trainer would multiply the loss by the number of processes, for models that divide it by that of all tokens.
