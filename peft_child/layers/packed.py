@@ -76,6 +76,16 @@ def _kind_of(module: nn.Module) -> _Kind | None:
     return None if width is None or height is None else _Kind((height, width), unpack, passes_gradients)
 
 
+def keep_packing(module: nn.Module) -> None:
+    """Keep bitsandbytes from packing a 4-bit weight anew for a CPU with AVX512-BF16, when it first infers.
+
+    That rounds the scales of the weight, and PEFT's backend would then unpack it wrongly.
+    """
+    if getattr(module, "support_avx512bf16_for_cpu", False):
+        module.state_dict()  # brings a weight back that was packed anew before
+        module.support_avx512bf16_for_cpu = cast(Any, False)
+
+
 def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | PackedWeight]:
     """The parameters that a module owns itself, by name; a packed weight as the dense one that it stands for."""
     own = {name: value for name, value in module._parameters.items() if value is not None}

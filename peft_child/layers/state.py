@@ -15,7 +15,7 @@ from peft_child.files.adapter_tensors import (
 )
 from peft_child.layers.buffers import IndexBuffers, MaskBuffers
 from peft_child.layers.granularity import layout_of
-from peft_child.layers.packed import packed_weight, tensors_of
+from peft_child.layers.packed import keep_packing, packed_weight, tensors_of
 from peft_child.layers.unheld import expect_optimizer
 from peft_child.tensors.channels import ChannelLayout, Channels
 from peft_child.tensors.codec import FormatError, decode_channels, encode
@@ -81,6 +81,7 @@ class LayerState(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
+        keep_packing(base_layer)
         self._can_be_packed = packed_weight(base_layer) is not None
         self.child_delta = nn.ModuleDict()
         self.child_index = IndexBuffers()

@@ -131,6 +131,7 @@ class ChildTuningConfig(PeftConfig):
     check_base: str = _setting(
         "warn",
         "What to do if the base weights differ from those the adapter was made on: 'warn', 'error' or 'off'. "
+        "Quantised weights are not compared; only 'off' does not warn of it if the adapter was made on others. "
         "Chosen by whoever loads it, as in `PeftModel.from_pretrained(base, name, check_base='error')`; not saved.",
     )
     child_sizes: dict[str, ChildSize] | None = _setting(

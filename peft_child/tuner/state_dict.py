@@ -31,6 +31,7 @@ from peft_child.tensors.delta import ChildSize
 from peft_child.tensors.distributed import alike, check_all_come, check_equal, digest, whole
 from peft_child.tensors.gradient_mask import GradientMask
 from peft_child.tensors.partitioned import check_not_optimized, gathered_whole, is_partitioned, numel_of
+from peft_child.tensors.quantised import is_quantised
 from peft_child.tuner.config import ChildTuningConfig
 
 
@@ -152,7 +153,7 @@ def fit_state_dict(
     children, remapped = read_children(state_dict)
     sizes: dict[str, ChildSize] = {}
     dtypes: dict[str, torch.dtype] = {}
-    strange: list[str] = []
+    found = _BaseCheck()
     mask = config.gradient_mask()
     for path, layer in layers.items():
         present = layer.named_deltas(adapter_name)
@@ -160,8 +161,7 @@ def fit_state_dict(
             if name not in children:  # nothing was chosen there
                 continue
             child = children.pop(name)
-            if _differs_from_base(layer, config, adapter_name, parameter, child):
-                strange.append(name)
+            found.compare(layer, config, adapter_name, parameter, child)
             _check_mask(config, name, mask, child.mask)
             if mask is not None:
                 remapped[f"{path}.{MASK}.{adapter_name}.{parameter}"] = (child.mask or mask).pack()
@@ -175,7 +175,8 @@ def fit_state_dict(
         raise FormatError("The file holds no child network; it was saved before one was chosen.")
     if config.present_sizes != sizes and config.variant != "extracted":  # the configuration is not the file's own
         _check_density(config, sum(map(numel_of, bases)), sum(size.chosen for size in sizes.values()))
-    _check_base(config.check_base, strange, len(sizes))
+    if config.check_base != "off":
+        found.report(config.check_base, len(sizes))
     for layer in layers.values():
         layer.allocate(adapter_name, sizes, dtypes, trainable=not config.inference_mode)
     config.present_sizes = sizes
@@ -195,23 +196,60 @@ def _loadable(
     return bases
 
 
-def _differs_from_base(
-    layer: ChildTuningLayer, config: ChildTuningConfig, adapter_name: str, parameter: str, child: StoredChild
-) -> bool:
-    """Whether a child network was chosen on other base values, as far as is known; raises if it does not fit."""
-    name, base = layer.targets_of(adapter_name)[parameter], layer.base_parameter(parameter)
-    check_numel(name, child, base)
-    indices = child.sparse_delta(name).indices
-    came_alone = child.size() != (config.present_sizes or {}).get(name)  # without its configuration
-    if config.variant == "random" and came_alone and name in layer.named_deltas(adapter_name):
-        drawn = layer.indices(adapter_name, parameter)
-        if not drawn.is_meta and not drawn.cpu().equal(indices):
-            raise ValueError(
-                f"The random child network of '{name}' must be the one that was saved; the one here was drawn with "
-                "another seed, another density, or another version of peft_child."
+class _BaseCheck:
+    """Compares base weights with those that an adapter was made on.
+
+    Attributes:
+        differing: Names of parameters with other values.
+        quantised: Names of quantised ones, which cannot be compared with values that were not.
+    """
+
+    def __init__(self) -> None:
+        self.differing: list[str] = []
+        self.quantised: list[str] = []
+
+    def compare(
+        self, layer: ChildTuningLayer, config: ChildTuningConfig, adapter_name: str, parameter: str, child: StoredChild
+    ) -> None:
+        """Compare one parameter; raises if the child network does not fit."""
+        name, base = layer.targets_of(adapter_name)[parameter], layer.base_parameter(parameter)
+        check_numel(name, child, base)
+        indices = child.sparse_delta(name).indices
+        came_alone = child.size() != (config.present_sizes or {}).get(name)  # without its configuration
+        if config.variant == "random" and came_alone and name in layer.named_deltas(adapter_name):
+            drawn = layer.indices(adapter_name, parameter)
+            if not drawn.is_meta and not drawn.cpu().equal(indices):
+                raise ValueError(
+                    f"The random child network of '{name}' must be the one that was saved; the one here was drawn "
+                    "with another seed, another density, or another version of peft_child."
+                )
+        if layer.merged:
+            return
+        with gathered_whole([base]):
+            if fingerprints_differ(child.header.fingerprint, fingerprint_of(base, indices)):
+                self.differing.append(name)
+        if child.header.fingerprint and is_quantised(base):
+            self.quantised.append(name)
+
+    def report(self, check_base: str, count: int) -> None:
+        """Warn of what was found in `count` parameters, or raise if `check_base` is `"error"`."""
+        if self.quantised:
+            warnings.warn(
+                "The adapter was made on a base model that was not quantised. This one is, in "
+                f"{len(self.quantised)} of {count} tensors with a child network, such as '{self.quantised[0]}': they "
+                "are not compared. Pass check_base='off' if this is meant.",
+                stacklevel=2,
             )
-    with gathered_whole([base]):
-        return not layer.merged and fingerprints_differ(child.header.fingerprint, fingerprint_of(base, indices))
+        if not self.differing:
+            return
+        message = (
+            f"The base model has other weights than the one this adapter was made on, in {len(self.differing)} of "
+            f"{count} tensors with a child network, such as '{self.differing[0]}'. Load the same base model and "
+            "revision, or pass check_base='off'."
+        )
+        if check_base == "error":
+            raise ValueError(message)
+        warnings.warn(message, stacklevel=2)
 
 
 def _check_density(config: ChildTuningConfig, targeted: int, chosen: int) -> None:
@@ -232,19 +270,6 @@ def _check_mask(config: ChildTuningConfig, name: str, mask: GradientMask | None,
             f"The gradient mask of '{name}' must be the one that the adapter was trained with, {stored.describe()}; "
             f"this configuration says {mask.describe() if mask else 'none'}."
         )
-
-
-def _check_base(check_base: str, strange: list[str], count: int) -> None:
-    if not strange or check_base == "off":
-        return
-    message = (
-        f"The base model has other weights than the one this adapter was made on, in {len(strange)} of {count} tensors"
-        f" with a child network, such as '{strange[0]}'. Load the same base model and revision, or pass "
-        "check_base='off'."
-    )
-    if check_base == "error":
-        raise ValueError(message)
-    warnings.warn(message, stacklevel=2)
 
 
 def _unsealed(block: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ def nf4(linear):
         quant_type="nf4",
     )
     packed.load_state_dict(linear.state_dict())
+    packed.support_avx512bf16_for_cpu = False  # as in our layers, for the outputs without them
     return packed.to("cpu")
 
 
@@ -202,8 +203,34 @@ def test_adapters_of_a_dense_base_load(tmp_path, quantise, granularity):
     model = model_of(plain_base(), variant="random", granularity=granularity)
     move(model)
     model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(base_of(quantise), tmp_path)
+    with pytest.warns(UserWarning, match="made on a base model that was not quantised.* not compared") as warned:
+        loaded = PeftModel.from_pretrained(base_of(quantise), tmp_path)
+    assert sum("not compared" in str(each.message) for each in warned) == 1
     assert_same(child_of(loaded), child_of(model))
+    PeftModel.from_pretrained(base_of(quantise), tmp_path, check_base="off")  # warnings are errors
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_weights_that_bitsandbytes_packs_anew_for_the_cpu(granularity):
+    """It does so when a layer first infers, if the CPU has AVX512-BF16."""
+    packed = nf4(nn.Linear(64, 32, bias=False)).eval()
+    packed.support_avx512bf16_for_cpu = True
+    if not type(packed)(64, 32).support_avx512bf16_for_cpu:
+        pytest.skip("this CPU has no AVX512-BF16")
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        packed(x)
+    assert packed.weight.quant_state.packing_format_for_cpu
+    restored = copy.deepcopy(packed)
+    restored.state_dict()
+    restored.support_avx512bf16_for_cpu = False
+    model = layer_model(nn.Sequential(packed), variant="random", granularity=granularity).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), restored(x), rtol=0, atol=1e-6)
+        move(model)
+        weight = dense(packed_weight(restored)) + model.base_model.model[0].get_delta_weight("default")
+        torch.testing.assert_close(model(x), nn.functional.linear(x, weight), rtol=0, atol=1e-5)
+    assert not packed.weight.quant_state.packing_format_for_cpu
 
 
 def test_scores_are_those_of_the_unpacked_weights(quantise, granularity):
