@@ -15,7 +15,6 @@ import typer
 
 from peft_child.card.plot import draw_child_network, draw_overlap
 from peft_child.cli.base_model import load_with_adapter, merge_by_loading, model_settings
-from peft_child.cli.locate import locate_adapter, locate_checkpoint
 from peft_child.cli.output import (
     OneLineErrors,
     counts,
@@ -33,7 +32,9 @@ from peft_child.files.adapter_folder import CONFIG_NAME, SparseAdapter, open_ada
 from peft_child.files.checkpoint import CHECKPOINT_NAME, INDEX_NAME, Checkpoint, replacing
 from peft_child.files.combination import combine_adapters, compare_adapters
 from peft_child.files.extract import extract_adapter, extract_channels
-from peft_child.files.merge import NamesDifferError, check_fits, check_weights, export_patch, merge_checkpoint
+from peft_child.files.merge import NamesDifferError, check_fits, check_weights, merge_checkpoint
+from peft_child.files.patch import export_patch
+from peft_child.integrations.locate import locate_adapter, locate_checkpoint
 from peft_child.layers.granularity import ENTRY, GRANULARITIES, INPUT_CHANNEL
 from peft_child.tensors.codec import FormatError
 from peft_child.tensors.combine import COMBINATIONS, MAJORITIES
@@ -296,6 +297,9 @@ def patch(
     adapter: AdapterName,
     base: BaseName,
     output: Annotated[Path, typer.Argument(metavar="OUTPUT.safetensors", help="File to make.")],
+    undo: Annotated[
+        Path | None, typer.Option(metavar="UNDO.safetensors", help="Also make the patch that leads back to the base.")
+    ] = None,
     revision: Revision = None,
     subfolder: Subfolder = None,
     base_revision: BaseRevision = None,
@@ -304,15 +308,20 @@ def patch(
     """Write the merged values of the child network alone, as positions and values of the checkpoint's tensors.
 
     A serving engine that holds the base model can take them in place of a merged copy. For every tensor NAME the file
-    has NAME.indices (flat positions) and NAME.values (the values there after merging).
+    has NAME.indices (flat positions) and NAME.values (the values there after merging); its metadata have the shapes.
     """
     _check_file(output, force)
+    _check_file(undo, force)
+    if undo is not None and undo.resolve() == output.resolve():
+        raise FileExistsError(f"'{undo}' is the output itself; name another file for --undo.")
     folder = locate_adapter(adapter, revision, subfolder=subfolder)
     stored = open_adapter(folder)
     path = _locate_base(base, stored, base_revision)
-    _check_apart(output, folder, path)
-    export_patch(stored, Checkpoint(path), output, force, progress)
-    typer.echo(f"wrote {counts(stored)} to {plain(output)}")
+    for made in (output, undo):
+        _check_apart(made, folder, path)
+    source = None if Path(adapter).exists() else adapter  # what a folder is called here says nothing elsewhere
+    export_patch(stored, Checkpoint(path), output, force, progress, undo, source)
+    typer.echo(f"wrote {counts(stored)} to {plain(output)}" + (f", and back to {plain(undo)}" if undo else ""))
 
 
 @app.command(epilog="Example: `peft-child verify ./child --base org/model`")

@@ -1,17 +1,15 @@
-"""An adapter and a checkpoint: merge them, export the merged values as a patch, or check that they fit."""
+"""An adapter and a checkpoint: merge them, or check that they fit."""
 
 from __future__ import annotations
 
 import warnings
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from peft_child.files.adapter_folder import SparseAdapter
 from peft_child.files.adapter_tensors import PREFIX, fingerprint_of, fingerprint_of_values, fingerprints_differ
 from peft_child.files.checkpoint import Checkpoint, copy_with_changes, replacing
-from peft_child.files.safetensors_io import TensorWriter
 from peft_child.tensors.delta import Progress, SparseDelta, rounded_sum, silent
 from peft_child.tensors.lazy import read_ahead
 
@@ -48,15 +46,15 @@ def merge_checkpoint(
         if name not in adapter.deltas:
             return adapter.dense[f"{PREFIX}{name}"].to(tensor.dtype)
         delta = next(deltas)  # tensors come in the order of `names`, and so do the deltas
-        tensor.view(-1).index_copy_(0, delta.indices, _merged(name, delta, tensor, mismatched))
+        tensor.view(-1).index_copy_(0, delta.indices, merged_values(name, delta, tensor, mismatched))
         return tensor
 
     with replacing(folder, force) as temporary:
         copy_with_changes(base, temporary, progress(names, "Merging"), merged)
-    _warn_of(mismatched, base)
+    warn_of_mismatch(mismatched, base)
 
 
-def _merged(name: str, delta: SparseDelta, base: Tensor, mismatched: list[str]) -> Tensor:
+def merged_values(name: str, delta: SparseDelta, base: Tensor, mismatched: list[str]) -> Tensor:
     """The merged values of a child network; adds the name to `mismatched` if the fingerprints of the base differ."""
     values = base.reshape(-1).index_select(0, delta.indices)
     if fingerprints_differ(delta.fingerprint, fingerprint_of_values(values)):
@@ -64,46 +62,15 @@ def _merged(name: str, delta: SparseDelta, base: Tensor, mismatched: list[str]) 
     return rounded_sum(values, delta.values)
 
 
-def _warn_of(mismatched: list[str], base: Checkpoint) -> None:
+def warn_of_mismatch(mismatched: list[str], base: Checkpoint) -> None:
+    """Warn that a checkpoint is not the base of an adapter, if `merged_values` found tensors that differ."""
     if mismatched:
-        warnings.warn(_mismatch(base, mismatched[0]), stacklevel=3)
+        warnings.warn(mismatch(base, mismatched[0]), stacklevel=3)
 
 
-def _mismatch(base: Checkpoint, name: str) -> str:
+def mismatch(base: Checkpoint, name: str) -> str:
+    """What is wrong if the base values of a tensor differ."""
     return f"The weights in '{base.path}' are not those that the adapter was made on; '{name}' is one that differs."
-
-
-def export_patch(
-    adapter: SparseAdapter, base: Checkpoint, file: str | Path, force: bool = False, progress: Progress = silent
-) -> None:
-    """Write the child network's positions in the checkpoint's tensors, and the merged values there.
-
-    The safetensors file has two tensors for each changed one: `NAME.indices`, flat row-major positions, int32, or
-    int64 from 2**31 entries on; and `NAME.values`, the values there after merging, in the dtype of the checkpoint.
-
-    Args:
-        adapter: The adapter, without modules saved whole.
-        base: The checkpoint of its base model.
-        file: The file to make.
-        force: Replace a file that exists.
-        progress: Wraps the loop over tensor names.
-
-    Raises:
-        NamesDifferError: If the checkpoint has other names than the model.
-        ValueError: If a tensor has another size, or the adapter has modules saved whole.
-        FileExistsError: If the file exists and `force` is not set.
-    """
-    if adapter.dense:
-        raise ValueError(f"A patch holds entries only; '{next(iter(adapter.dense))}' was saved whole: merge instead.")
-    check_fits(adapter, base)
-    mismatched: list[str] = []
-    with replacing(file, force) as temporary, TensorWriter(temporary) as patch:
-        names = list(adapter.deltas)
-        for name, delta in zip(progress(names, "Merging"), read_ahead(adapter.deltas, names), strict=True):
-            wide = delta.numel >= 1 << 31
-            patch.add(f"{name}.indices", delta.indices.to(torch.int64 if wide else torch.int32))
-            patch.add(f"{name}.values", _merged(name, delta, base[name], mismatched))
-    _warn_of(mismatched, base)
 
 
 def check_fits(adapter: SparseAdapter, base: Checkpoint) -> None:
@@ -139,4 +106,4 @@ def check_weights(adapter: SparseAdapter, base: Checkpoint, progress: Progress =
     for name in progress(list(adapter.deltas), "Checking"):
         delta = adapter.deltas[name]
         if fingerprints_differ(delta.fingerprint, fingerprint_of(base[name], delta.indices)):
-            raise ValueError(_mismatch(base, name))
+            raise ValueError(mismatch(base, name))

@@ -48,10 +48,14 @@ class TensorWriter:
 
     Args:
         file: The file to make.
+
+    Attributes:
+        metadata: What the header says of the file, by key; it may be changed until the `with` statement ends.
     """
 
     def __init__(self, file: Path) -> None:
         self.file = file
+        self.metadata = dict(METADATA)
         self.spill = file.with_name(f"{file.name}.part")
         self.entries: dict[str, _Entry] = {}
 
@@ -91,8 +95,9 @@ class TensorWriter:
     def _header(self) -> dict[str, Any]:
         """The library's header for one-entry tensors, for their order; shapes and offsets are then replaced."""
         small = {name: torch.zeros(1, dtype=entry.dtype) for name, entry in self.entries.items()}
-        written = save(small, METADATA)
+        written = save(small, self.metadata)
         header: dict[str, Any] = json.loads(written[8 : 8 + int.from_bytes(written[:8], "little")])
+        header["__metadata__"] = dict(sorted(self.metadata.items()))  # the library's order changes from run to run
         end = 0
         for name in header:
             if name in self.entries:  # all but the metadata

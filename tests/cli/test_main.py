@@ -22,7 +22,8 @@ from peft_child.files.adapter_folder import CONFIG_NAME, WEIGHTS_NAME, read_adap
 from peft_child.files.checkpoint import Checkpoint
 from peft_child.files.combination import combine_adapters, compare_adapters
 from peft_child.files.extract import extract_adapter
-from peft_child.files.merge import export_patch, merge_checkpoint
+from peft_child.files.merge import merge_checkpoint
+from peft_child.files.patch import export_patch
 
 from ..files.test_operations import bits, tensors_of
 from ..helpers import assert_same
@@ -106,6 +107,18 @@ def test_merge_and_patch(files, tmp_path):
     printed = output_of("patch", files / "chosen", files / "base", tmp_path / "patch.safetensors")
     assert content(tmp_path / "patch.safetensors") == content(tmp_path / "expected.safetensors")
     assert printed.startswith("wrote 1,306 of the 3,328 entries of 10 tensors to ")
+    export_patch(adapter, base, tmp_path / "again.safetensors", undo=tmp_path / "expected-undo.safetensors")
+    undo, patch = tmp_path / "undo.safetensors", tmp_path / "patch.safetensors"
+    printed = output_of("patch", files / "chosen", files / "base", patch, "--undo", undo, "--force")
+    assert content(undo) == content(tmp_path / "expected-undo.safetensors")
+    assert printed.endswith(f", and back to {undo}\n")
+    for file, problem in ((undo, "exists already"), (patch, "exists already"), (tmp_path, "is a folder")):
+        arguments = ["patch", files / "chosen", files / "base", tmp_path / "new.safetensors", "--undo"]
+        assert problem in error_of(*arguments, file)
+    assert "name another file for --undo" in error_of(*arguments, tmp_path / "new.safetensors")
+    inside = files / "base" / "model.safetensors"
+    assert "name another output" in error_of(*arguments, inside, "--force")
+    assert not (tmp_path / "new.safetensors").exists()
 
 
 def test_combine(files, tmp_path):

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from peft_child.files.adapter_folder import SparseAdapter, read_adapter, write_adapter
 from peft_child.files.combination import combine_adapters, compare_adapters
-from peft_child.files.merge import export_patch
+from peft_child.files.patch import export_patch
 
 from ..helpers import logits
 from ..problems import batch_of

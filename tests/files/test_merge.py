@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from peft_child.files.adapter_folder import read_adapter
 from peft_child.files.checkpoint import Checkpoint
-from peft_child.files.merge import NamesDifferError, export_patch, merge_checkpoint
+from peft_child.files.merge import NamesDifferError, merge_checkpoint
 
 from ..helpers import assert_same, logits
 from ..problems import batch_of, build, tiny_llama
@@ -37,26 +37,6 @@ def test_a_single_file_is_merged_too(tmp_path):
     merge_checkpoint(read_adapter(tmp_path / "child"), Checkpoint(base / "model.safetensors"), tmp_path / "merged")
     merge_checkpoint(read_adapter(tmp_path / "child"), Checkpoint(base), tmp_path / "whole")
     assert (tmp_path / "merged/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
-
-
-@pytest.mark.filterwarnings("ignore:Gradients of float16 weights")
-def test_a_patch_applied_with_numpy_gives_the_merged_checkpoint(tmp_path):
-    import numpy as np
-    from safetensors.numpy import load_file as load_arrays
-
-    base = saved_base(tmp_path / "base", torch.float16)
-    saved_adapter(base, tmp_path / "child")
-    adapter = read_adapter(tmp_path / "child")
-    export_patch(adapter, Checkpoint(base), tmp_path / "patch.safetensors")
-    merge_checkpoint(adapter, Checkpoint(base), tmp_path / "merged")
-    patch = load_arrays(tmp_path / "patch.safetensors")
-    arrays = load_arrays(base / "model.safetensors")
-    for name in adapter.deltas:
-        assert patch[f"{name}.indices"].dtype == np.int32
-        flat = arrays[name].reshape(-1)
-        flat[patch[f"{name}.indices"]] = patch[f"{name}.values"]
-    expected = load_arrays(tmp_path / "merged/model.safetensors")
-    assert all(np.array_equal(arrays[name].view(np.uint16), expected[name].view(np.uint16)) for name in arrays)
 
 
 def test_another_base_is_noticed(tmp_path):

@@ -16,7 +16,8 @@ from peft_child.files.adapter_folder import read_adapter, write_adapter
 from peft_child.files.checkpoint import Checkpoint
 from peft_child.files.combination import combine_adapters
 from peft_child.files.extract import extract_adapter
-from peft_child.files.merge import export_patch, merge_checkpoint
+from peft_child.files.merge import merge_checkpoint
+from peft_child.files.patch import export_patch
 
 from ..helpers import chosen_model, move
 from ..problems import tiny_llama
@@ -55,7 +56,8 @@ from peft_child.files.adapter_folder import open_adapter, write_adapter
 from peft_child.files.checkpoint import Checkpoint
 from peft_child.files.combination import combine_adapters
 from peft_child.files.extract import extract_adapter
-from peft_child.files.merge import export_patch, merge_checkpoint
+from peft_child.files.merge import merge_checkpoint
+from peft_child.files.patch import export_patch
 
 folder = Path(sys.argv[1])
 

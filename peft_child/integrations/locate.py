@@ -49,14 +49,24 @@ def locate_adapter(
     )
 
 
-def locate_checkpoint(name: str, revision: str | None = None, token: str | None = None) -> Path:
-    """Find the folder or file of a checkpoint, with the files beside its weights; otherwise as `locate_adapter`."""
+def locate_checkpoint(
+    name: str, revision: str | None = None, token: str | None = None, cache: str | None = None
+) -> Path:
+    """Find the folder or file of a checkpoint, with the files beside its weights; otherwise as `locate_adapter`.
+
+    `cache` is the folder of downloads, by default that of `huggingface_hub`.
+    """
     # Nothing in subfolders: the Hub's patterns let `*` match a slash as well.
-    return _locate(name, revision, token, [*WEIGHTS_FILES, *DESCRIBING, *LICENCES], ["*/*"])
+    return _locate(name, revision, token, [*WEIGHTS_FILES, *DESCRIBING, *LICENCES], ["*/*"], cache)
 
 
 def _locate(
-    name: str, revision: str | None, token: str | None, patterns: list[str], ignored: list[str] | None = None
+    name: str,
+    revision: str | None,
+    token: str | None,
+    patterns: list[str],
+    ignored: list[str] | None = None,
+    cache: str | None = None,
 ) -> Path:
     if Path(name).exists():
         return Path(name)
@@ -66,7 +76,12 @@ def _locate(
         )
     try:
         folder = snapshot_download(
-            name, revision=revision, token=token, allow_patterns=patterns, ignore_patterns=ignored
+            name,
+            revision=revision,
+            token=token,
+            cache_dir=cache,
+            allow_patterns=patterns,
+            ignore_patterns=ignored,
         )
     except Exception as error:  # errors of the client's HTTP library have no common class of their own
         raise OSError(_hub_error(name, revision, error)) from error

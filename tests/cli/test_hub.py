@@ -1,4 +1,4 @@
-"""Folders, and names on the Hub, with revisions and subfolders."""
+"""The command line with names on the Hub, revisions and subfolders."""
 
 import json
 import os
@@ -8,12 +8,11 @@ import subprocess
 import sys
 
 import pytest
-from huggingface_hub.errors import GatedRepoError, RevisionNotFoundError
 
-from peft_child.cli import locate
 from peft_child.files.adapter_folder import read_adapter, write_adapter
 from peft_child.files.checkpoint import Checkpoint
 from peft_child.files.merge import merge_checkpoint
+from peft_child.integrations import locate
 
 from ..hubserver import File, HubServer, Repository
 from .commands import VERBS, arguments_of, content, error_of, output_of
@@ -37,22 +36,6 @@ def test_the_hub_out_of_reach(tmp_path, verb):
     message = error_of(verb, *arguments_of(verb, "someone/child", tmp_path / "new", "someone/base"))
     assert message.startswith("error: There is no file or folder 'someone/")
     assert "' here, and the Hub cannot be reached: OfflineModeIsEnabled: " in message
-
-
-@pytest.mark.parametrize(
-    ("error", "problem"),
-    [
-        (GatedRepoError, "is gated: accept its terms on its page, and log in with `hf auth login`"),
-        (RevisionNotFoundError, "'someone/child' on the Hub has no revision 'x'"),
-        (ConnectionResetError, "it cannot be downloaded from the Hub: ConnectionResetError: two lines"),
-    ],
-)
-def test_what_the_hub_refuses(monkeypatch, error, problem):
-    def refuse(*arguments, **options):
-        raise error.__new__(error, "two\nlines") if error is not ConnectionResetError else error("two\nlines")
-
-    monkeypatch.setattr(locate, "snapshot_download", refuse)
-    assert problem in error_of("inspect", "someone/child", "--revision", "x")
 
 
 def published(hub, name, *folders, private=False):

@@ -1,0 +1,223 @@
+"""Patch files: other values for some entries of a checkpoint's tensors, for engines that hold the checkpoint.
+
+The format is written down in docs/format.md.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from peft_child.files.adapter_folder import SparseAdapter
+from peft_child.files.adapter_tensors import PREFIX, checksum_of
+from peft_child.files.checkpoint import Checkpoint, replacing
+from peft_child.files.merge import check_fits, merged_values, warn_of_mismatch
+from peft_child.files.safetensors_io import TensorWriter
+from peft_child.tensors.codec import FormatError
+from peft_child.tensors.delta import Progress, silent
+from peft_child.tensors.lazy import Lazy, read_ahead
+
+
+METADATA_KEY = "peft_child_patch"
+PATCH_VERSION = 1
+PATCH_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+_INDICES, _VALUES = ".indices", ".values"  # endings of the names in a file
+
+
+class TensorPatch(NamedTuple):
+    """Other values for some entries of a tensor.
+
+    Attributes:
+        shape: Shape of the tensor.
+        indices: Flat row-major positions, int32 or int64, shape `(k,)`, strictly increasing.
+        values: The new values there, of the tensor's dtype, shape `(k,)`.
+        before: CRC-32 of the bytes of the values that they replace; 0 if unknown.
+    """
+
+    shape: tuple[int, ...]
+    indices: Tensor
+    values: Tensor
+    before: int = 0
+
+
+@dataclass
+class Patch:
+    """Other values for some entries of a checkpoint.
+
+    Attributes:
+        tensors: By name of the tensor in the checkpoint.
+        origin: Where the values come from, for people.
+    """
+
+    tensors: Mapping[str, TensorPatch]
+    origin: dict[str, Any] = field(default_factory=dict)
+
+
+def export_patch(
+    adapter: SparseAdapter,
+    base: Checkpoint,
+    file: str | Path,
+    force: bool = False,
+    progress: Progress = silent,
+    undo: str | Path | None = None,
+    source: str | None = None,
+) -> None:
+    """Write what merging an adapter changes in a checkpoint.
+
+    Args:
+        adapter: The adapter, without modules saved whole.
+        base: The checkpoint of its base model.
+        file: The file to make.
+        force: Replace files that exist.
+        progress: Wraps the loop over tensor names.
+        undo: A second file to make, the patch that leads back to the base.
+        source: Name of the adapter on the Hub, for the origin in the file.
+
+    Raises:
+        NamesDifferError: If the checkpoint has other names than the model.
+        ValueError: If a tensor has another size, a merged value is not finite, or modules were saved whole.
+        FileExistsError: If a file exists and `force` is not set.
+    """
+    if adapter.dense:
+        raise ValueError(f"A patch holds entries only; '{next(iter(adapter.dense))}' was saved whole: merge instead.")
+    check_fits(adapter, base)
+    mismatched: list[str] = []
+    names = list(adapter.deltas)
+    changes = Lazy(names, lambda name: tensor_patch(adapter, base, name, mismatched))
+    origin = {"adapter": source, "base_model": adapter.settings.get("base_model_name_or_path"), "undo": False}
+    write_patch(file, Patch(changes, origin), force, progress)
+    if undo is not None:
+        back = Lazy(names, lambda name: _reversed(changes[name], base[name]))
+        write_patch(undo, Patch(back, {**origin, "undo": True}), force, progress)
+    warn_of_mismatch(mismatched, base)
+
+
+def tensor_patch(adapter: SparseAdapter, base: Checkpoint, name: str, mismatched: list[str]) -> TensorPatch:
+    """What merging an adapter changes in one tensor; adds the name to `mismatched` if the base values differ.
+
+    A tensor that was saved whole has all of its entries in the patch.
+    """
+    tensor = base[name]
+    flat = tensor.reshape(-1)
+    if name in adapter.deltas:
+        delta = adapter.deltas[name]
+        indices, values = delta.indices, merged_values(name, delta, tensor, mismatched)
+    else:
+        indices = torch.arange(flat.numel())
+        values = adapter.dense[f"{PREFIX}{name}"].reshape(-1).to(tensor.dtype)
+    before = checksum_of(flat.index_select(0, indices))
+    return TensorPatch(tuple(tensor.shape), indices.to(index_dtype(flat.numel())), values, before)
+
+
+def index_dtype(numel: int) -> torch.dtype:
+    """The dtype of flat positions in a tensor with `numel` entries."""
+    return torch.int32 if numel < 1 << 31 else torch.int64
+
+
+def _reversed(patch: TensorPatch, tensor: Tensor) -> TensorPatch:
+    """The patch that leads back to a tensor's own values."""
+    old = tensor.reshape(-1).index_select(0, patch.indices)
+    return patch._replace(values=old, before=checksum_of(patch.values))
+
+
+def write_patch(file: str | Path, patch: Patch, force: bool = False, progress: Progress = silent) -> None:
+    """Write a patch file; every tensor of the patch is read once.
+
+    Raises:
+        ValueError: If a value is not finite.
+        FileExistsError: If the file exists and `force` is not set.
+    """
+    about: dict[str, Any] = {}
+    with replacing(file, force) as temporary, TensorWriter(temporary) as writer:
+        names = list(patch.tensors)
+        for name, part in zip(progress(names, "Writing"), read_ahead(patch.tensors, names), strict=True):
+            if not part.values.isfinite().all():
+                raise ValueError(f"The values of a patch must be finite; some of '{name}' are not.")
+            writer.add(f"{name}{_INDICES}", part.indices)
+            writer.add(f"{name}{_VALUES}", part.values)
+            about[name] = {"shape": list(part.shape), "before": part.before, "after": checksum_of(part.values)}
+        described = {"version": PATCH_VERSION, "origin": patch.origin, "tensors": about}
+        writer.metadata[METADATA_KEY] = json.dumps(described, sort_keys=True)
+
+
+def open_patch(file: str | Path) -> Patch:
+    """Open a patch file; every tensor is read and checked on access.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        FormatError: If it is no patch file, or is not valid. Access to a damaged tensor raises it too.
+    """
+    file = Path(file)
+    if not file.is_file():
+        raise FileNotFoundError(f"There is no patch file '{file}'.")
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            described = (tensors.metadata() or {}).get(METADATA_KEY)
+            keys = set(tensors.keys())
+    except SafetensorError as error:
+        raise FormatError(f"The patch '{file}' cannot be read: {error}.") from error
+    if described is None:
+        raise FormatError(f"'{file}' is not a patch file: its metadata has no '{METADATA_KEY}'.")
+    about, origin = _parsed(described, file)
+    expected = {f"{name}{ending}" for name in about for ending in (_INDICES, _VALUES)}
+    if keys != expected:
+        raise FormatError(
+            f"The patch '{file}' must describe the tensors that it has; '{min(keys ^ expected)}' differs."
+        )
+    return Patch(Lazy(about, lambda name: _read(file, name, *about[name])), origin)
+
+
+def _parsed(described: str, file: Path) -> tuple[dict[str, tuple[tuple[int, ...], int, int]], dict[str, Any]]:
+    """Shape and the two checksums of every tensor, and the origin."""
+    try:
+        settings = json.loads(described)
+        if settings["version"] != PATCH_VERSION:
+            raise FormatError(
+                f"The patch '{file}' has version {settings['version']!r}; this reader knows {PATCH_VERSION}."
+            )
+        about = {
+            str(name): (tuple(map(_count, each["shape"])), _count(each["before"]), _count(each["after"]))
+            for name, each in settings["tensors"].items()
+        }
+        origin = dict(settings["origin"])
+    except FormatError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise FormatError(f"The metadata of the patch '{file}' are not valid: {error!r:.200}.") from error
+    return about, origin
+
+
+def _count(value: object) -> int:
+    if type(value) is not int or not 0 <= value < 1 << 63:
+        raise ValueError(f"not a count: {value!r:.50}")
+    return value
+
+
+def _read(file: Path, name: str, shape: tuple[int, ...], before: int, after: int) -> TensorPatch:
+    """Read and check the patch of one tensor."""
+    with safe_open(file, framework="pt") as tensors:
+        indices, values = tensors.get_tensor(f"{name}{_INDICES}"), tensors.get_tensor(f"{name}{_VALUES}")
+    numel = math.prod(shape)
+    wrong = None
+    if indices.dtype not in (torch.int32, torch.int64) or values.dtype not in PATCH_DTYPES:
+        wrong = f"its indices are {indices.dtype} and its values {values.dtype}"
+    elif indices.dim() != 1 or indices.shape != values.shape:
+        wrong = f"its indices have the shape {tuple(indices.shape)} and its values {tuple(values.shape)}"
+    elif not len(indices) or indices[0] < 0 or indices[-1] >= numel or not (indices[1:] > indices[:-1]).all():
+        wrong = f"its indices must be increasing, between 0 and {numel - 1}"
+    elif not values.isfinite().all():
+        wrong = "a value is not finite"
+    elif checksum_of(values) != after:
+        wrong = "the checksum of its values does not match"
+    if wrong:
+        raise FormatError(f"The patch of '{name}' in '{file}' cannot be used: {wrong}.")
+    return TensorPatch(shape, indices.to(index_dtype(numel)), values, before)
