@@ -2,6 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEEPSPEED := $(VENV)/deepspeed
+VLLM := $(VENV)/vllm
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export OMP_WAIT_POLICY := PASSIVE  # threads that wait leave the core to others
@@ -12,7 +13,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # What is imported is compiled then; compiling all that is installed takes pip three quarters of its time.
 INSTALL := -m pip install --quiet --no-compile
 
-.PHONY: demo test quick lint check quantised wheel benchmark gpu test-deepspeed clean
+.PHONY: demo test quick lint check quantised wheel benchmark gpu test-deepspeed test-vllm clean
 
 demo: $(VENV)/.installed  ## Pretrain, adapt three ways, save, load, merge and draw
 	$(BIN)/python examples/quickstart.py
@@ -60,6 +61,20 @@ $(DEEPSPEED)/.installed: pyproject.toml constraints.txt
 	$(DEEPSPEED)/bin/python $(INSTALL) --editable ".[test]"
 	$(DEEPSPEED)/bin/python $(INSTALL) setuptools wheel hjson ninja py-cpuinfo msgpack einops pydantic
 	DS_ACCELERATOR=cpu DS_BUILD_OPS=0 $(DEEPSPEED)/bin/python $(INSTALL) --no-deps --no-build-isolation deepspeed
+	touch $@
+
+# The tests do without PEFT, as an environment that only serves; the example trains as well.
+test-vllm: $(VLLM)/.installed  ## Serving with vLLM, in an environment of its own of 3 GB
+	$(VLLM)/bin/pytest tests/integrations/test_vllm.py tests/integrations/test_vllm_loader.py tests/integrations/test_vllm_worker.py
+	set -e; folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
+	PYTHONPATH=$(VLLM)/training $(VLLM)/bin/python examples/serve.py --output "$$folder"
+
+# The file names every package, so that torchaudio and torchvision, which vLLM asks for, can be left out.
+$(VLLM)/.installed: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM)
+	PIP_CONSTRAINT= $(VLLM)/bin/python $(INSTALL) --no-deps --requirement constraints-vllm.txt
+	PIP_CONSTRAINT= $(VLLM)/bin/python $(INSTALL) --no-deps --no-build-isolation --editable .
+	$(VLLM)/bin/python $(INSTALL) --no-deps --target $(VLLM)/training peft accelerate
 	touch $@
 
 $(VENV)/.installed: pyproject.toml constraints.txt

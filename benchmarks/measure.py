@@ -110,9 +110,11 @@ def peak_allocated(step: Callable[[], object]) -> int:
     return peak
 
 
-def machine() -> dict[str, Any]:
-    """What the figures depend on."""
-    packages = ("torch", "peft", "transformers", "numpy", "safetensors", "peft-child")
+PACKAGES = ("torch", "peft", "transformers", "numpy", "safetensors", "peft-child")
+
+
+def machine(packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
+    """What the figures depend on, with the versions of some packages."""
     on_cuda = DEVICE.type == "cuda"
     return {
         "device": torch.cuda.get_device_name() if on_cuda else f"{_processor()}, {torch.get_num_threads()} threads",

@@ -50,6 +50,10 @@ LONG = {
 
 # Private names of torch, peft and transformers by file, each with the reason why there is no public way.
 PRIVATE = {
+    "integrations/vllm_unpacked.py": {
+        "_custom_ops": "vLLM has no option to keep weights unpacked",
+        "_supports_onednn": "as _custom_ops",
+    },
     "integrations/hub.py": {"_hf_peft_config_loaded": "whether transformers' own adapter API saves an adapter"},
     "selection/batches.py": {"torch.utils._pytree": "tensors in nested batches; torch.utils has no public one"},
     "selection/capture.py": {
@@ -235,6 +239,8 @@ def overridden(source):
     """Private names that classes of a file have from classes of other packages."""
     name = ".".join(source.relative_to(ROOT.parent).with_suffix("").parts)
     if not any(name == found.name for found in pkgutil.walk_packages(peft_child.__path__, "peft_child.")):
+        return
+    if name.startswith("peft_child.integrations.vllm"):  # which cannot be imported without vLLM
         return
     module = importlib.import_module(name)
     for kind in vars(module).values():

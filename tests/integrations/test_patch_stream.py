@@ -1,0 +1,105 @@
+"""What training has changed since an engine was last told."""
+
+import pytest
+import torch
+
+from peft_child import keep_largest
+from peft_child.files.checkpoint import Checkpoint
+from peft_child.files.patch import Patch, open_patch, write_patch
+from peft_child.files.patched import PatchedCheckpoint
+from peft_child.integrations.patch_stream import PatchStream
+
+from ..helpers import assert_same, chosen_model, move, settings_of
+from ..problems import batch_of, build
+
+
+def applied(weights, changes):
+    for name, patch in changes.items():
+        assert torch.equal(patch.indices, patch.indices.unique())
+        weights[name].view(-1)[patch.indices.long()] = patch.values
+    return weights
+
+
+@pytest.mark.parametrize("variant", ["task_driven", "random", "channels", "task_free"])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_an_engine_that_takes_all_changes_has_the_merged_weights(variant, dtype):
+    base = build("llama")
+    engine = {
+        name: parameter.detach().to(dtype or torch.float32).clone() for name, parameter in base.named_parameters()
+    }
+    model = chosen_model("llama", base, **settings_of(variant))
+    stream = PatchStream(model, dtype=dtype)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    sizes = []
+    for step in range(3):
+        if step:
+            model(**batch_of("llama")).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        changes = stream.changes()
+        sizes.append(sum(len(patch.indices) for patch in changes.values()))
+        applied(engine, changes)
+        merged = dict(expected(model, dtype).items())
+        assert_same(engine, merged)
+    assert sizes[0] == 0 < sizes[1]
+    assert stream.changes() == {}
+
+
+def expected(model, dtype):
+    """The merged weights; the model is as before afterwards."""
+    model.merge_adapter()
+    tensors = {
+        name.removeprefix("base_model.model.").replace(".base_layer", ""): parameter.detach()
+        .to(dtype or torch.float32)
+        .clone()
+        for name, parameter in model.named_parameters()
+        if "child_" not in name
+    }
+    model.unmerge_adapter()
+    return tensors
+
+
+def test_small_changes_wait_until_they_move_a_rounded_value():
+    model = chosen_model("llama", build("llama"))
+    stream = PatchStream(model, dtype=torch.bfloat16)
+    stream.changes()
+    move(model, scale=1e-6)
+    few = sum(len(patch.indices) for patch in stream.changes().values())
+    move(model, scale=0.05)
+    many = sum(len(patch.indices) for patch in stream.changes().values())
+    assert few < many
+
+
+def test_changes_are_sent_as_files_that_fit_only_in_their_order(tmp_path):
+    base = build("llama")
+    base.save_pretrained(tmp_path / "base")
+    state = PatchedCheckpoint(Checkpoint(tmp_path / "base"))
+    model = chosen_model("llama", base)
+    stream, files = PatchStream(model), []
+    for number in range(3):
+        move(model)
+        files.append(tmp_path / f"{number}.safetensors")
+        write_patch(files[-1], Patch(stream.changes(), {"step": number}))
+    with pytest.raises(ValueError, match="was made to replace other values"):
+        state.with_patch(open_patch(files[1]))
+    for file in files:
+        state.changed = state.with_patch(open_patch(file))
+    for name, tensor in expected(model, None).items():
+        if name in state.base.places:
+            assert torch.equal(state.values_at(name, torch.arange(tensor.numel(), dtype=torch.int32)), tensor.view(-1))
+
+
+def test_what_cannot_be_sent():
+    with pytest.raises(ValueError, match="has no Child-Tuning adapter 'other'"):
+        PatchStream(chosen_model("llama", build("llama")), adapter_name="other")
+    model = chosen_model("llama", build("llama"))
+    stream = PatchStream(model)
+    move(model)
+    stream.changes()
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="unmerge it before"):
+        stream.changes()
+    model.unmerge_adapter()
+    keep_largest(model, 0.01)
+    with pytest.raises(ValueError, match="make a new PatchStream"):
+        stream.changes()
