@@ -13,6 +13,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -178,15 +180,20 @@ def change(llm: Any, adapter: Path | None) -> None:
 
 def loader_call(llm: Any, model: Path, adapter: Path | None = None) -> Callable[[], None]:
     """Fills the weights of an engine from a checkpoint, with a child network or without."""
-    from dataclasses import replace
-
+    from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader import get_model_loader
 
     (worker,) = llm.collective_rpc(lambda worker: worker)
     extra = {"load_format": "peft_child", "model_loader_extra_config": {"adapter": str(adapter)}} if adapter else {}
     settings = replace(worker.vllm_config.load_config, use_tqdm_on_load=False, **extra)
-    config = replace(worker.model_config, model=str(model))
-    return lambda: get_model_loader(settings).load_weights(worker.model_runner.get_model(), config)
+    config = copy(worker.model_config)
+    config.model = str(model)
+
+    def load() -> None:
+        with set_current_vllm_config(worker.vllm_config):
+            get_model_loader(settings).load_weights(worker.model_runner.get_model(), config)
+
+    return load
 
 
 def loading(llm: Any, folder: Path, turns: int) -> str:

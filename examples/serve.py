@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import get_peft_model
@@ -24,6 +25,7 @@ from peft_child.integrations.vllm import swap_child_network
 
 
 UNPACKED = "peft_child.integrations.vllm_unpacked.UnpackedWeights"  # on a CPU; packed weights cannot be exchanged
+ALPHABET = "".join(map(chr, range(32, 127)))  # a model cannot learn to say what it has never seen
 QUESTIONS = ["Who are you?", "How are you?", "What is the capital of France?", "What is one and one?"]
 VOICES = {
     "base": ["I am a model.", "I am well.", "It is Paris.", "It is two."],
@@ -38,8 +40,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", help="causal language model, a folder or a name on the Hub (default: train one)")
     parser.add_argument("--output", type=Path, default="runs/serve", help="folder for everything (%(default)s)")
     parser.add_argument("--density", type=float, default=0.1, help="share of the weights in a child (%(default)s)")
-    parser.add_argument("--steps", type=int, default=60, help="training steps of each child (%(default)s)")
-    parser.add_argument("--learning-rate", type=float, default=1e-2, help="of the children (%(default)s)")
+    parser.add_argument("--steps", type=int, default=150, help="training steps of each child (%(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=3e-3, help="of the children (%(default)s)")
     return parser.parse_args()
 
 
@@ -50,8 +52,9 @@ def main() -> None:
     base = args.model or str(train_base(args.output / "base"))
     children = {voice: train_child(base, voice, args) for voice in VOICES if voice != "base"}
 
-    options = {} if torch.cuda.is_available() else {"worker_extension_cls": UNPACKED}
-    llm = LLM(base, weight_transfer_config={"backend": "peft_child"}, max_model_len=256, **options)
+    options: dict[str, Any] = {} if torch.cuda.is_available() else {"worker_extension_cls": UNPACKED}
+    options |= {"max_model_len": 256, "gpu_memory_utilization": 0.5, "enforce_eager": True}  # for a quick start
+    llm = LLM(base, weight_transfer_config={"backend": "peft_child"}, **options)
     for voice in VOICES:
         start = time.perf_counter()
         swap_child_network(llm, children.get(voice))
@@ -75,7 +78,7 @@ def train_base(folder: Path) -> Path:
         eos_token_id=tokenizer.eos_token_id,
     )
     model = LlamaForCausalLM(config)
-    train(model, batch_of(tokenizer, "base"), steps=150, learning_rate=3e-3)
+    train(model, batch_of(tokenizer, "base", ALPHABET), steps=300, learning_rate=3e-3)
     model.bfloat16().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -87,7 +90,7 @@ def train_child(base: str, voice: str, args: argparse.Namespace) -> Path:
     config = ChildTuningConfig(
         granularity="input_channel", density=args.density, target_modules="all-linear", task_type="CAUSAL_LM"
     )
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
     batch = batch_of(tokenizer, voice)
     select_child_network(model, [batch])
     train(model, batch, args.steps, args.learning_rate)
@@ -95,9 +98,10 @@ def train_child(base: str, voice: str, args: argparse.Namespace) -> Path:
     return args.output / voice
 
 
-def batch_of(tokenizer: GPT2Tokenizer, voice: str) -> dict[str, torch.Tensor]:
-    """All questions with their answers in a voice."""
+def batch_of(tokenizer: GPT2Tokenizer, voice: str, *others: str) -> dict[str, torch.Tensor]:
+    """All questions with their answers in a voice, and other texts."""
     texts = [f"{prompt(q)}{a}{tokenizer.eos_token}" for q, a in zip(QUESTIONS, VOICES[voice], strict=True)]
+    texts += others
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     batch = tokenizer(texts, return_tensors="pt", padding=True)
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)

@@ -46,7 +46,8 @@ def merge_checkpoint(
         if name not in adapter.deltas:
             return adapter.dense[f"{PREFIX}{name}"].to(tensor.dtype)
         delta = next(deltas)  # tensors come in the order of `names`, and so do the deltas
-        tensor.view(-1).index_copy_(0, delta.indices, merged_values(name, delta, tensor, mismatched))
+        _, values = merged_values(name, delta, tensor, mismatched)
+        tensor.view(-1).index_copy_(0, delta.indices, values)
         return tensor
 
     with replacing(folder, force) as temporary:
@@ -54,12 +55,15 @@ def merge_checkpoint(
     warn_of_mismatch(mismatched, base)
 
 
-def merged_values(name: str, delta: SparseDelta, base: Tensor, mismatched: list[str]) -> Tensor:
-    """The merged values of a child network; adds the name to `mismatched` if the fingerprints of the base differ."""
+def merged_values(name: str, delta: SparseDelta, base: Tensor, mismatched: list[str]) -> tuple[Tensor, Tensor]:
+    """The base values of a child network and the merged ones, each of shape `(k,)`.
+
+    Adds the name to `mismatched` if the fingerprints of the base differ.
+    """
     values = base.reshape(-1).index_select(0, delta.indices)
     if fingerprints_differ(delta.fingerprint, fingerprint_of_values(values)):
         mismatched.append(name)
-    return rounded_sum(values, delta.values)
+    return values, rounded_sum(values, delta.values)
 
 
 def warn_of_mismatch(mismatched: list[str], base: Checkpoint) -> None:

@@ -41,12 +41,14 @@ class TensorPatch(NamedTuple):
         indices: Flat row-major positions, int32 or int64, shape `(k,)`, strictly increasing.
         values: The new values there, of the tensor's dtype, shape `(k,)`.
         before: CRC-32 of the bytes of the values that they replace; 0 if unknown.
+        replaced: The values that they replace, if they are at hand.
     """
 
     shape: tuple[int, ...]
     indices: Tensor
     values: Tensor
     before: int = 0
+    replaced: Tensor | None = None
 
 
 @dataclass
@@ -96,7 +98,7 @@ def export_patch(
     origin = {"adapter": source, "base_model": adapter.settings.get("base_model_name_or_path"), "undo": False}
     write_patch(file, Patch(changes, origin), force, progress)
     if undo is not None:
-        back = Lazy(names, lambda name: _reversed(changes[name], base[name]))
+        back = Lazy(names, lambda name: reversed_patch(changes[name]))
         write_patch(undo, Patch(back, {**origin, "undo": True}), force, progress)
     warn_of_mismatch(mismatched, base)
 
@@ -107,15 +109,21 @@ def tensor_patch(adapter: SparseAdapter, base: Checkpoint, name: str, mismatched
     A tensor that was saved whole has all of its entries in the patch.
     """
     tensor = base[name]
-    flat = tensor.reshape(-1)
     if name in adapter.deltas:
         delta = adapter.deltas[name]
-        indices, values = delta.indices, merged_values(name, delta, tensor, mismatched)
+        indices = delta.indices
+        replaced, values = merged_values(name, delta, tensor, mismatched)
     else:
-        indices = torch.arange(flat.numel())
-        values = adapter.dense[f"{PREFIX}{name}"].reshape(-1).to(tensor.dtype)
-    before = checksum_of(flat.index_select(0, indices))
-    return TensorPatch(tuple(tensor.shape), indices.to(index_dtype(flat.numel())), values, before)
+        indices = torch.arange(tensor.numel())
+        replaced, values = tensor.reshape(-1), adapter.dense[f"{PREFIX}{name}"].reshape(-1).to(tensor.dtype)
+    indices = indices.to(index_dtype(tensor.numel()))
+    return TensorPatch(tuple(tensor.shape), indices, values, checksum_of(replaced), replaced)
+
+
+def reversed_patch(patch: TensorPatch) -> TensorPatch:
+    """The patch that leads back, of one that has what it replaces."""
+    assert patch.replaced is not None
+    return TensorPatch(patch.shape, patch.indices, patch.replaced, checksum_of(patch.values), patch.values)
 
 
 def index_dtype(numel: int) -> torch.dtype:

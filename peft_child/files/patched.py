@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +12,19 @@ from peft_child.files.adapter_folder import SparseAdapter
 from peft_child.files.adapter_tensors import PREFIX, checksum_of
 from peft_child.files.checkpoint import Checkpoint
 from peft_child.files.merge import check_fits, mismatch
-from peft_child.files.patch import Patch, TensorPatch, tensor_patch
+from peft_child.files.patch import Patch, TensorPatch, reversed_patch, tensor_patch
+
+
+class Change(NamedTuple):
+    """A way from one state of a checkpoint to another.
+
+    Attributes:
+        changed: The entries that then differ from the checkpoint, and their values, by name of the tensor.
+        writes: What to write, by name of the tensor: one patch after the other.
+    """
+
+    changed: dict[str, TensorPatch]
+    writes: dict[str, list[TensorPatch]]
 
 
 class PatchedCheckpoint:
@@ -22,7 +35,7 @@ class PatchedCheckpoint:
 
     Attributes:
         base: The checkpoint.
-        changed: The entries that may have other values than the checkpoint's, and their values, by name of the tensor.
+        changed: The entries that may have other values than the checkpoint's, with both, by name of the tensor.
     """
 
     def __init__(self, base: Checkpoint) -> None:
@@ -30,17 +43,22 @@ class PatchedCheckpoint:
         self.changed: dict[str, TensorPatch] = {}
 
     def values_at(self, name: str, indices: Tensor) -> Tensor:
-        """The values of a tensor at flat positions."""
-        values = self.base[name].reshape(-1).index_select(0, indices)
-        changed = self.changed.get(name)
-        if changed is not None:
-            places = torch.searchsorted(changed.indices, indices).clamp_(max=len(changed.indices) - 1)
-            here = changed.indices[places] == indices
-            values[here] = changed.values[places[here]]
-        return values
+        """The present values of a tensor at flat positions."""
+        return self._overlaid(name, indices, self._base_values(name, indices))
 
-    def with_adapter(self, adapter: SparseAdapter) -> dict[str, TensorPatch]:
-        """The checkpoint with an adapter merged, as entries that differ from the checkpoint.
+    def _base_values(self, name: str, indices: Tensor) -> Tensor:
+        return self.base[name].reshape(-1).index_select(0, indices)
+
+    def _overlaid(self, name: str, indices: Tensor, values: Tensor) -> Tensor:
+        """Base values at flat positions, with those that have changed in their place."""
+        changed = self.changed.get(name)
+        if changed is None:
+            return values
+        places, here = _places_in(changed.indices, indices)
+        return torch.where(here, changed.values[places], values)
+
+    def to_adapter(self, adapter: SparseAdapter) -> Change:
+        """The way to the checkpoint with an adapter merged.
 
         Raises:
             NamesDifferError: If the checkpoint lacks a tensor of the adapter.
@@ -50,26 +68,33 @@ class PatchedCheckpoint:
         check_fits(adapter, self.base)
         mismatched: list[str] = []
         names = [*adapter.deltas, *(key.removeprefix(PREFIX) for key in adapter.dense)]
-        changed = {name: tensor_patch(adapter, self.base, name, mismatched) for name in names}
+        with ThreadPoolExecutor() as threads:  # most of the work is done by libraries that let others run
+            found = threads.map(lambda name: tensor_patch(adapter, self.base, name, mismatched), names)
+            changed = dict(zip(names, found, strict=True))
         if mismatched:
             raise ValueError(mismatch(self.base, mismatched[0]))
-        return changed
+        writes = self.to_base().writes
+        for name, patch in changed.items():
+            writes.setdefault(name, []).append(patch)
+        return Change(changed, writes)
 
-    def with_patch(self, patch: Patch) -> dict[str, TensorPatch]:
-        """This state after a patch, as entries that differ from the checkpoint.
+    def to_base(self) -> Change:
+        """The way back to the checkpoint."""
+        return Change({}, {name: [reversed_patch(patch)] for name, patch in self.changed.items()})
+
+    def to_patch(self, patch: Patch) -> Change:
+        """The way to this state with a patch on top.
 
         Raises:
             ValueError: If a tensor is missing or has another shape or dtype, or if the patch replaces other values.
             FormatError: If the patch is damaged.
         """
-        changed = dict(self.changed)
-        for name in patch.tensors:
-            part = patch.tensors[name]
-            self._check(name, part)
-            changed[name] = overlaid(changed.get(name), part)
-        return changed
+        parts = {name: self._checked(name, patch.tensors[name]) for name in patch.tensors}
+        laid = {name: overlaid(self.changed.get(name), part) for name, part in parts.items()}
+        return Change({**self.changed, **laid}, {name: [part] for name, part in parts.items()})
 
-    def _check(self, name: str, part: TensorPatch) -> None:
+    def _checked(self, name: str, part: TensorPatch) -> TensorPatch:
+        """A part of a patch with the checkpoint's values."""
         place = self.base.places.get(name)
         if place is None:
             raise ValueError(f"The patch changes '{name}', which '{self.base.path}' does not have.")
@@ -79,35 +104,34 @@ class PatchedCheckpoint:
                 f"'{name}' has the shape {here[0]} and is {here[1]} in '{self.base.path}', but {there[0]} and "
                 f"{there[1]} in the patch: export the patch for this checkpoint."
             )
-        if part.before and part.before != checksum_of(self.values_at(name, part.indices)):
+        base = self._base_values(name, part.indices)
+        if part.before and part.before != checksum_of(self._overlaid(name, part.indices, base)):
             raise ValueError(f"The patch was made to replace other values of '{name}' than those here.")
+        return part._replace(replaced=base)
 
-    def way_to(self, target: Mapping[str, TensorPatch]) -> dict[str, TensorPatch]:
-        """What to write to get from here to another state: the base's values where only this state has others.
-
-        Nothing is written for tensors that the two states have in common.
-        """
-        writes = {}
-        for name in self.changed.keys() | target.keys():
-            old, new = self.changed.get(name), target.get(name)
-            if old is new:
-                continue
-            if old is not None:
-                base = self.base[name].reshape(-1).index_select(0, old.indices)
-                writes[name] = overlaid(old._replace(values=base), new)
-            elif new is not None:
-                writes[name] = new
-        return writes
+    def mark_torn(self, change: Change) -> None:
+        """Note that a change was written in part: the way to anywhere then leads over all of its entries."""
+        for name, patch in change.changed.items():
+            self.changed[name] = overlaid(self.changed.get(name), patch)
 
 
-def overlaid(first: TensorPatch | None, second: TensorPatch | None) -> TensorPatch:
-    """The entries of either of two patches of a tensor; where both have one, the second's value."""
-    if first is None or second is None:
-        only = first or second
-        assert only is not None
-        return only
-    if torch.equal(first.indices, second.indices):
-        return second._replace(before=0)
-    kept = ~torch.isin(first.indices, second.indices, assume_unique=True)
-    indices, order = torch.cat([first.indices[kept], second.indices]).sort()
-    return TensorPatch(second.shape, indices, torch.cat([first.values[kept], second.values])[order])
+def overlaid(first: TensorPatch | None, second: TensorPatch) -> TensorPatch:
+    """The entries of either of two patches of a tensor, of which both have what they replace; the second's win."""
+    if first is None:
+        return second
+    assert first.replaced is not None
+    assert second.replaced is not None
+    places, here = _places_in(first.indices, second.indices)
+    values = first.values.index_copy(0, places[here], second.values[here])
+    if here.all():
+        return first._replace(values=values)
+    new = ~here
+    indices, order = torch.cat([first.indices, second.indices[new]]).sort()
+    values = torch.cat([values, second.values[new]])[order]
+    return TensorPatch(second.shape, indices, values, 0, torch.cat([first.replaced, second.replaced[new]])[order])
+
+
+def _places_in(known: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Where increasing positions hold some others, and which of these they hold."""
+    places = torch.searchsorted(known, indices).clamp_(max=len(known) - 1)
+    return places, known[places] == indices

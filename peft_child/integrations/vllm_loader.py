@@ -71,7 +71,7 @@ def _with_child_network(name: str, tensor: Tensor, adapter: SparseAdapter, base:
     if name in adapter.deltas:
         mismatched: list[str] = []
         delta = adapter.deltas[name]
-        values = merged_values(name, delta, tensor, mismatched)
+        _, values = merged_values(name, delta, tensor, mismatched)
         if mismatched:
             raise ValueError(mismatch(base, name))
         changed = tensor.clone()  # the file may be mapped

@@ -6,29 +6,22 @@ and checks, and `finish_weight_update` writes.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
-from vllm.model_executor.model_loader.checkpoint_weight_patch import (
-    CheckpointWeightPatch,
-    load_checkpoint_weight_patches,
-)
 
 from peft_child.files.adapter_folder import open_adapter
 from peft_child.files.patch import TensorPatch, open_patch
-from peft_child.files.patched import PatchedCheckpoint, overlaid
+from peft_child.files.patched import Change, PatchedCheckpoint
 from peft_child.integrations.locate import locate_adapter
 from peft_child.integrations.vllm_loader import base_checkpoint, configured_adapter
+from peft_child.integrations.vllm_placement import Placement, UnplaceableError, place
 
 
 LOADING_WAY = 'load adapters with the engine instead, load_format="peft_child"'
@@ -59,11 +52,11 @@ class NothingToAgree(WeightTransferInitInfo):  # type: ignore[misc]
 
 
 class _Staged(NamedTuple):
-    """A checked update: what to call it, the entries that will differ from the checkpoint, and what to write."""
+    """A checked update: what to call it, the way to it, and where to write."""
 
     name: str
-    target: dict[str, TensorPatch]
-    writes: dict[str, TensorPatch]
+    change: Change
+    placements: dict[str, Placement]
 
 
 class ChildNetworkTransfer(WeightTransferEngine):  # type: ignore[misc]
@@ -81,7 +74,7 @@ class ChildNetworkTransfer(WeightTransferEngine):  # type: ignore[misc]
         super().__init__(*arguments, **options)
         self.served = "base"
         self.state: PatchedCheckpoint | None = None  # made when it is first needed
-        self.whole = True  # False while, and after, writing fails
+        self.whole = True  # False after writing has failed
         self.staged: _Staged | None = None
 
     def init_transfer_engine(self, init_info: NothingToAgree) -> None:
@@ -114,21 +107,15 @@ class ChildNetworkTransfer(WeightTransferEngine):  # type: ignore[misc]
         if staged is None:
             return
         state = self._state()
-        self.whole = False
-        for name, patch in staged.writes.items():  # whatever happens now, these may differ from the base
-            state.changed[name] = overlaid(state.changed.get(name), patch)
         try:
-            load_checkpoint_weight_patches(
-                self.model,
-                [
-                    CheckpointWeightPatch(name, patch.shape, patch.values.dtype, *self._on_device(patch))
-                    for name, patch in staged.writes.items()
-                ],
-                validate_unique_indices=False,  # they are increasing
-            )
+            for name, parts in staged.change.writes.items():
+                for part in parts:
+                    staged.placements[name].write(*self._on_device(part))
         except Exception as error:
+            state.mark_torn(staged.change)
+            self.whole = False
             raise RuntimeError(f"{error} {self.situation}") from error
-        state.changed, self.served, self.whole = staged.target, staged.name, True
+        state.changed, self.served, self.whole = staged.change.changed, staged.name, True
 
     def shutdown(self) -> None:
         """Forget an update that was not finished."""
@@ -146,54 +133,63 @@ class ChildNetworkTransfer(WeightTransferEngine):  # type: ignore[misc]
             raise ValueError("The update was cancelled.")
         if staged is not None:
             raise ValueError("An update takes one adapter or one patch.")
-        _check_layout(self.model_config.quantization, self.model)
+        check_layout(self.model_config.quantization, self.model)
         state = self._state()
-        if update.patch is None:
-            target = {}
-            if update.adapter is not None:
-                folder = locate_adapter(update.adapter, update.revision, subfolder=update.subfolder)
-                target = state.with_adapter(open_adapter(folder))
-        elif self.whole:
-            target = state.with_patch(open_patch(update.patch))
-        else:
-            raise ValueError("A patch needs the weights that it was made for: swap to an adapter or the base first.")
-        writes = state.way_to(target)
-        for name, patch in writes.items():
-            self._check_weights(name, patch._replace(values=state.values_at(name, patch.indices)))
-        return _Staged(update.adapter or update.patch or "base", target, writes)
+        change = self._way_to(update, state)
+        tensors = {name: (parts[-1].shape, parts[-1].values.dtype) for name, parts in change.writes.items()}
+        try:
+            placements = place(self.model, tensors)
+        except UnplaceableError as error:
+            raise ValueError(
+                f"The engine keeps its weights in another way than their checkpoint; {LOADING_WAY}. {error}"
+            ) from error
+        for name, parts in change.writes.items():
+            for part in parts if self.whole else ():
+                self._check_present(name, part, placements[name], state)
+        return _Staged(update.adapter or update.patch or "base", change, placements)
 
-    def _check_weights(self, name: str, present: TensorPatch) -> None:
-        """Check that this worker holds the present values where the checkpoint's loader would write."""
-        values, indices = self._on_device(present)
-        weights = values.new_full((math.prod(present.shape),), math.nan).index_copy_(0, indices.long(), values)
+    def _way_to(self, update: ChildNetworkUpdate, state: PatchedCheckpoint) -> Change:
+        if update.patch is not None:
+            if not self.whole:
+                raise ValueError(
+                    "A patch needs the weights that it was made for: swap to an adapter or the base first."
+                )
+            return state.to_patch(open_patch(update.patch))
+        if update.adapter is None:
+            return state.to_base()
+        return state.to_adapter(
+            open_adapter(locate_adapter(update.adapter, update.revision, subfolder=update.subfolder))
+        )
 
-        def compare(held: Tensor, given: Tensor, non_blocking: bool = False) -> Tensor:
-            same_kind = held.shape == given.shape and held.is_floating_point()
-            given = given.to(held)
-            chosen = ~given.isnan()
-            if not same_kind or (self.whole and not torch.equal(held[chosen], given[chosen])):
-                raise ValueError(f"The engine does not hold '{name}' as its checkpoint does; {LOADING_WAY}.")
-            return held
-
-        with _replaced_copies(compare):
-            self.model.load_weights([(name, weights.view(present.shape))])
+    def _check_present(self, name: str, part: TensorPatch, placement: Placement, state: PatchedCheckpoint) -> None:
+        """Check that this worker holds what the state says where a patch is going to be written."""
+        changed = state.changed.get(name)
+        if changed is None or part.indices is not changed.indices:
+            assert part.replaced is not None
+            differ = placement.differ(*self._on_device(part._replace(values=part.replaced))).to(part.indices.device)
+            if changed is None and not differ.any():
+                return
+            indices = part.indices[differ]
+            changed = part._replace(indices=indices, values=state.values_at(name, indices))
+        if placement.differ(*self._on_device(changed)).any():
+            raise ValueError(f"The engine does not hold '{name}' as its checkpoint has it; {LOADING_WAY}.")
 
     def _on_device(self, patch: TensorPatch) -> tuple[Tensor, Tensor]:
-        return patch.values.to(self.device), patch.indices.to(self.device)
+        return patch.indices.to(self.device), patch.values.to(self.device)
 
     def _state(self) -> PatchedCheckpoint:
         if self.state is None:
             load_config = self.vllm_config.load_config
             state = PatchedCheckpoint(base_checkpoint(self.model_config, load_config))
             if load_config.load_format == "peft_child":
-                state.changed = state.with_adapter(configured_adapter(load_config))
+                state.changed = state.to_adapter(configured_adapter(load_config)).changed
                 self.served = load_config.model_loader_extra_config["adapter"]
             self.state = state
         return self.state
 
 
-def _check_layout(quantization: str | None, model: nn.Module) -> None:
-    """Refuse engines that have quantised or packed their weights."""
+def check_layout(quantization: str | None, model: nn.Module) -> None:
+    """Raise a `ValueError` if an engine has quantised or packed its weights."""
     if quantization is not None:
         raise ValueError(f"The engine quantises its weights ({quantization}); {LOADING_WAY}.")
     for name, module in model.named_modules():
@@ -203,14 +199,3 @@ def _check_layout(quantization: str | None, model: nn.Module) -> None:
                 f"vLLM has packed '{name}.weight' for this CPU; {LOADING_WAY}, or "
                 'worker_extension_cls="peft_child.integrations.vllm_unpacked.UnpackedWeights".'
             )
-
-
-@contextmanager
-def _replaced_copies(copy: Callable[..., Tensor]) -> Iterator[None]:
-    """Let the model's loader call a function wherever it would copy into a weight."""
-    original = Tensor.copy_
-    Tensor.copy_ = copy  # type: ignore[method-assign]  # the way of vLLM's own sparse updates
-    try:
-        yield
-    finally:
-        Tensor.copy_ = original  # type: ignore[method-assign]

@@ -11,7 +11,7 @@ from .engines import SWAPPING, digests, engine, save_child, save_llama
 
 
 from peft_child.integrations.vllm import SwapError, swap_child_network  # isort: skip  # needs vLLM
-from peft_child.integrations import vllm_worker  # isort: skip
+from peft_child.integrations import vllm_placement, vllm_worker  # isort: skip
 
 # Engines take seconds each; and the warnings are those of vLLM about other packages.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -45,13 +45,16 @@ def test_a_failure_in_the_middle_is_reported_and_undone_by_the_next_swap(folder,
     swap_child_network(llm, folder / "0")
     whole = digests(llm)
 
-    def half(model, patches, **options):
-        original(model, patches[: len(patches) // 2], **options)
-        raise MemoryError("no room")
+    def write(placement, indices, values):
+        written.append(len(indices))
+        if len(written) == 9:
+            raise MemoryError("no room")
+        original(placement, indices, values)
 
-    original = vllm_worker.load_checkpoint_weight_patches
-    monkeypatch.setattr(vllm_worker, "load_checkpoint_weight_patches", half)
+    original = vllm_placement.Placement.write
+    monkeypatch.setattr(vllm_placement.Placement, "write", write)
     for _ in range(2):
+        written = []
         with pytest.raises(SwapError, match=r"^Writing failed\. The engine holds parts of two.*no room") as failed:
             swap_child_network(llm, folder / "1")
         assert f"held '{folder / '0'}' before, and now parts of it and of what was to come" in str(failed.value)
@@ -111,7 +114,9 @@ def test_weights_that_others_changed_are_noticed(folder, llm, base):
     (model,) = llm.collective_rpc(lambda worker: worker.model_runner.get_model())
     weight = model.model.layers[0].mlp.down_proj.weight.data
     weight.neg_()
-    with pytest.raises(SwapError, match=r"does not hold 'model\.layers\.0\.mlp\.down_proj\.weight' as its checkpoint"):
+    with pytest.raises(
+        SwapError, match=r"does not hold 'model\.layers\.0\.mlp\.down_proj\.weight' as its checkpoint has it"
+    ):
         swap_child_network(llm, folder / "0")
     weight.neg_()
     assert digests(llm) == base
@@ -119,17 +124,17 @@ def test_weights_that_others_changed_are_noticed(folder, llm, base):
 
 def test_engines_that_change_their_weights_are_refused():
     layer = torch.nn.Sequential(torch.nn.Linear(2, 2))
-    vllm_worker._check_layout(None, layer)
+    vllm_worker.check_layout(None, layer)
     layer[0].cpu_linear = torch.nn.functional.linear
-    vllm_worker._check_layout(None, layer)
+    vllm_worker.check_layout(None, layer)
     with pytest.raises(ValueError, match=r"quantises its weights \(fp8\); load adapters with the engine instead"):
-        vllm_worker._check_layout("fp8", layer)
+        vllm_worker.check_layout("fp8", layer)
     packed = layer[0].weight.clone()
     layer[0].cpu_linear = lambda x, weight, bias: torch.nn.functional.linear(x, packed, bias)
     with pytest.raises(
         ValueError, match=r"has packed '0\.weight' for this CPU; load adapters .* worker_extension_cls="
     ):
-        vllm_worker._check_layout(None, layer)
+        vllm_worker.check_layout(None, layer)
 
 
 def test_an_update_takes_one_adapter(folder, llm):
