@@ -65,9 +65,10 @@ $(DEEPSPEED)/.installed: pyproject.toml constraints.txt
 
 # The tests do without PEFT, as an environment that only serves; the example trains as well.
 test-vllm: $(VLLM)/.installed  ## Serving with vLLM, in an environment of its own of 3 GB
-	$(VLLM)/bin/pytest tests/integrations/test_vllm.py tests/integrations/test_vllm_loader.py tests/integrations/test_vllm_worker.py
+	$(VLLM)/bin/pytest --show-capture=no tests/integrations/test_vllm*.py
 	set -e; folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
-	PYTHONPATH=$(VLLM)/training $(VLLM)/bin/python examples/serve.py --output "$$folder"
+	PYTHONPATH=$(VLLM)/training $(VLLM)/bin/python examples/serve.py --output "$$folder"; \
+	$(VLLM)/bin/python -m benchmarks.serving --size tiny --turns 1 --output "$$folder"
 
 # The file names every package, so that torchaudio and torchvision, which vLLM asks for, can be left out.
 $(VLLM)/.installed: pyproject.toml constraints-vllm.txt

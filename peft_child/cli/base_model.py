@@ -82,6 +82,17 @@ def load_with_adapter(adapter: Path, base: Path, check_base: str = "warn") -> Pe
     return loaded
 
 
+def load_without_memory(settings: Mapping[str, Any], base: Path) -> Any:
+    """A base model whose parameters have names and shapes, and no values.
+
+    Raises:
+        ValueError: If the class of the model is unknown.
+    """
+    model_class = _model_class(settings, base)
+    with _quiet():
+        return model_class.from_pretrained(base, device_map="meta", use_safetensors=True, trust_remote_code=False)
+
+
 def _model_class(settings: Mapping[str, Any], base: Path) -> Any:
     """The class for the adapter's task, else the class it was made on, else the class that saved the checkpoint."""
     if not (base / "config.json").is_file():

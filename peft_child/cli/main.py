@@ -15,6 +15,7 @@ import typer
 
 from peft_child.card.plot import draw_child_network, draw_overlap
 from peft_child.cli.base_model import load_with_adapter, merge_by_loading, model_settings
+from peft_child.cli.checkpoint_names import in_checkpoint_names
 from peft_child.cli.output import (
     OneLineErrors,
     counts,
@@ -320,7 +321,15 @@ def patch(
     for made in (output, undo):
         _check_apart(made, folder, path)
     source = None if Path(adapter).exists() else adapter  # what a folder is called here says nothing elsewhere
-    export_patch(stored, Checkpoint(path), output, force, progress, undo, source)
+    checkpoint = Checkpoint(path)
+    try:
+        check_fits(stored, checkpoint)
+    except NamesDifferError:
+        if stored.dense:
+            raise
+        say("note", "the checkpoint has other names than the model; the patch has those of the checkpoint.")
+        stored = in_checkpoint_names(stored, checkpoint, progress)
+    export_patch(stored, checkpoint, output, force, progress, undo, source)
     typer.echo(f"wrote {counts(stored)} to {plain(output)}" + (f", and back to {plain(undo)}" if undo else ""))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from peft_child.files.adapter_tensors import PREFIX, checksum_of
 from peft_child.files.checkpoint import Checkpoint
 from peft_child.files.merge import check_fits, mismatch
 from peft_child.files.patch import Patch, TensorPatch, reversed_patch, tensor_patch
+from peft_child.tensors.lazy import Lazy
 
 
 class Change(NamedTuple):
@@ -57,41 +59,48 @@ class PatchedCheckpoint:
         places, here = _places_in(changed.indices, indices)
         return torch.where(here, changed.values[places], values)
 
-    def to_adapter(self, adapter: SparseAdapter) -> Change:
-        """The way to the checkpoint with an adapter merged.
+    def parts(self, source: SparseAdapter | Patch) -> Mapping[str, TensorPatch]:
+        """What an adapter changes in the checkpoint, or a patch in this state, by name; checked on access.
 
         Raises:
             NamesDifferError: If the checkpoint lacks a tensor of the adapter.
-            ValueError: If a tensor has another size, or other values than those that the adapter was made on.
-            FormatError: If the adapter is damaged.
+            ValueError: If a tensor has another size. Access raises it if a tensor is missing, or has another shape or
+                dtype, or other values than those that the adapter was made on or that the patch replaces.
+            FormatError: On access, if the source is damaged.
         """
-        check_fits(adapter, self.base)
-        mismatched: list[str] = []
-        names = [*adapter.deltas, *(key.removeprefix(PREFIX) for key in adapter.dense)]
+        if isinstance(source, Patch):
+            return Lazy(source.tensors, lambda name: self._checked(name, source.tensors[name]))
+        check_fits(source, self.base)
+        names = [*source.deltas, *(key.removeprefix(PREFIX) for key in source.dense)]
+        return Lazy(names, lambda name: self._merged(name, source))
+
+    def to(self, source: SparseAdapter | Patch) -> Change:
+        """The way to the checkpoint with an adapter merged, or to this state with a patch on top.
+
+        Raises:
+            NamesDifferError, ValueError, FormatError: If it does not fit, or is damaged; see `parts`.
+        """
+        found = self.parts(source)
         with ThreadPoolExecutor() as threads:  # most of the work is done by libraries that let others run
-            found = threads.map(lambda name: tensor_patch(adapter, self.base, name, mismatched), names)
-            changed = dict(zip(names, found, strict=True))
-        if mismatched:
-            raise ValueError(mismatch(self.base, mismatched[0]))
+            parts = dict(zip(found, threads.map(found.__getitem__, found), strict=True))
+        if isinstance(source, Patch):
+            laid = {name: overlaid(self.changed.get(name), part) for name, part in parts.items()}
+            return Change({**self.changed, **laid}, {name: [part] for name, part in parts.items()})
         writes = self.to_base().writes
-        for name, patch in changed.items():
-            writes.setdefault(name, []).append(patch)
-        return Change(changed, writes)
+        for name, part in parts.items():
+            writes.setdefault(name, []).append(part)
+        return Change(parts, writes)
 
     def to_base(self) -> Change:
         """The way back to the checkpoint."""
         return Change({}, {name: [reversed_patch(patch)] for name, patch in self.changed.items()})
 
-    def to_patch(self, patch: Patch) -> Change:
-        """The way to this state with a patch on top.
-
-        Raises:
-            ValueError: If a tensor is missing or has another shape or dtype, or if the patch replaces other values.
-            FormatError: If the patch is damaged.
-        """
-        parts = {name: self._checked(name, patch.tensors[name]) for name in patch.tensors}
-        laid = {name: overlaid(self.changed.get(name), part) for name, part in parts.items()}
-        return Change({**self.changed, **laid}, {name: [part] for name, part in parts.items()})
+    def _merged(self, name: str, adapter: SparseAdapter) -> TensorPatch:
+        mismatched: list[str] = []
+        part = tensor_patch(adapter, self.base, name, mismatched)
+        if mismatched:
+            raise ValueError(mismatch(self.base, name))
+        return part
 
     def _checked(self, name: str, part: TensorPatch) -> TensorPatch:
         """A part of a patch with the checkpoint's values."""

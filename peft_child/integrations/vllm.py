@@ -80,11 +80,10 @@ def swap_child_network(
     name = None if adapter is None else str(adapter)
     if name is not None and not isinstance(engine, str) and Path(name).exists():
         name = str(Path(name).resolve())  # workers may have another working directory
-    kind = "patch" if name is not None and name.endswith(".safetensors") else "adapter"
     connection.pause(running)
     try:
         connection.start()
-        connection.update({kind: name, "revision": revision, "subfolder": subfolder})
+        connection.update({"adapter": name, "revision": revision, "subfolder": subfolder})
     except Exception as error:
         connection.cancel()
         connection.resume()

@@ -11,21 +11,33 @@ from vllm.config.load import LoadConfig
 from vllm.model_executor.model_loader import DefaultModelLoader
 
 from peft_child.files.adapter_folder import SparseAdapter, open_adapter
-from peft_child.files.adapter_tensors import PREFIX
 from peft_child.files.checkpoint import Checkpoint
-from peft_child.files.merge import check_fits, merged_values, mismatch
+from peft_child.files.patch import Patch, open_patch
+from peft_child.files.patched import PatchedCheckpoint
 from peft_child.integrations.locate import locate_adapter, locate_checkpoint
 
 
 OWN_KEYS = ("adapter", "revision", "subfolder")  # of `model_loader_extra_config`
 
 
-def configured_adapter(load_config: LoadConfig) -> SparseAdapter:
-    """The adapter that `load_format="peft_child"` names; for errors see `ChildNetworkLoader`."""
-    adapter, revision, subfolder = map(load_config.model_loader_extra_config.get, OWN_KEYS)
-    if adapter is None:
+def open_source(name: str, revision: str | None = None, subfolder: str | None = None) -> SparseAdapter | Patch:
+    """An adapter, by its folder or its name on the Hub; or a patch, by a file name that ends in `.safetensors`.
+
+    Raises:
+        OSError: If it is not found.
+        FormatError: If it is damaged.
+    """
+    if name.endswith(".safetensors"):
+        return open_patch(name)
+    return open_adapter(locate_adapter(name, revision, subfolder=subfolder))
+
+
+def configured_source(load_config: LoadConfig) -> SparseAdapter | Patch:
+    """What `load_format="peft_child"` names; raises a `ValueError` if it names nothing."""
+    name, revision, subfolder = map(load_config.model_loader_extra_config.get, OWN_KEYS)
+    if name is None:
         raise ValueError("load_format='peft_child' needs model_loader_extra_config={'adapter': NAME_OR_FOLDER}.")
-    return open_adapter(locate_adapter(adapter, revision, subfolder=subfolder))
+    return open_source(name, revision, subfolder)
 
 
 def base_checkpoint(model_config: ModelConfig, load_config: LoadConfig) -> Checkpoint:
@@ -40,8 +52,8 @@ class ChildNetworkLoader(DefaultModelLoader):  # type: ignore[misc]
     for every architecture and parallelism, and the weights are those of the merged checkpoint, bit for bit.
 
     Args:
-        load_config: With `model_loader_extra_config={"adapter": NAME_OR_FOLDER}`, and `"revision"` and `"subfolder"`
-            if needed. Other keys are those of vLLM's own loader.
+        load_config: With `model_loader_extra_config={"adapter": NAME}`, see `open_source`, and `"revision"` and
+            `"subfolder"` if needed. Other keys are those of vLLM's own loader.
 
     Raises:
         ValueError: If no adapter is named.
@@ -50,7 +62,7 @@ class ChildNetworkLoader(DefaultModelLoader):  # type: ignore[misc]
     """
 
     def __init__(self, load_config: LoadConfig) -> None:
-        self.adapter = configured_adapter(load_config)
+        self.source = configured_source(load_config)
         extra = {key: value for key, value in load_config.model_loader_extra_config.items() if key not in OWN_KEYS}
         super().__init__(replace(load_config, load_format="hf", model_loader_extra_config=extra))
 
@@ -61,21 +73,9 @@ class ChildNetworkLoader(DefaultModelLoader):  # type: ignore[misc]
             NamesDifferError: If the checkpoint lacks a tensor of the adapter.
             ValueError: If a tensor has another size, or other values than those that the adapter was made on.
         """
-        base = base_checkpoint(model_config, self.load_config)
-        check_fits(self.adapter, base)
+        parts = PatchedCheckpoint(base_checkpoint(model_config, self.load_config)).parts(self.source)
         for name, tensor in super().get_all_weights(model_config, model):
-            yield name, _with_child_network(name, tensor, self.adapter, base)
-
-
-def _with_child_network(name: str, tensor: Tensor, adapter: SparseAdapter, base: Checkpoint) -> Tensor:
-    if name in adapter.deltas:
-        mismatched: list[str] = []
-        delta = adapter.deltas[name]
-        _, values = merged_values(name, delta, tensor, mismatched)
-        if mismatched:
-            raise ValueError(mismatch(base, name))
-        changed = tensor.clone()  # the file may be mapped
-        changed.view(-1).index_copy_(0, delta.indices, values)
-        return changed
-    dense = adapter.dense.get(f"{PREFIX}{name}")
-    return tensor if dense is None else dense.to(tensor.dtype)
+            if name in parts:
+                part, tensor = parts[name], tensor.clone()  # the file may be mapped
+                tensor.view(-1).index_copy_(0, part.indices.long(), part.values)
+            yield name, tensor

@@ -16,11 +16,9 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 
-from peft_child.files.adapter_folder import open_adapter
-from peft_child.files.patch import TensorPatch, open_patch
+from peft_child.files.patch import Patch, TensorPatch
 from peft_child.files.patched import Change, PatchedCheckpoint
-from peft_child.integrations.locate import locate_adapter
-from peft_child.integrations.vllm_loader import base_checkpoint, configured_adapter
+from peft_child.integrations.vllm_loader import base_checkpoint, configured_source, open_source
 from peft_child.integrations.vllm_placement import Placement, UnplaceableError, place
 
 
@@ -32,15 +30,14 @@ class ChildNetworkUpdate(WeightTransferUpdateInfo):  # type: ignore[misc]
     """What to serve.
 
     Attributes:
-        adapter: Folder of an adapter, or its name on the Hub; None, without a patch, for the base alone.
-        patch: A patch file, to be applied on top of what is served.
+        adapter: Folder of an adapter, its name on the Hub, or a patch file, which is applied on top of what is there;
+            None for the base alone.
         revision: Branch, tag or commit of the adapter on the Hub.
         subfolder: Where the adapter is in its folder.
         cancel: End the update without writing; it ends with an error, which is how vLLM ends one.
     """
 
     adapter: str | None = None
-    patch: str | None = None
     revision: str | None = None
     subfolder: str | None = None
     cancel: bool = False
@@ -132,7 +129,7 @@ class ChildNetworkTransfer(WeightTransferEngine):  # type: ignore[misc]
         if update.cancel:
             raise ValueError("The update was cancelled.")
         if staged is not None:
-            raise ValueError("An update takes one adapter or one patch.")
+            raise ValueError("An update takes one adapter or patch.")
         check_layout(self.model_config.quantization, self.model)
         state = self._state()
         change = self._way_to(update, state)
@@ -146,20 +143,15 @@ class ChildNetworkTransfer(WeightTransferEngine):  # type: ignore[misc]
         for name, parts in change.writes.items():
             for part in parts if self.whole else ():
                 self._check_present(name, part, placements[name], state)
-        return _Staged(update.adapter or update.patch or "base", change, placements)
+        return _Staged(update.adapter or "base", change, placements)
 
     def _way_to(self, update: ChildNetworkUpdate, state: PatchedCheckpoint) -> Change:
-        if update.patch is not None:
-            if not self.whole:
-                raise ValueError(
-                    "A patch needs the weights that it was made for: swap to an adapter or the base first."
-                )
-            return state.to_patch(open_patch(update.patch))
         if update.adapter is None:
             return state.to_base()
-        return state.to_adapter(
-            open_adapter(locate_adapter(update.adapter, update.revision, subfolder=update.subfolder))
-        )
+        source = open_source(update.adapter, update.revision, update.subfolder)
+        if isinstance(source, Patch) and not self.whole:
+            raise ValueError("A patch needs the weights that it was made for: swap to an adapter or the base first.")
+        return state.to(source)
 
     def _check_present(self, name: str, part: TensorPatch, placement: Placement, state: PatchedCheckpoint) -> None:
         """Check that this worker holds what the state says where a patch is going to be written."""
@@ -182,7 +174,7 @@ class ChildNetworkTransfer(WeightTransferEngine):  # type: ignore[misc]
             load_config = self.vllm_config.load_config
             state = PatchedCheckpoint(base_checkpoint(self.model_config, load_config))
             if load_config.load_format == "peft_child":
-                state.changed = state.to_adapter(configured_adapter(load_config)).changed
+                state.changed = state.to(configured_source(load_config)).changed
                 self.served = load_config.model_loader_extra_config["adapter"]
             self.state = state
         return self.state

@@ -38,7 +38,7 @@ def test_the_ways_between_base_and_adapters(folder):
     state, held = PatchedCheckpoint(Checkpoint(folder / "base")), tensors_of(folder / "base")
     for there in ("0", "1", "1", "base", "1", "0", "base"):
         adapter = None if there == "base" else read_adapter(folder / f"child{there}")
-        state.changed, writes = state.to_base() if adapter is None else state.to_adapter(adapter)
+        state.changed, writes = state.to_base() if adapter is None else state.to(adapter)
         held = written(held, writes)
         expected = tensors_of(folder / ("base" if adapter is None else f"merged{there}"))
         assert_same(bits(held), bits(expected))
@@ -56,10 +56,10 @@ def test_patches_are_applied_on_top(folder):
     with pytest.warns(UserWarning, match="not those that the adapter was made on"):
         export_patch(read_adapter(folder / "child1"), Checkpoint(folder / "merged0"), second)
     with pytest.raises(ValueError, match="was made to replace other values of 'model"):
-        state.to_patch(open_patch(second))
+        state.to(open_patch(second))
     held = tensors_of(folder / "base")
     for file in (first, second):
-        state.changed, writes = state.to_patch(open_patch(file))
+        state.changed, writes = state.to(open_patch(file))
         held = written(held, writes)
     expected = tensors_of(folder / "merged0")
     for name, patch in open_patch(second).tensors.items():
@@ -73,9 +73,9 @@ def test_what_does_not_fit_is_refused(folder, tmp_path):
     adapter = read_adapter(folder / "child0")
     other = PatchedCheckpoint(Checkpoint(folder / "merged0"))
     with pytest.raises(ValueError, match="are not those that the adapter was made on"):
-        other.to_adapter(adapter)
+        other.to(adapter)
     with pytest.raises(NamesDifferError, match=r"has no tensor 'x\.weight'"):
-        state.to_adapter(SparseAdapter({}, {}, {"base_model.model.x.weight": torch.ones(1)}))
+        state.to(SparseAdapter({}, {}, {"base_model.model.x.weight": torch.ones(1)}))
     name = next(iter(adapter.deltas))
     position, value = torch.zeros(1, dtype=torch.int32), torch.ones(1, dtype=torch.bfloat16)
     shape = state.base.places[name].shape
@@ -86,7 +86,7 @@ def test_what_does_not_fit_is_refused(folder, tmp_path):
         (name, TensorPatch(shape, position, value, before=3), "was made to replace other values"),
     ]:
         with pytest.raises(ValueError, match=problem):
-            state.to_patch(Patch({where: patch}))
+            state.to(Patch({where: patch}))
     assert state.changed == {}
 
 
@@ -94,20 +94,20 @@ def test_a_module_saved_whole_is_a_patch_of_all_its_entries(tmp_path):
     save_file({"head.weight": torch.zeros(2, 3)}, tmp_path / "model.safetensors")
     state = PatchedCheckpoint(Checkpoint(tmp_path))
     whole = torch.arange(6.0).view(2, 3)
-    writes = state.to_adapter(SparseAdapter({}, {}, {"base_model.model.head.weight": whole})).writes
+    writes = state.to(SparseAdapter({}, {}, {"base_model.model.head.weight": whole})).writes
     assert torch.equal(written({"head.weight": torch.zeros(2, 3)}, writes)["head.weight"], whole)
 
 
 def test_after_half_a_change_every_way_leads_over_all_of_its_entries(folder):
     state, held = PatchedCheckpoint(Checkpoint(folder / "base")), tensors_of(folder / "base")
-    state.changed, writes = state.to_adapter(read_adapter(folder / "child0"))
+    state.changed, writes = state.to(read_adapter(folder / "child0"))
     held = written(held, writes)
-    change = state.to_adapter(read_adapter(folder / "child1"))
+    change = state.to(read_adapter(folder / "child1"))
     half = dict(list(change.writes.items())[: len(change.writes) // 2])
     held = written(held, half)
     state.mark_torn(change)
     for adapter, name in ((None, "base"), (read_adapter(folder / "child0"), "merged0")):
-        writes = (state.to_base() if adapter is None else state.to_adapter(adapter)).writes
+        writes = (state.to_base() if adapter is None else state.to(adapter)).writes
         assert_same(bits(written(held, writes)), bits(tensors_of(folder / name)))
 
 

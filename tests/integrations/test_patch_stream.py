@@ -81,9 +81,9 @@ def test_changes_are_sent_as_files_that_fit_only_in_their_order(tmp_path):
         files.append(tmp_path / f"{number}.safetensors")
         write_patch(files[-1], Patch(stream.changes(), {"step": number}))
     with pytest.raises(ValueError, match="was made to replace other values"):
-        state.to_patch(open_patch(files[1]))
+        state.to(open_patch(files[1]))
     for file in files:
-        state.changed = state.to_patch(open_patch(file)).changed
+        state.changed = state.to(open_patch(file)).changed
     for name, tensor in expected(model, None).items():
         if name in state.base.places:
             assert torch.equal(state.values_at(name, torch.arange(tensor.numel(), dtype=torch.int32)), tensor.view(-1))

@@ -6,6 +6,7 @@ import torch
 from peft_child.files.adapter_folder import open_adapter
 from peft_child.files.checkpoint import Checkpoint
 from peft_child.files.merge import merge_checkpoint
+from peft_child.files.patch import export_patch
 
 from .engines import (
     SWAPPING,
@@ -93,6 +94,17 @@ def test_two_workers_share_the_tensors(tmp_path, monkeypatch):
             found.append((answers(llm), llm.collective_rpc("compute_weight_checksums")))
     assert found[0] == found[1]
     assert len(found[0][1]) == 2
+
+
+def test_a_patch_file(tmp_path):
+    base = save_llama(tmp_path / "base")
+    child, patch = save_child(tmp_path / "child", base), tmp_path / "patch.safetensors"
+    export_patch(open_adapter(child), Checkpoint(base), patch)
+    found = []
+    for adapter in (child, patch):
+        with engine(base, **LOADING, model_loader_extra_config={"adapter": str(adapter)}) as llm:
+            found.append(digests(llm))
+    assert found[0] == found[1]
 
 
 def test_what_was_loaded_can_be_swapped(tmp_path):
