@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +28,7 @@ from peft_child.tensors.lazy import Lazy, read_ahead
 
 METADATA_KEY = "peft_child_patch"
 PATCH_VERSION = 1
+MOST_DIMENSIONS = 64  # as torch has
 PATCH_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 _INDICES, _VALUES = ".indices", ".values"  # endings of the names in a file
@@ -115,7 +116,8 @@ def tensor_patch(adapter: SparseAdapter, base: Checkpoint, name: str, mismatched
         replaced, values = merged_values(name, delta, tensor, mismatched)
     else:
         indices = torch.arange(tensor.numel())
-        replaced, values = tensor.reshape(-1), adapter.dense[f"{PREFIX}{name}"].reshape(-1).to(tensor.dtype)
+        replaced = tensor.flatten().clone()  # files may be mapped, and change
+        values = adapter.dense[f"{PREFIX}{name}"].flatten().to(tensor.dtype, copy=True)
     indices = indices.to(index_dtype(tensor.numel()))
     return TensorPatch(tuple(tensor.shape), indices, values, checksum_of(replaced), replaced)
 
@@ -129,12 +131,6 @@ def reversed_patch(patch: TensorPatch) -> TensorPatch:
 def index_dtype(numel: int) -> torch.dtype:
     """The dtype of flat positions in a tensor with `numel` entries."""
     return torch.int32 if numel < 1 << 31 else torch.int64
-
-
-def _reversed(patch: TensorPatch, tensor: Tensor) -> TensorPatch:
-    """The patch that leads back to a tensor's own values."""
-    old = tensor.reshape(-1).index_select(0, patch.indices)
-    return patch._replace(values=old, before=checksum_of(patch.values))
 
 
 def write_patch(file: str | Path, patch: Patch, force: bool = False, progress: Progress = silent) -> None:
@@ -193,7 +189,7 @@ def _parsed(described: str, file: Path) -> tuple[dict[str, tuple[tuple[int, ...]
                 f"The patch '{file}' has version {settings['version']!r}; this reader knows {PATCH_VERSION}."
             )
         about = {
-            str(name): (tuple(map(_count, each["shape"])), _count(each["before"]), _count(each["after"]))
+            str(name): (_shape(each["shape"]), _count(each["before"]), _count(each["after"]))
             for name, each in settings["tensors"].items()
         }
         origin = dict(settings["origin"])
@@ -202,6 +198,14 @@ def _parsed(described: str, file: Path) -> tuple[dict[str, tuple[tuple[int, ...]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FormatError(f"The metadata of the patch '{file}' are not valid: {error!r:.200}.") from error
     return about, origin
+
+
+def _shape(sizes: Sequence[object]) -> tuple[int, ...]:
+    if len(sizes) > MOST_DIMENSIONS:  # a product of many large numbers would take hours
+        raise ValueError(f"more than {MOST_DIMENSIONS} dimensions: {len(sizes)}")
+    shape = tuple(map(_count, sizes))
+    _count(math.prod(shape))
+    return shape
 
 
 def _count(value: object) -> int:
@@ -228,4 +232,5 @@ def _read(file: Path, name: str, shape: tuple[int, ...], before: int, after: int
         wrong = "the checksum of its values does not match"
     if wrong:
         raise FormatError(f"The patch of '{name}' in '{file}' cannot be used: {wrong}.")
-    return TensorPatch(shape, indices.to(index_dtype(numel)), values, before)
+    # Copies, since the file is mapped, and may change.
+    return TensorPatch(shape, indices.to(index_dtype(numel), copy=True), values.clone(), before)

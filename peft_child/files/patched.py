@@ -48,6 +48,11 @@ class PatchedCheckpoint:
         """The present values of a tensor at flat positions."""
         return self._overlaid(name, indices, self._base_values(name, indices))
 
+    def present(self, name: str, part: TensorPatch) -> Tensor:
+        """The present values where a patch, which has the checkpoint's, will write."""
+        assert part.replaced is not None
+        return self._overlaid(name, part.indices, part.replaced)
+
     def _base_values(self, name: str, indices: Tensor) -> Tensor:
         return self.base[name].reshape(-1).index_select(0, indices)
 
@@ -64,11 +69,14 @@ class PatchedCheckpoint:
 
         Raises:
             NamesDifferError: If the checkpoint lacks a tensor of the adapter.
-            ValueError: If a tensor has another size. Access raises it if a tensor is missing, or has another shape or
-                dtype, or other values than those that the adapter was made on or that the patch replaces.
+            ValueError: If it lacks one of the patch, or a tensor has another size. Access raises it if a tensor has
+                another shape or dtype, or other values than those that the adapter was made on or the patch replaces.
             FormatError: On access, if the source is damaged.
         """
         if isinstance(source, Patch):
+            for name in source.tensors:
+                if name not in self.base.places:
+                    raise ValueError(f"The patch changes '{name}', which '{self.base.path}' does not have.")
             return Lazy(source.tensors, lambda name: self._checked(name, source.tensors[name]))
         check_fits(source, self.base)
         names = [*source.deltas, *(key.removeprefix(PREFIX) for key in source.dense)]
@@ -104,10 +112,7 @@ class PatchedCheckpoint:
 
     def _checked(self, name: str, part: TensorPatch) -> TensorPatch:
         """A part of a patch with the checkpoint's values."""
-        place = self.base.places.get(name)
-        if place is None:
-            raise ValueError(f"The patch changes '{name}', which '{self.base.path}' does not have.")
-        here, there = (place.shape, self.base[name].dtype), (part.shape, part.values.dtype)
+        here, there = (self.base.places[name].shape, self.base[name].dtype), (part.shape, part.values.dtype)
         if here != there:
             raise ValueError(
                 f"'{name}' has the shape {here[0]} and is {here[1]} in '{self.base.path}', but {there[0]} and "

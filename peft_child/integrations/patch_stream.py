@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -11,6 +14,9 @@ from peft_child.layers.layer import child_tuning_layers
 from peft_child.tensors.delta import rounded_sum
 from peft_child.tensors.distributed import check_whole
 from peft_child.tensors.quantised import is_quantised
+
+
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # integers of as many bytes
 
 
 class PatchStream:
@@ -26,28 +32,35 @@ class PatchStream:
         dtype: Dtype of the engine's weights; by default that of the base model.
 
     Raises:
-        ValueError: If there is no such adapter, or a base weight is quantised or sharded.
+        ValueError: If there is no such adapter, or it has modules that are saved whole.
     """
 
     def __init__(self, model: nn.Module, *, adapter_name: str = "default", dtype: torch.dtype | None = None) -> None:
         self.layers = list(child_tuning_layers(model, adapter_name).values())
         if not self.layers:
             raise ValueError(f"The model has no Child-Tuning adapter '{adapter_name}'.")
+        config = getattr(model, "peft_config", {}).get(adapter_name)
+        whole = getattr(config, "modules_to_save", None)
+        if whole:
+            raise ValueError(f"Modules saved whole are not sent, and this adapter has some: {', '.join(whole)}.")
         self.adapter_name, self.dtype = adapter_name, dtype
         self.sent: dict[str, tuple[Tensor, Tensor]] = {}  # positions, and the values that the engine has there
 
-    def changes(self) -> dict[str, TensorPatch]:
-        """What has changed since the last call; at the first call, since the base.
+    @contextmanager
+    def changes(self) -> Iterator[dict[str, TensorPatch]]:
+        """What has changed since the last time; the first time, since the base.
 
-        Returns:
+        If the `with` block ends with an error, nothing counts as sent, and the next changes contain these as well.
+
+        Yields:
             By name of the parameter in the base model: its shape, the flat positions of the entries that changed
             (int32 where that suffices), their new values, and a checksum of the values that they replace. Tensors
             without a change are left out.
 
         Raises:
-            ValueError: If the adapter is merged, or its child network is not the one of the last call.
+            ValueError: If the adapter is merged, or its child network is not the one of the last time.
         """
-        found = {}
+        sent, found = dict(self.sent), {}
         for layer in self.layers:
             layer.check_is_chosen(self.adapter_name, "sending its changes")
             if layer.merged:
@@ -58,16 +71,23 @@ class PatchStream:
                 check_whole(name, base, "send its changes from one process")
                 if is_quantised(base):
                     raise ValueError(f"'{name}' is quantised: an engine cannot take changes of its packed weights.")
-                found[name] = self._change(name, base.detach(), child.indices, child.values.detach())
-        return {name: patch for name, patch in found.items() if len(patch.indices)}
+                found[name] = self._change(name, base.detach(), child.indices, child.values.detach(), sent)
+        yield {name: patch for name, patch in found.items() if len(patch.indices)}
+        self.sent = sent
 
-    def _change(self, name: str, base: Tensor, indices: Tensor, delta: Tensor) -> TensorPatch:
+    def _change(
+        self, name: str, base: Tensor, indices: Tensor, delta: Tensor, sent: dict[str, tuple[Tensor, Tensor]]
+    ) -> TensorPatch:
         values = base.reshape(-1).index_select(0, indices.to(base.device))
         merged = rounded_sum(values, delta.to(values.device)).to(self.dtype or base.dtype)
         chosen = indices.to(values.device, index_dtype(base.numel()))
-        before, had = self.sent.get(name, (chosen, values.to(merged.dtype)))
+        before, had = sent.get(name, (chosen, values.to(merged.dtype)))
         if not torch.equal(before, chosen):
-            raise ValueError(f"'{name}' has another child network than at the last call: make a new PatchStream.")
-        self.sent[name] = chosen, merged
-        moved = merged != had
+            raise ValueError(
+                f"'{name}' has another child network than the last time. Take the old one out of the engine (swap to "
+                "the base), and make a new PatchStream."
+            )
+        sent[name] = chosen, merged
+        bits = _BITS[merged.element_size()]  # -0.0 and 0.0 are different values in a file
+        moved = merged.view(bits) != had.view(bits)
         return TensorPatch(tuple(base.shape), chosen[moved], merged[moved], checksum_of(had[moved]))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 
 if find_spec("vllm") is None:
@@ -71,36 +71,67 @@ def swap_child_network(
         running: What becomes of running requests. `"wait"` finishes them first; `"abort"` ends them; `"keep"` goes on
             with the new weights after the tokens that they have.
 
+    One client at a time may swap. A swap that succeeds ends a pause of the engine, whoever has paused it.
+
     Raises:
         SwapError: If something is refused, in which case nothing was written and the engine goes on as before; or if
-            writing failed. The engine then stays paused, until another swap succeeds.
-        ValueError: If `running` is `"wait"` and requests of an engine in this process are running.
+            writing failed. The engine then stays paused until a swap succeeds.
+        ValueError: If `running` is none of the three.
     """
-    connection: _Connection = _Server(engine) if isinstance(engine, str) else _Local(engine)
+    if running not in get_args(Running):
+        raise ValueError(f"running must be 'wait', 'abort' or 'keep', got {running!r}.")
+    connection = _connect(engine)
     name = None if adapter is None else str(adapter)
     if name is not None and not isinstance(engine, str) and Path(name).exists():
         name = str(Path(name).resolve())  # workers may have another working directory
-    connection.pause(running)
+    started = False
+    was_paused = connection.is_paused()
     try:
+        connection.pause(running)
         connection.start()
+        started = True
         connection.update({"adapter": name, "revision": revision, "subfolder": subfolder})
-    except Exception as error:
-        connection.cancel()
-        connection.resume()
-        raise SwapError(f"Nothing was written, and the engine goes on as before. {error}") from error
+    except BaseException as error:
+        if started:
+            connection.cancel()
+        if not was_paused:
+            connection.resume()
+        if not isinstance(error, Exception):
+            raise
+        raise SwapError(f"Nothing was written{', and the engine is still paused' * was_paused}. {error}") from error
     try:
         connection.finish(BASE_VERSION if name is None else name)
-    except Exception as error:
+    except BaseException as error:
         connection.cancel()
+        if not isinstance(error, Exception):
+            raise
         raise SwapError(
-            "Writing failed. The engine holds parts of two child networks, so it stays paused until another swap "
-            f"succeeds; swap_child_network(engine, None) goes back to the base. {error}"
+            "Writing failed, and the engine stays paused until a swap succeeds: it may hold parts of two child "
+            f"networks. swap_child_network(engine, None) goes back to the base. {error}"
         ) from error
     connection.resume()
 
 
+def cancel_swap(engine: LLM | str) -> None:
+    """End an update that another client has begun and will not finish, and let the engine go on.
+
+    Args:
+        engine: As for `swap_child_network`.
+    """
+    connection = _connect(engine)
+    connection.cancel()
+    connection.resume()
+
+
+def _connect(engine: LLM | str) -> _Connection:
+    return _Server(engine) if isinstance(engine, str) else _Local(engine)
+
+
 class _Connection(Protocol):
     """The weight updates of an engine."""
+
+    def is_paused(self) -> bool:
+        """Whether the engine is paused already."""
 
     def pause(self, running: Running) -> None:
         """Stop generating, and clear what was computed with the present weights."""
@@ -130,6 +161,9 @@ class _Local:
         self.start = llm.start_weight_update
         self.finish = llm.finish_weight_update
 
+    def is_paused(self) -> bool:
+        return bool(self.engine.is_sleeping())
+
     def pause(self, running: Running) -> None:
         if running == "abort":  # here as well, where they wait for answers
             self.engine.abort_request(list(self.engine.output_processor.request_states), internal=True)
@@ -156,26 +190,33 @@ class _Server:
     def __init__(self, address: str) -> None:
         self.address = address.rstrip("/")
 
-    def post(self, path: str, body: dict[str, Any] | None = None) -> None:
-        response = requests.post(f"{self.address}/{path}", json=body, timeout=None)  # waiting may take long
+    def ask(self, path: str, body: dict[str, Any] | None = None, method: str = "POST") -> Any:
+        try:
+            response = requests.request(method, f"{self.address}/{path}", json=body)  # no timeout: waiting takes long
+        except requests.RequestException as error:
+            raise SwapError(f"There is no answer from {self.address}: {error}") from error
         if not response.ok:
-            raise RuntimeError(f"POST {self.address}/{path} answered {response.status_code}: {response.text}")
+            raise SwapError(f"{method} {self.address}/{path} answered {response.status_code}: {response.text}")
+        return response.json()
+
+    def is_paused(self) -> bool:
+        return bool(self.ask("is_paused", method="GET")["is_paused"])
 
     def pause(self, running: Running) -> None:
-        self.post(f"pause?mode={running}&clear_cache=true")
+        self.ask(f"pause?mode={running}&clear_cache=true")
 
     def resume(self) -> None:
-        self.post("resume")
+        self.ask("resume")
 
     def start(self) -> None:
-        self.post("start_weight_update")
+        self.ask("start_weight_update")
 
     def update(self, info: dict[str, Any]) -> None:
-        self.post("update_weights", {"update_info": info})
+        self.ask("update_weights", {"update_info": info})
 
     def finish(self, version: str) -> None:
-        self.post("finish_weight_update", {"weight_version": version})
+        self.ask("finish_weight_update", {"weight_version": version})
 
     def cancel(self) -> None:
-        with suppress(RuntimeError):
+        with suppress(SwapError):
             self.update(CANCEL)

@@ -10,7 +10,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -125,12 +125,45 @@ def _place_alike(
         return held
 
     try:
-        with _replaced_copies(note):
+        with _kept_weights(model), _replaced_copies(note):
             cast(Any, model).load_weights(list(views.items()))
     except UnplaceableError:
         raise
     except Exception as error:  # of any kind, where a model computes with what it should only copy
         raise UnplaceableError(f"{type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def _kept_weights(model: nn.Module) -> Iterator[None]:
+    """Put back what a model's loader replaces, such as a bias that it registers anew; raises an error if it does."""
+    before = {(id(module), name): (module, weight, weight.data) for module, name, weight in _weights(model)}
+    try:
+        yield
+    finally:
+        after = {(id(module), name): (module, weight, weight.data) for module, name, weight in _weights(model)}
+        replaced = [place for place in before.keys() | after.keys() if not _same(before.get(place), after.get(place))]
+        for place in replaced:
+            module, weight, data = before.get(place) or after[place]
+            if place in before:
+                weight.data = data
+                setattr(module, place[1], weight)
+            else:
+                delattr(module, place[1])
+    if replaced:
+        raise UnplaceableError(f"The model replaces '{replaced[0][1]}' when it is loaded.")
+
+
+def _same(before: tuple[nn.Module, Tensor, Tensor] | None, after: tuple[nn.Module, Tensor, Tensor] | None) -> bool:
+    if before is None or after is None:
+        return False
+    return before[1] is after[1] and before[2].data_ptr() == after[2].data_ptr()
+
+
+def _weights(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    """The parameters and buffers of every module."""
+    for module in model.modules():
+        own = chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))
+        yield from ((module, name, weight) for name, weight in own)
 
 
 def _piece(held: Tensor, given: Tensor, whole: Tensor, offset: int) -> Piece | None:

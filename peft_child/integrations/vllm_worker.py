@@ -69,10 +69,14 @@ class ChildNetworkTransfer(WeightTransferEngine):  # type: ignore[misc]
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
+        load_config = self.vllm_config.load_config
         self.served = "base"
-        self.state: PatchedCheckpoint | None = None  # made when it is first needed
-        self.whole = True  # False after writing has failed
+        self.state = PatchedCheckpoint(base_checkpoint(self.model_config, load_config))
+        if load_config.load_format == "peft_child":
+            self.state.changed = self.state.to(configured_source(load_config)).changed
+            self.served = load_config.model_loader_extra_config["adapter"]
         self.staged: _Staged | None = None
+        self.whole = True  # whether the engine holds the state, and not parts of it and of another
 
     def init_transfer_engine(self, init_info: NothingToAgree) -> None:
         """Nothing to do."""
@@ -103,16 +107,17 @@ class ChildNetworkTransfer(WeightTransferEngine):  # type: ignore[misc]
         staged, self.staged = self.staged, None
         if staged is None:
             return
-        state = self._state()
         try:
             for name, parts in staged.change.writes.items():
                 for part in parts:
                     staged.placements[name].write(*self._on_device(part))
-        except Exception as error:
-            state.mark_torn(staged.change)
+        except BaseException as error:  # an interruption as well
+            self.state.mark_torn(staged.change)
             self.whole = False
+            if not isinstance(error, Exception):
+                raise
             raise RuntimeError(f"{error} {self.situation}") from error
-        state.changed, self.served, self.whole = staged.change.changed, staged.name, True
+        self.state.changed, self.served, self.whole = staged.change.changed, staged.name, True
 
     def shutdown(self) -> None:
         """Forget an update that was not finished."""
@@ -131,53 +136,34 @@ class ChildNetworkTransfer(WeightTransferEngine):  # type: ignore[misc]
         if staged is not None:
             raise ValueError("An update takes one adapter or patch.")
         check_layout(self.model_config.quantization, self.model)
-        state = self._state()
-        change = self._way_to(update, state)
-        tensors = {name: (parts[-1].shape, parts[-1].values.dtype) for name, parts in change.writes.items()}
+        source = None
+        if update.adapter is not None:
+            source = open_source(update.adapter, update.revision, update.subfolder)
+        on_top = isinstance(source, Patch)
+        if on_top and not self.whole:
+            raise ValueError("A patch needs the weights that it was made for: swap to an adapter or the base first.")
+        change = self.state.to_base() if source is None else self.state.to(source)
+        placements = self._placements(change)
+        for name, part in change.changed.items():
+            # A patch goes on top of everything; of another adapter only the entries matter that are written last.
+            if self.whole and (on_top or part is not self.state.changed.get(name)):
+                present = part._replace(values=self.state.present(name, part))
+                if placements[name].differ(*self._on_device(present)).any():
+                    raise ValueError(f"The engine does not hold '{name}' as its checkpoint has it; {LOADING_WAY}.")
+        return _Staged(update.adapter or "base", change, placements)
+
+    def _placements(self, change: Change) -> dict[str, Placement]:
+        """Where this worker keeps the tensors of a change."""
+        parts = {**{name: parts[-1] for name, parts in change.writes.items()}, **change.changed}
         try:
-            placements = place(self.model, tensors)
+            return place(self.model, {name: (part.shape, part.values.dtype) for name, part in parts.items()})
         except UnplaceableError as error:
             raise ValueError(
                 f"The engine keeps its weights in another way than their checkpoint; {LOADING_WAY}. {error}"
             ) from error
-        for name, parts in change.writes.items():
-            for part in parts if self.whole else ():
-                self._check_present(name, part, placements[name], state)
-        return _Staged(update.adapter or "base", change, placements)
-
-    def _way_to(self, update: ChildNetworkUpdate, state: PatchedCheckpoint) -> Change:
-        if update.adapter is None:
-            return state.to_base()
-        source = open_source(update.adapter, update.revision, update.subfolder)
-        if isinstance(source, Patch) and not self.whole:
-            raise ValueError("A patch needs the weights that it was made for: swap to an adapter or the base first.")
-        return state.to(source)
-
-    def _check_present(self, name: str, part: TensorPatch, placement: Placement, state: PatchedCheckpoint) -> None:
-        """Check that this worker holds what the state says where a patch is going to be written."""
-        changed = state.changed.get(name)
-        if changed is None or part.indices is not changed.indices:
-            assert part.replaced is not None
-            differ = placement.differ(*self._on_device(part._replace(values=part.replaced))).to(part.indices.device)
-            if changed is None and not differ.any():
-                return
-            indices = part.indices[differ]
-            changed = part._replace(indices=indices, values=state.values_at(name, indices))
-        if placement.differ(*self._on_device(changed)).any():
-            raise ValueError(f"The engine does not hold '{name}' as its checkpoint has it; {LOADING_WAY}.")
 
     def _on_device(self, patch: TensorPatch) -> tuple[Tensor, Tensor]:
         return patch.indices.to(self.device), patch.values.to(self.device)
-
-    def _state(self) -> PatchedCheckpoint:
-        if self.state is None:
-            load_config = self.vllm_config.load_config
-            state = PatchedCheckpoint(base_checkpoint(self.model_config, load_config))
-            if load_config.load_format == "peft_child":
-                state.changed = state.to(configured_source(load_config)).changed
-                self.served = load_config.model_loader_extra_config["adapter"]
-            self.state = state
-        return self.state
 
 
 def check_layout(quantization: str | None, model: nn.Module) -> None:

@@ -124,6 +124,8 @@ B = {"shape": [3], "before": 0, "after": 0}
         ({}, {"tensors": {"a.weight": {**A, "shape": [-1]}, "b.bias": B}}, "not a count: -1"),
         ({}, {"tensors": {"a.weight": {**A, "shape": [True]}, "b.bias": B}}, "not a count: True"),
         ({}, {"tensors": {"a.weight": {**A, "before": 1.0}, "b.bias": B}}, "not a count: 1.0"),
+        ({}, {"tensors": {"a.weight": {**A, "shape": [1 << 62] * 65}, "b.bias": B}}, "more than 64 dimensions"),
+        ({}, {"tensors": {"a.weight": {**A, "shape": [1 << 32] * 2}, "b.bias": B}}, "not a count"),
         ({}, {"tensors": {"a.weight": A}}, "must describe the tensors that it has; 'b.bias.indices' differs"),
         ({"c.values": torch.ones(2)}, {}, "must describe the tensors that it has; 'c.values' differs"),
         ({"a.weight.indices": torch.tensor([0, 6])}, {}, "increasing, between 0 and 5"),
@@ -156,6 +158,18 @@ def test_other_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match="must be finite; some of 'x' are not"):
         write_patch(tmp_path / "new", Patch({"x": TensorPatch((1,), torch.zeros(1).int(), torch.tensor([torch.nan]))}))
     assert not (tmp_path / "new").exists()
+
+
+def test_what_was_read_does_not_change_with_the_file(tmp_path):
+    file = tmp_path / "patch.safetensors"
+    file.write_bytes(GOLDEN.read_bytes())
+    read = dict(open_patch(file).tensors)
+    with file.open("r+b") as data:  # in place, as `cp` writes
+        data.seek(-20, 2)
+        data.write(bytes(20))
+    for name, part in golden_patch().tensors.items():
+        assert torch.equal(read[name].values, part.values)
+        assert torch.equal(read[name].indices, part.indices)
 
 
 def test_damaged_patches_are_refused_or_the_same(tmp_path):

@@ -90,8 +90,10 @@ def test_what_becomes_of_running_requests(folder, llm):
         (output,) = llm.wait_for_completion(use_tqdm=False)
         return output.outputs[0]
 
+    with pytest.raises(ValueError, match="running must be 'wait', 'abort' or 'keep', got 'abrot'"):
+        swap_child_network(llm, folder / "0", running="abrot")
     begin()
-    with pytest.raises(ValueError, match="wait"):
+    with pytest.raises(SwapError, match=r"Nothing was written\. 'wait' pause mode is not supported"):
         swap_child_network(llm, folder / "0")
     before = finish().token_ids
     assert state_of(llm) == expected(folder, "base")
@@ -112,7 +114,7 @@ def test_what_becomes_of_running_requests(folder, llm):
 
 def test_what_is_refused_is_refused_before_anything_is_written(folder, llm):
     swap_child_network(llm, folder / "0")
-    untouched = "^Nothing was written, and the engine goes on as before.*The engine holds '.*/0', whole.$"
+    untouched = "^Nothing was written[.] .*The engine holds '.*/0', whole.$"
     for adapter, problem in [
         (folder / "strange", "are not those that the adapter was made on"),
         (folder / "none", "There is no file or folder"),
@@ -200,3 +202,5 @@ def test_a_server(folder, server):
         swap_child_network(server, folder / "strange")
     assert "are not those that the adapter was made on" in str(refused.value)
     assert tokens() == expected_tokens("merged1")
+    with pytest.raises(SwapError, match="There is no answer from http://127"):
+        swap_child_network("http://127.0.0.1:9", None)

@@ -6,7 +6,7 @@ import torch
 from peft_child.files.adapter_folder import open_adapter
 from peft_child.files.checkpoint import Checkpoint
 from peft_child.files.merge import merge_checkpoint
-from peft_child.files.patch import export_patch
+from peft_child.files.patch import Patch, TensorPatch, export_patch, write_patch
 
 from .engines import (
     SWAPPING,
@@ -105,6 +105,12 @@ def test_a_patch_file(tmp_path):
         with engine(base, **LOADING, model_loader_extra_config={"adapter": str(adapter)}) as llm:
             found.append(digests(llm))
     assert found[0] == found[1]
+    part = TensorPatch((2,), torch.zeros(1, dtype=torch.int32), torch.ones(1, dtype=torch.bfloat16))
+    write_patch(tmp_path / "wrong.safetensors", Patch({"model.layers.7.nothing.weight": part}))
+    extra = {"adapter": str(tmp_path / "wrong.safetensors")}
+    problem = r"changes 'model\.layers\.7\.nothing\.weight', which .* does not have"
+    with pytest.raises(ValueError, match=problem), engine(base, **LOADING, model_loader_extra_config=extra):
+        pass
 
 
 def test_what_was_loaded_can_be_swapped(tmp_path):
@@ -116,10 +122,11 @@ def test_what_was_loaded_can_be_swapped(tmp_path):
     with engine(base, **SWAPPING, **LOADING, **extra) as llm:
         first = digests(llm)
         assert first != expected
+        children[0].rename(tmp_path / "moved")  # what it was is known
         swap_child_network(llm, None)
         assert digests(llm) == expected
         swap_child_network(llm, children[1])
-        swap_child_network(llm, children[0])
+        swap_child_network(llm, tmp_path / "moved")
         assert digests(llm) == first
 
 

@@ -85,6 +85,27 @@ def test_any_block_of_a_tensor(shape, data):
     assert torch.equal(model.weight.data, part)
 
 
+@pytest.mark.parametrize("what", ["register", "replace", "add"])
+def test_weights_that_loading_replaces_are_put_back_and_refused(what):
+    def copy(held, given):
+        if what == "register":
+            model.weight = nn.Parameter(torch.full((6, 4), 7.0))
+        elif what == "replace":
+            model.weight.data = torch.full((6, 4), 7.0)
+        else:
+            model.register_buffer("new", torch.ones(1))
+        model.weight.data.copy_(given)
+
+    model = Loading((6, 4), copy)
+    weight, memory = model.weight, model.weight.data_ptr()
+    with pytest.raises(UnplaceableError, match=r"The model replaces '(weight|new)' when it is loaded"):
+        place(model, {"w": ((6, 4), torch.float32)})
+    assert model.weight is weight
+    assert model.weight.data_ptr() == memory
+    assert not weight.any()
+    assert not hasattr(model, "new")
+
+
 @pytest.mark.parametrize(
     ("copy", "problem"),
     [

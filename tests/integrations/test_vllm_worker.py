@@ -10,7 +10,7 @@ from peft_child.files.patch import Patch, TensorPatch, export_patch, write_patch
 from .engines import SWAPPING, digests, engine, save_child, save_llama
 
 
-from peft_child.integrations.vllm import SwapError, swap_child_network  # isort: skip  # needs vLLM
+from peft_child.integrations.vllm import SwapError, cancel_swap, swap_child_network  # isort: skip  # needs vLLM
 from peft_child.integrations import vllm_placement, vllm_worker  # isort: skip
 
 # Engines take seconds each; and the warnings are those of vLLM about other packages.
@@ -55,7 +55,7 @@ def test_a_failure_in_the_middle_is_reported_and_undone_by_the_next_swap(folder,
     monkeypatch.setattr(vllm_placement.Placement, "write", write)
     for _ in range(2):
         written = []
-        with pytest.raises(SwapError, match=r"^Writing failed\. The engine holds parts of two.*no room") as failed:
+        with pytest.raises(SwapError, match=r"^Writing failed, and the engine stays paused.*no room") as failed:
             swap_child_network(llm, folder / "1")
         assert f"held '{folder / '0'}' before, and now parts of it and of what was to come" in str(failed.value)
         assert llm.llm_engine.is_sleeping()
@@ -63,10 +63,49 @@ def test_a_failure_in_the_middle_is_reported_and_undone_by_the_next_swap(folder,
     write_patch(folder / "any.safetensors", Patch({}))
     with pytest.raises(SwapError, match="swap to an adapter or the base first"):
         swap_child_network(llm, folder / "any.safetensors")
+    with pytest.raises(SwapError, match=r"Nothing was written, and the engine is still paused\. There is no file"):
+        swap_child_network(llm, folder / "misspelt")
+    assert llm.llm_engine.is_sleeping()
     monkeypatch.undo()
     swap_child_network(llm, folder / "0")
     assert digests(llm) == whole
     assert not llm.llm_engine.is_sleeping()
+
+
+def test_an_interruption_in_the_middle_is_undone_by_the_next_swap(folder, llm, base, monkeypatch):
+    def interrupt(placement, indices, values):
+        original(placement, indices, values)
+        raise KeyboardInterrupt
+
+    original = vllm_placement.Placement.write
+    monkeypatch.setattr(vllm_placement.Placement, "write", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        swap_child_network(llm, folder / "0")
+    monkeypatch.undo()
+    assert llm.llm_engine.is_sleeping()
+    assert digests(llm) != base
+    swap_child_network(llm, None)
+    assert digests(llm) == base
+
+
+def test_an_update_whose_client_is_gone(folder, llm, base):
+    llm.start_weight_update()
+    with pytest.raises(SwapError, match="already active"):
+        swap_child_network(llm, folder / "0")
+    assert not llm.llm_engine.is_sleeping()
+    cancel_swap(llm)
+    swap_child_network(llm, folder / "0")
+
+
+def test_the_way_back_to_the_base_is_open_if_others_have_written_the_weights(folder, llm, base):
+    swap_child_network(llm, folder / "0")
+    llm.collective_rpc("reload_weights")
+    assert digests(llm) == base
+    with pytest.raises(SwapError, match="does not hold"):
+        swap_child_network(llm, folder / "1")
+    swap_child_network(llm, None)
+    assert digests(llm) == base
+    swap_child_network(llm, folder / "1")
 
 
 def test_patches_are_applied_one_after_the_other(folder, llm, base, tmp_path):
