@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Mapping
 
 import torch
+from accelerate.utils import has_offloaded_params
 from torch import Tensor, nn
 
 from peft_child.files.adapter_tensors import (
@@ -228,7 +229,7 @@ class _BaseCheck:
         with gathered_whole([base]):
             if fingerprints_differ(child.header.fingerprint, fingerprint_of(base, indices)):
                 self.differing.append(name)
-        if child.header.fingerprint and is_quantised(base):
+        if child.header.fingerprint and is_quantised(base) and not has_offloaded_params(layer.get_base_layer()):
             self.quantised.append(name)
 
     def report(self, check_base: str, count: int) -> None:
