@@ -60,6 +60,8 @@ def swap_child_network(
     writes. The weights are then those of the merged checkpoint, or of the base, bit for bit. Prefix caches are
     cleared, and vLLM's weight version becomes the adapter's name, or `"base"`.
 
+    One client at a time may swap. A swap that succeeds ends a pause of the engine, whoever has paused it.
+
     Args:
         engine: An `LLM` made with `weight_transfer_config={"backend": "peft_child"}`; or the address of a server, such
             as `"http://localhost:8000"`, started with `--weight-transfer-config '{"backend": "peft_child"}'` and
@@ -70,8 +72,6 @@ def swap_child_network(
         subfolder: Where the adapter is in its folder.
         running: What becomes of running requests. `"wait"` finishes them first; `"abort"` ends them; `"keep"` goes on
             with the new weights after the tokens that they have.
-
-    One client at a time may swap. A swap that succeeds ends a pause of the engine, whoever has paused it.
 
     Raises:
         SwapError: If something is refused, in which case nothing was written and the engine goes on as before; or if

@@ -139,17 +139,14 @@ class ChildNetworkTransfer(WeightTransferEngine):  # type: ignore[misc]
         source = None
         if update.adapter is not None:
             source = open_source(update.adapter, update.revision, update.subfolder)
-        on_top = isinstance(source, Patch)
-        if on_top and not self.whole:
+        if isinstance(source, Patch) and not self.whole:
             raise ValueError("A patch needs the weights that it was made for: swap to an adapter or the base first.")
         change = self.state.to_base() if source is None else self.state.to(source)
         placements = self._placements(change)
-        for name, part in change.changed.items():
-            # A patch goes on top of everything; of another adapter only the entries matter that are written last.
-            if self.whole and (on_top or part is not self.state.changed.get(name)):
-                present = part._replace(values=self.state.present(name, part))
-                if placements[name].differ(*self._on_device(present)).any():
-                    raise ValueError(f"The engine does not hold '{name}' as its checkpoint has it; {LOADING_WAY}.")
+        for name, part in change.changed.items() if self.whole else ():
+            present = part._replace(values=self.state.present(name, part))
+            if placements[name].differ(*self._on_device(present)).any():
+                raise ValueError(f"The engine does not hold '{name}' as its checkpoint has it; {LOADING_WAY}.")
         return _Staged(update.adapter or "base", change, placements)
 
     def _placements(self, change: Change) -> dict[str, Placement]:
