@@ -61,6 +61,8 @@ a turn everything of a table runs once, one after the other.
 
 - *Loading* fills the weights of an engine from files that the system has cached: what a start takes beyond the base.
 - *Swapping* is a whole call: pause, read, check, write, resume. A *full reload* reads a merged checkpoint instead.
+  Here it is the hardest peer: the checkpoint is small and cached, so that it is copied from memory to memory. It needs
+  a merged copy of every variant, which is as large as the base.
 - *Sending* is what a trainer does at every step: write what has changed to a file, and let the engine take it; or
   write a whole checkpoint and reload it. For a patch every entry of the child network has changed, the worst case.
 - *Throughput* counts generated tokens. A swapped child network costs nothing, since the weights are ordinary ones.
