@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -44,25 +43,23 @@ class PatchedCheckpoint:
         self.base = base
         self.changed: dict[str, TensorPatch] = {}
 
-    def values_at(self, name: str, indices: Tensor) -> Tensor:
-        """The present values of a tensor at flat positions."""
-        return self._overlaid(name, indices, self._base_values(name, indices))
+    def values_at(self, name: str, indices: Tensor, base: Tensor | None = None) -> Tensor:
+        """The present values of a tensor at flat positions.
 
-    def present(self, name: str, part: TensorPatch) -> Tensor:
-        """The present values where a patch, which has the checkpoint's, will write."""
-        assert part.replaced is not None
-        return self._overlaid(name, part.indices, part.replaced)
-
-    def _base_values(self, name: str, indices: Tensor) -> Tensor:
-        return self.base[name].reshape(-1).index_select(0, indices)
-
-    def _overlaid(self, name: str, indices: Tensor, values: Tensor) -> Tensor:
-        """Base values at flat positions, with those that have changed in their place."""
+        Args:
+            name: Name of the tensor.
+            indices: The positions, shape `(k,)`.
+            base: The checkpoint's values there, if they are at hand.
+        """
+        values = self._base_values(name, indices) if base is None else base
         changed = self.changed.get(name)
         if changed is None:
             return values
         places, here = _places_in(changed.indices, indices)
         return torch.where(here, changed.values[places], values)
+
+    def _base_values(self, name: str, indices: Tensor) -> Tensor:
+        return self.base[name].reshape(-1).index_select(0, indices)
 
     def parts(self, source: SparseAdapter | Patch) -> Mapping[str, TensorPatch]:
         """What an adapter changes in the checkpoint, or a patch in this state, by name; checked on access.
@@ -88,9 +85,7 @@ class PatchedCheckpoint:
         Raises:
             NamesDifferError, ValueError, FormatError: If it does not fit, or is damaged; see `parts`.
         """
-        found = self.parts(source)
-        with ThreadPoolExecutor() as threads:  # most of the work is done by libraries that let others run
-            parts = dict(zip(found, threads.map(found.__getitem__, found), strict=True))
+        parts = dict(self.parts(source))
         if isinstance(source, Patch):
             laid = {name: overlaid(self.changed.get(name), part) for name, part in parts.items()}
             return Change({**self.changed, **laid}, {name: [part] for name, part in parts.items()})
@@ -119,7 +114,7 @@ class PatchedCheckpoint:
                 f"{there[1]} in the patch: export the patch for this checkpoint."
             )
         base = self._base_values(name, part.indices)
-        if part.before and part.before != checksum_of(self._overlaid(name, part.indices, base)):
+        if part.before and part.before != checksum_of(self.values_at(name, part.indices, base)):
             raise ValueError(f"The patch was made to replace other values of '{name}' than those here.")
         return part._replace(replaced=base)
 

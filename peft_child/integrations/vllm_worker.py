@@ -144,7 +144,7 @@ class ChildNetworkTransfer(WeightTransferEngine):  # type: ignore[misc]
         change = self.state.to_base() if source is None else self.state.to(source)
         placements = self._placements(change)
         for name, part in change.changed.items() if self.whole else ():
-            present = part._replace(values=self.state.present(name, part))
+            present = part._replace(values=self.state.values_at(name, part.indices, part.replaced))
             if placements[name].differ(*self._on_device(present)).any():
                 raise ValueError(f"The engine does not hold '{name}' as its checkpoint has it; {LOADING_WAY}.")
         return _Staged(update.adapter or "base", change, placements)
