@@ -46,7 +46,8 @@ SIZES = {
     "tiny": {"vocab_size": 128, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2},
 }
 RANK = 16
-UNPACKED = "peft_child.integrations.vllm_unpacked.UnpackedWeights"  # packed weights cannot be exchanged
+SWAPPING = {"weight_transfer_config": {"backend": "peft_child"}}
+UNPACKED = {"worker_extension_cls": "peft_child.integrations.vllm_unpacked.UnpackedWeights"}  # for swapping on a CPU
 CHILDREN = {
     "entries, 0.01": (0.01, False),
     "entries, 0.1": (0.1, False),
@@ -101,13 +102,16 @@ def measured(folder: Path, sizes: Mapping[str, int], turns: int) -> list[str]:
     save_lora(lora, base)
     merge_checkpoint(open_adapter(folder / "entries, 0.01"), Checkpoint(base), folder / "merged")
     title = f"Weights: {numel:,}, {file_size(base) / 1e6:.0f} MB."
-    with engine(base, weight_transfer_config={"backend": "peft_child"}) as llm:
+    unpacked = {} if torch.cuda.is_available() else UNPACKED
+    say("starting an engine")
+    with engine(base, **SWAPPING, **unpacked) as llm:
         tables = [title, loading(llm, folder, turns), swapping(llm, folder, turns), sending(llm, folder, turns)]
         say("throughput")
         speed = generating(llm, {"base": None}, turns)
         change(llm, folder / "entries, 0.01")
         speed |= generating(llm, {"child network, swapped in": None}, turns)
-    with engine(base, enable_lora=True, max_lora_rank=RANK) as llm:
+    say("starting an engine")
+    with engine(base, enable_lora=True, max_lora_rank=RANK, **unpacked) as llm:
         loaded, speeds = with_lora(llm, lora, turns)
     return [
         *tables,
@@ -126,18 +130,22 @@ def save_base(folder: Path, sizes: Mapping[str, int]) -> int:
     return int(model.num_parameters())
 
 
-def save_child(folder: Path, base: Path, density: float, channels: bool, seed: int) -> None:
-    """A random child network of all matrices of a checkpoint."""
+def save_child(
+    folder: Path, base: Path, density: float, channels: bool, seed: int, every_tensor: bool = False
+) -> Path:
+    """A random child network of all matrices of a checkpoint, or of all tensors; returns its folder."""
     checkpoint, generator, deltas = Checkpoint(base), torch.Generator().manual_seed(seed), {}
     for name, place in checkpoint.places.items():
-        if len(place.shape) == 2:
-            layout = ChannelLayout(1, *place.shape, 1) if channels else None
-            count = place.shape[1] if channels else place.numel
+        is_matrix = len(place.shape) == 2
+        if is_matrix or every_tensor:
+            layout = ChannelLayout(1, *place.shape, 1) if channels and is_matrix else None
+            count = place.shape[1] if layout else place.numel
             chosen = torch.randperm(count, generator=generator)[: round(density * count)].sort().values
             indices = layout.positions(chosen) if layout else chosen
-            values = torch.randn(len(indices), generator=generator) * 0.01
+            values = torch.randn(len(indices), generator=generator) * 0.05
             deltas[name] = SparseDelta(place.shape, indices, values, fingerprint_of(checkpoint[name], indices), layout)
     write_adapter(folder, SparseAdapter({"peft_type": "PEFT_CHILD", "variant": "extracted"}, deltas))
+    return folder
 
 
 def save_lora(folder: Path, base: Path) -> None:
@@ -157,14 +165,12 @@ def save_lora(folder: Path, base: Path) -> None:
 
 @contextmanager
 def engine(model: Path, **options: Any) -> Iterator[Any]:
-    """An engine whose weights are kept as they are loaded, taken down at the end."""
+    """A small engine, which is taken down at the end."""
     from vllm import LLM
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
-    say("starting an engine")
-    options |= {} if torch.cuda.is_available() else {"worker_extension_cls": UNPACKED}
     small = {"max_model_len": 128, "max_num_seqs": 16, "enforce_eager": True, "skip_tokenizer_init": True}
-    llm = LLM(str(model), dtype="bfloat16", **small, **options)
+    llm = LLM(str(model), dtype="bfloat16", **{**small, **options})
     try:
         yield llm
     finally:

@@ -18,7 +18,7 @@ from peft_child.files.adapter_folder import SparseAdapter
 from peft_child.files.adapter_tensors import fingerprint_of, fingerprint_of_values, fingerprints_differ
 from peft_child.files.checkpoint import Checkpoint
 from peft_child.files.merge import NamesDifferError, mismatch
-from peft_child.tensors.delta import Progress, SparseDelta, silent
+from peft_child.tensors.delta import Progress, SparseDelta, places_in, silent
 
 
 def in_checkpoint_names(adapter: SparseAdapter, base: Checkpoint, progress: Progress = silent) -> SparseAdapter:
@@ -70,8 +70,8 @@ def _parts(
     for other, part in found.items():
         flat = part.reshape(-1)
         covered[flat] += 1
-        places = torch.searchsorted(delta.indices, flat).clamp_(max=len(delta.indices) - 1)
-        indices = (delta.indices[places] == flat).nonzero()[:, 0]
+        places, chosen = places_in(delta.indices, flat)
+        indices = chosen.nonzero()[:, 0]
         places = places[indices]
         if len(indices):
             tensor = base[other]

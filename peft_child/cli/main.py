@@ -323,13 +323,11 @@ def patch(
     source = None if Path(adapter).exists() else adapter  # what a folder is called here says nothing elsewhere
     checkpoint = Checkpoint(path)
     try:
-        check_fits(stored, checkpoint)
+        export_patch(stored, checkpoint, output, force, progress, undo, source)
     except NamesDifferError:
-        if stored.dense:
-            raise
         say("note", "the checkpoint has other names than the model; the patch has those of the checkpoint.")
         stored = in_checkpoint_names(stored, checkpoint, progress)
-    export_patch(stored, checkpoint, output, force, progress, undo, source)
+        export_patch(stored, checkpoint, output, force, progress, undo, source)
     typer.echo(f"wrote {counts(stored)} to {plain(output)}" + (f", and back to {plain(undo)}" if undo else ""))
 
 

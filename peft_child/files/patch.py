@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -95,21 +96,23 @@ def export_patch(
     check_fits(adapter, base)
     mismatched: list[str] = []
     names = list(adapter.deltas)
-    changes = Lazy(names, lambda name: tensor_patch(adapter, base, name, mismatched))
+    changes = Lazy(names, lambda name: tensor_patch(adapter, name, base[name], mismatched))
     origin = {"adapter": source, "base_model": adapter.settings.get("base_model_name_or_path"), "undo": False}
-    write_patch(file, Patch(changes, origin), force, progress)
-    if undo is not None:
-        back = Lazy(names, lambda name: reversed_patch(changes[name]))
-        write_patch(undo, Patch(back, {**origin, "undo": True}), force, progress)
+    with ExitStack() as files:
+        add = files.enter_context(_writing(file, origin, force))
+        add_undo = None if undo is None else files.enter_context(_writing(undo, {**origin, "undo": True}, force))
+        for name, part in zip(progress(names, "Writing"), read_ahead(changes, names), strict=True):
+            add(name, part)
+            if add_undo is not None:
+                add_undo(name, reversed_patch(part))
     warn_of_mismatch(mismatched, base)
 
 
-def tensor_patch(adapter: SparseAdapter, base: Checkpoint, name: str, mismatched: list[str]) -> TensorPatch:
-    """What merging an adapter changes in one tensor; adds the name to `mismatched` if the base values differ.
+def tensor_patch(adapter: SparseAdapter, name: str, tensor: Tensor, mismatched: list[str]) -> TensorPatch:
+    """What merging an adapter changes in a checkpoint's tensor; adds the name to `mismatched` if its values differ.
 
     A tensor that was saved whole has all of its entries in the patch.
     """
-    tensor = base[name]
     if name in adapter.deltas:
         delta = adapter.deltas[name]
         indices = delta.indices
@@ -133,23 +136,33 @@ def index_dtype(numel: int) -> torch.dtype:
     return torch.int32 if numel < 1 << 31 else torch.int64
 
 
-def write_patch(file: str | Path, patch: Patch, force: bool = False, progress: Progress = silent) -> None:
+def write_patch(file: str | Path, patch: Patch, force: bool = False) -> None:
     """Write a patch file; every tensor of the patch is read once.
 
     Raises:
         ValueError: If a value is not finite.
         FileExistsError: If the file exists and `force` is not set.
     """
+    with _writing(file, patch.origin, force) as add:
+        for name in patch.tensors:
+            add(name, patch.tensors[name])
+
+
+@contextmanager
+def _writing(file: str | Path, origin: Mapping[str, Any], force: bool) -> Iterator[Callable[[str, TensorPatch], None]]:
+    """Give a function that adds the patch of a tensor to a file, which is made if the block ends without an error."""
     about: dict[str, Any] = {}
     with replacing(file, force) as temporary, TensorWriter(temporary) as writer:
-        names = list(patch.tensors)
-        for name, part in zip(progress(names, "Writing"), read_ahead(patch.tensors, names), strict=True):
+
+        def add(name: str, part: TensorPatch) -> None:
             if not part.values.isfinite().all():
                 raise ValueError(f"The values of a patch must be finite; some of '{name}' are not.")
             writer.add(f"{name}{_INDICES}", part.indices)
             writer.add(f"{name}{_VALUES}", part.values)
             about[name] = {"shape": list(part.shape), "before": part.before, "after": checksum_of(part.values)}
-        described = {"version": PATCH_VERSION, "origin": patch.origin, "tensors": about}
+
+        yield add
+        described = {"version": PATCH_VERSION, "origin": origin, "tensors": about}
         writer.metadata[METADATA_KEY] = json.dumps(described, sort_keys=True)
 
 

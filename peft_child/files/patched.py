@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -13,7 +12,7 @@ from peft_child.files.adapter_tensors import PREFIX, checksum_of
 from peft_child.files.checkpoint import Checkpoint
 from peft_child.files.merge import check_fits, mismatch
 from peft_child.files.patch import Patch, TensorPatch, reversed_patch, tensor_patch
-from peft_child.tensors.lazy import Lazy
+from peft_child.tensors.delta import places_in
 
 
 class Change(NamedTuple):
@@ -51,41 +50,57 @@ class PatchedCheckpoint:
             indices: The positions, shape `(k,)`.
             base: The checkpoint's values there, if they are at hand.
         """
-        values = self._base_values(name, indices) if base is None else base
+        values = self.base[name].reshape(-1).index_select(0, indices) if base is None else base
         changed = self.changed.get(name)
         if changed is None:
             return values
-        places, here = _places_in(changed.indices, indices)
+        places, here = places_in(changed.indices, indices)
         return torch.where(here, changed.values[places], values)
 
-    def _base_values(self, name: str, indices: Tensor) -> Tensor:
-        return self.base[name].reshape(-1).index_select(0, indices)
-
-    def parts(self, source: SparseAdapter | Patch) -> Mapping[str, TensorPatch]:
-        """What an adapter changes in the checkpoint, or a patch in this state, by name; checked on access.
+    def names(self, source: SparseAdapter | Patch) -> list[str]:
+        """The tensors that an adapter or a patch changes.
 
         Raises:
             NamesDifferError: If the checkpoint lacks a tensor of the adapter.
-            ValueError: If it lacks one of the patch, or a tensor has another size. Access raises it if a tensor has
-                another shape or dtype, or other values than those that the adapter was made on or the patch replaces.
-            FormatError: On access, if the source is damaged.
+            ValueError: If it lacks one of the patch, or a tensor of the adapter has another size.
         """
+        if isinstance(source, SparseAdapter):
+            check_fits(source, self.base)
+            return [*source.deltas, *(key.removeprefix(PREFIX) for key in source.dense)]
+        for name in source.tensors:
+            if name not in self.base.places:
+                raise ValueError(f"The patch changes '{name}', which '{self.base.path}' does not have.")
+        return list(source.tensors)
+
+    def part(self, source: SparseAdapter | Patch, name: str, tensor: Tensor | None = None) -> TensorPatch:
+        """What an adapter changes in one tensor of the checkpoint, or a patch in this state.
+
+        Args:
+            source: The adapter or the patch.
+            name: One of its `names`.
+            tensor: The checkpoint's tensor, if it is at hand.
+
+        Raises:
+            ValueError: If the tensor has another shape or dtype, or other values than those that the adapter was made
+                on or that the patch replaces.
+            FormatError: If the source is damaged.
+        """
+        tensor = self.base[name] if tensor is None else tensor
         if isinstance(source, Patch):
-            for name in source.tensors:
-                if name not in self.base.places:
-                    raise ValueError(f"The patch changes '{name}', which '{self.base.path}' does not have.")
-            return Lazy(source.tensors, lambda name: self._checked(name, source.tensors[name]))
-        check_fits(source, self.base)
-        names = [*source.deltas, *(key.removeprefix(PREFIX) for key in source.dense)]
-        return Lazy(names, lambda name: self._merged(name, source))
+            return self._checked(name, source.tensors[name], tensor)
+        mismatched: list[str] = []
+        part = tensor_patch(source, name, tensor, mismatched)
+        if mismatched:
+            raise ValueError(mismatch(self.base, name))
+        return part
 
     def to(self, source: SparseAdapter | Patch) -> Change:
         """The way to the checkpoint with an adapter merged, or to this state with a patch on top.
 
         Raises:
-            NamesDifferError, ValueError, FormatError: If it does not fit, or is damaged; see `parts`.
+            NamesDifferError, ValueError, FormatError: If it does not fit, or is damaged; see `names` and `part`.
         """
-        parts = dict(self.parts(source))
+        parts = {name: self.part(source, name) for name in self.names(source)}
         if isinstance(source, Patch):
             laid = {name: overlaid(self.changed.get(name), part) for name, part in parts.items()}
             return Change({**self.changed, **laid}, {name: [part] for name, part in parts.items()})
@@ -98,22 +113,15 @@ class PatchedCheckpoint:
         """The way back to the checkpoint."""
         return Change({}, {name: [reversed_patch(patch)] for name, patch in self.changed.items()})
 
-    def _merged(self, name: str, adapter: SparseAdapter) -> TensorPatch:
-        mismatched: list[str] = []
-        part = tensor_patch(adapter, self.base, name, mismatched)
-        if mismatched:
-            raise ValueError(mismatch(self.base, name))
-        return part
-
-    def _checked(self, name: str, part: TensorPatch) -> TensorPatch:
+    def _checked(self, name: str, part: TensorPatch, tensor: Tensor) -> TensorPatch:
         """A part of a patch with the checkpoint's values."""
-        here, there = (self.base.places[name].shape, self.base[name].dtype), (part.shape, part.values.dtype)
+        here, there = (tuple(tensor.shape), tensor.dtype), (part.shape, part.values.dtype)
         if here != there:
             raise ValueError(
                 f"'{name}' has the shape {here[0]} and is {here[1]} in '{self.base.path}', but {there[0]} and "
                 f"{there[1]} in the patch: export the patch for this checkpoint."
             )
-        base = self._base_values(name, part.indices)
+        base = tensor.reshape(-1).index_select(0, part.indices)
         if part.before and part.before != checksum_of(self.values_at(name, part.indices, base)):
             raise ValueError(f"The patch was made to replace other values of '{name}' than those here.")
         return part._replace(replaced=base)
@@ -130,7 +138,7 @@ def overlaid(first: TensorPatch | None, second: TensorPatch) -> TensorPatch:
         return second
     assert first.replaced is not None
     assert second.replaced is not None
-    places, here = _places_in(first.indices, second.indices)
+    places, here = places_in(first.indices, second.indices)
     values = first.values.index_copy(0, places[here], second.values[here])
     if here.all():
         return first._replace(values=values)
@@ -138,9 +146,3 @@ def overlaid(first: TensorPatch | None, second: TensorPatch) -> TensorPatch:
     indices, order = torch.cat([first.indices, second.indices[new]]).sort()
     values = torch.cat([values, second.values[new]])[order]
     return TensorPatch(second.shape, indices, values, 0, torch.cat([first.replaced, second.replaced[new]])[order])
-
-
-def _places_in(known: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-    """Where increasing positions hold some others, and which of these they hold."""
-    places = torch.searchsorted(known, indices).clamp_(max=len(known) - 1)
-    return places, known[places] == indices

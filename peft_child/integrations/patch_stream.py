@@ -11,12 +11,9 @@ from torch import Tensor, nn
 from peft_child.files.adapter_tensors import checksum_of
 from peft_child.files.patch import TensorPatch, index_dtype
 from peft_child.layers.layer import child_tuning_layers
-from peft_child.tensors.delta import rounded_sum
+from peft_child.tensors.delta import as_bits, rounded_sum
 from peft_child.tensors.distributed import check_whole
 from peft_child.tensors.quantised import is_quantised
-
-
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # integers of as many bytes
 
 
 class PatchStream:
@@ -88,6 +85,5 @@ class PatchStream:
                 "the base), and make a new PatchStream."
             )
         sent[name] = chosen, merged
-        bits = _BITS[merged.element_size()]  # -0.0 and 0.0 are different values in a file
-        moved = merged.view(bits) != had.view(bits)
+        moved = as_bits(merged) != as_bits(had)  # -0.0 and 0.0 are different values in a file
         return TensorPatch(tuple(base.shape), chosen[moved], merged[moved], checksum_of(had[moved]))

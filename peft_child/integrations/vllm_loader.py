@@ -73,9 +73,10 @@ class ChildNetworkLoader(DefaultModelLoader):  # type: ignore[misc]
             NamesDifferError: If the checkpoint lacks a tensor of the adapter.
             ValueError: If a tensor has another size, or other values than those that the adapter was made on.
         """
-        parts = PatchedCheckpoint(base_checkpoint(model_config, self.load_config)).parts(self.source)
+        base = PatchedCheckpoint(base_checkpoint(model_config, self.load_config))
+        names = set(base.names(self.source))
         for name, tensor in super().get_all_weights(model_config, model):
-            if name in parts:
-                part, tensor = parts[name], tensor.clone()  # the file may be mapped
+            if name in names:
+                part, tensor = base.part(self.source, name, tensor), tensor.clone()  # the file may be mapped
                 tensor.view(-1).index_copy_(0, part.indices.long(), part.values)
             yield name, tensor

@@ -160,12 +160,12 @@ def extract_delta(base: Tensor, tuned: Tensor, indices: Tensor | None = None) ->
     lossless = indices is None
     before, after = base.reshape(-1), tuned.reshape(-1)
     if indices is None:
-        indices = (_bits(before) != _bits(after)).nonzero().view(-1)
+        indices = (as_bits(before) != as_bits(after)).nonzero().view(-1)
     for dtype in (torch.float32, torch.float64):
         values = torch.empty(indices.numel(), dtype=dtype, device=base.device)
         for part, found in zip(indices.split(_PIECE), values.split(_PIECE), strict=True):
             found.copy_(after[part].double() - before[part].double())  # float64 holds most differences exactly
-            if lossless and (inexact := _bits(rounded_sum(before[part], found)) != _bits(after[part])).any():
+            if lossless and (inexact := as_bits(rounded_sum(before[part], found)) != as_bits(after[part])).any():
                 at = int(part[inexact][0])
                 break
         else:  # every piece is exact
@@ -178,7 +178,7 @@ def extract_delta(base: Tensor, tuned: Tensor, indices: Tensor | None = None) ->
 
 def count_different(base: Tensor, tuned: Tensor) -> int:
     """Number of entries in which two tensors of the same floating point dtype and shape differ in a bit."""
-    return int((_bits(base.reshape(-1)) != _bits(tuned.reshape(-1))).sum())
+    return int((as_bits(base.reshape(-1)) != as_bits(tuned.reshape(-1))).sum())
 
 
 def change(base: Tensor, tuned: Tensor) -> Tensor:
@@ -188,7 +188,7 @@ def change(base: Tensor, tuned: Tensor) -> Tensor:
     flat = (tensor.reshape(-1).split(_PIECE) for tensor in (base, tuned, scores))
     for before, after, score in zip(*flat, strict=True):
         score.copy_((after.to(precise) - before.to(precise)).abs())
-        score[_bits(before) == _bits(after)] = 0  # equal infinities and NaN too, whose difference is NaN
+        score[as_bits(before) == as_bits(after)] = 0  # equal infinities and NaN too, whose difference is NaN
     return scores
 
 
@@ -203,7 +203,7 @@ def overlap(first: SparseDelta, second: SparseDelta) -> Overlap:
     return Overlap(shared, first.indices.numel(), second.indices.numel(), first.numel)
 
 
-def _bits(tensor: Tensor) -> Tensor:
+def as_bits(tensor: Tensor) -> Tensor:
     """Bit patterns as integers, so that -0.0 is not 0.0 and NaN is itself."""
     return tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
 
@@ -213,3 +213,12 @@ def check_shapes(deltas: Sequence[SparseDelta]) -> None:
     shapes = {delta.shape for delta in deltas}
     if len(shapes) > 1:
         raise ValueError(f"Deltas of one tensor must have the same shape, got {sorted(shapes)}.")
+
+
+def places_in(known: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Where increasing positions hold some others, and which of these they hold, each of the shape of `indices`.
+
+    Where they do not hold one, the place is any.
+    """
+    places = torch.searchsorted(known, indices).clamp_(max=len(known) - 1)
+    return places, known[places] == indices

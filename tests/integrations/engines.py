@@ -1,25 +1,17 @@
 """Small checkpoints, adapters and vLLM engines; nothing here needs PEFT."""
 
-import os
-from contextlib import contextmanager
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
-from peft_child.files.adapter_folder import SparseAdapter, write_adapter
-from peft_child.files.adapter_tensors import fingerprint_of
-from peft_child.files.checkpoint import Checkpoint
-from peft_child.tensors.channels import ChannelLayout
-from peft_child.tensors.delta import SparseDelta
+from benchmarks import serving  # which lets engines run in this process, so that tests can look into them
 
 
-# In this process, so that tests can look into it.
-os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1", VLLM_LOGGING_LEVEL="ERROR")
 vllm = pytest.importorskip("vllm", reason="vLLM is not installed; see make test-vllm")
 
-UNPACKED = {"worker_extension_cls": "peft_child.integrations.vllm_unpacked.UnpackedWeights"}
-SWAPPING = {"weight_transfer_config": {"backend": "peft_child"}, **UNPACKED}
+engine = serving.engine
+UNPACKED = serving.UNPACKED
+SWAPPING = {**serving.SWAPPING, **UNPACKED}
 PROMPTS = [[5, 17, 3, 80, 2, 9], [44, 4, 61]]
 SIZES = {"vocab_size": 128, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
 WIDE_HEADS = {"num_key_value_heads": 1, "head_dim": 64, "max_position_embeddings": 128}  # vLLM refuses narrow ones
@@ -47,33 +39,9 @@ def save_experts(folder):
     return folder
 
 
-def save_child(folder, base, seed=1, channels=False, scale=0.05):
+def save_child(folder, base, seed=1, channels=False):
     """A random child network of every tensor of a checkpoint, a tenth of the entries or of the channels."""
-    checkpoint, generator, deltas = Checkpoint(base), torch.Generator().manual_seed(seed), {}
-    for name, place in checkpoint.places.items():
-        layout = ChannelLayout(1, place.shape[0], place.shape[1], 1) if channels and len(place.shape) == 2 else None
-        count = place.shape[1] if layout else place.numel
-        chosen = torch.randperm(count, generator=generator)[: count // 10].sort().values
-        indices = layout.positions(chosen) if layout else chosen
-        values = torch.randn(len(indices), generator=generator) * scale
-        deltas[name] = SparseDelta(place.shape, indices, values, fingerprint_of(checkpoint[name], indices), layout)
-    write_adapter(folder, SparseAdapter({"peft_type": "PEFT_CHILD", "variant": "extracted"}, deltas))
-    return folder
-
-
-@contextmanager
-def engine(model, **options):
-    """A small engine, which is taken down at the end."""
-    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
-
-    small = {"enforce_eager": True, "max_model_len": 64, "skip_tokenizer_init": True, "max_logprobs": 128}
-    llm = vllm.LLM(str(model), dtype="bfloat16", max_num_seqs=8, **{**small, **options})
-    try:
-        yield llm
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        cleanup_dist_env_and_memory()
+    return serving.save_child(folder, base, 0.1, channels, seed, every_tensor=True)
 
 
 def answers(llm, length=8):
