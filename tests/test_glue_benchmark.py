@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.glue.grid import LADDER, MOST_RATES, Grid, Method
-from benchmarks.glue.intervals import RESAMPLES, bootstrap_interval
-from benchmarks.glue.runs import Results, Source
+from benchmarks.glue.grid import Grid
+from benchmarks.grid.intervals import RESAMPLES, bootstrap_interval
+from benchmarks.grid.runs import Results, Source
+from benchmarks.grid.search import LADDER, MOST_RATES, Method
 
 from .glue_data import save_model, save_task
 
@@ -164,7 +165,7 @@ def test_pages_can_be_written_before_anything_is_known(tmp_path):
 
 def test_only_classes_have_a_number_for_no_label(tmp_path):
     pytest.importorskip("scipy")
-    from benchmarks.glue.scripts import glue
+    from benchmarks.grid.scripts import glue
 
     args = glue.parse_arguments().parse_args(["--data", str(tmp_path)])
     for task, labels, kept in (("classes", [0, -1, 2], [0, 2]), ("numbers", [-1.5, 0.0, 2.5], [-1.5, 0.0, 2.5])):
@@ -321,7 +322,7 @@ def test_a_failed_run_is_recorded_and_only_retried_when_asked(workplace):
 @pytest.mark.by_hand
 @pytest.mark.slow
 def test_held_out_rows_are_always_the_same_and_never_trained_on(workplace):
-    from benchmarks.glue.scripts import glue
+    from benchmarks.grid.scripts import glue
 
     held_out = []
     for seed in (1, 2):

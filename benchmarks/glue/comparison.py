@@ -10,9 +10,10 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from benchmarks.glue.figures import draw_differences
-from benchmarks.glue.grid import Grid, Known, Method, searched, task_score
-from benchmarks.glue.runs import Run
-from benchmarks.glue.tables import (
+from benchmarks.glue.grid import Grid, task_score
+from benchmarks.grid.runs import Known, Run
+from benchmarks.grid.search import Method, searched
+from benchmarks.grid.tables import (
     MISSING,
     average,
     difference,

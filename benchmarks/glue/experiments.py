@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from typing import NamedTuple
 
 from benchmarks.glue.comparison import Column, Comparison
-from benchmarks.glue.grid import Grid, Known, Method
+from benchmarks.glue.grid import Grid
 from benchmarks.glue.methods import (
     FISHER_EXAMPLES,
     FULL,
@@ -25,9 +24,11 @@ from benchmarks.glue.methods import (
 )
 from benchmarks.glue.overlaps import Overlaps
 from benchmarks.glue.rates import Rates
-from benchmarks.glue.runs import Run, Source
-from benchmarks.glue.tables import title
+from benchmarks.glue.tasks import title
 from benchmarks.glue.trade_off import Forgetting
+from benchmarks.grid.driver import Experiment
+from benchmarks.grid.runs import Source
+from benchmarks.grid.search import Method
 
 
 TRANSFER = ("mnli", "snli", "sick")
@@ -69,19 +70,6 @@ class Settings(NamedTuple):
         )
         seeds = tuple(range(1, self.seeds + 1))
         return Grid(self.source, tasks, chosen, common, searched, (*final, *reported), seeds)
-
-
-class Experiment(Protocol):
-    """Runs, and what is made of them."""
-
-    def runs(self, known: Known) -> Iterator[Run]:
-        """The runs that can be planned with what is known."""
-
-    def least_runs(self, known: Known) -> Iterator[Run]:
-        """As many runs as there will be at least."""
-
-    def write(self, known: Known, folder: Path) -> None:
-        """Write the page and the figure."""
 
 
 def main_table(settings: Settings) -> Comparison:

@@ -1,4 +1,4 @@
-"""Figures: colours that colour-blind readers tell apart, with a marker of its own for each, in small SVG files."""
+"""The figures of the GLUE experiments."""
 
 from __future__ import annotations
 
@@ -7,40 +7,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from benchmarks.glue.intervals import bootstrap_interval
-
-
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000", "#999999", "#661100")
-MARKERS = "osD^vP*X<"
-STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "peft-child", "font.size": 10, "legend.frameon": False}
-
-
-def save(figure: Figure, file: Path) -> None:
-    """Write a figure; equal figures are equal files."""
-    with mpl.rc_context(STYLE):
-        figure.savefig(file, metadata={"Date": None})
-
-
-def blank(width: float, height: float) -> tuple[Figure, Axes]:
-    """A figure with one empty panel, sizes in inches."""
-    figure, (axes,) = blank_row(width, height, 1)
-    return figure, axes
-
-
-def blank_row(width: float, height: float, count: int) -> tuple[Figure, list[Axes]]:
-    """A figure with a row of empty panels, sizes in inches."""
-    with mpl.rc_context(STYLE):
-        figure = Figure((width, height), layout="constrained")
-        panels = list(figure.subplots(1, count, squeeze=False)[0])
-    for axes in panels:
-        axes.spines[["top", "right"]].set_visible(False)
-    return figure, panels
+from benchmarks.grid.figures import COLOURS, MARKERS, blank, blank_row, explain, save
+from benchmarks.grid.intervals import bootstrap_interval
 
 
 def draw_differences(differences: Mapping[str, Mapping[str, Sequence[float]]], label: str, file: Path) -> None:
@@ -61,7 +32,7 @@ def draw_differences(differences: Mapping[str, Mapping[str, Sequence[float]]], l
     axes.set_yticks(range(len(columns)), columns)
     axes.set_ylim(max(1, len(columns)) - 0.5, -0.5)
     axes.set_xlabel(label)
-    _explain(axes, loc="center left", bbox_to_anchor=(1, 0.5))
+    explain(axes, loc="center left", bbox_to_anchor=(1, 0.5))
     save(figure, file)
 
 
@@ -93,7 +64,7 @@ def draw_trade_off(points: Mapping[str, Sequence[tuple[float, float]]], file: Pa
         axis.set_major_locator(MaxNLocator(6))
         axis.set_minor_locator(NullLocator())
         axis.set_major_formatter("{x:.0f}")
-    _explain(axes, loc="center left", bbox_to_anchor=(1, 0.5))
+    explain(axes, loc="center left", bbox_to_anchor=(1, 0.5))
     save(figure, file)
 
 
@@ -117,7 +88,7 @@ def draw_rates(scores: Mapping[str, Mapping[str, Mapping[float, Sequence[float]]
         axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
         axes.set_xticks([], minor=True)
     panels[0].set_ylabel("score (%)")
-    _explain(panels[0])
+    explain(panels[0])
     save(figure, file)
 
 
@@ -131,11 +102,5 @@ def draw_overlap_by_examples(points: Mapping[str, Mapping[int, float]], file: Pa
     axes.xaxis.set_major_formatter("{x:.0f}")
     axes.xaxis.set_minor_formatter("")
     axes.set_ylim(0, 1)
-    _explain(axes)
+    explain(axes)
     save(figure, file)
-
-
-def _explain(axes: Axes, **where: Any) -> None:
-    """A legend, if there is anything to explain."""
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(**where)

@@ -1,8 +1,7 @@
 """Grids of runs: tasks, methods and seeds, with a learning rate chosen for each method on each task.
 
 The rate is chosen on a tenth of the training split that the runs of the search do not train on; the validation split
-is not even read. Where the best rate tried is the largest or smallest, the search goes on, so that no method is held
-back by the rates that it was given.
+is not even read.
 """
 
 from __future__ import annotations
@@ -10,41 +9,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean, median
-from typing import Any, NamedTuple
+from typing import Any
 
-from benchmarks.glue.runs import Run, Source, succeeded
+from benchmarks.glue.tasks import TRAINING_ROWS
+from benchmarks.grid.runs import Known, Run, Source, succeeded
+from benchmarks.grid.search import Method, rates_to_try, searched
 
 
-LADDER = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-MOST_RATES = 5  # tried for one method on one task
 HOLD_OUT = ("--hold-out", "0.1")
 SEARCH_SEEDS = (101,)  # others than those that are reported
-TRAINING_ROWS = {
-    "cola": 8551, "mrpc": 3668, "stsb": 5749, "rte": 2490, "wnli": 635, "sst2": 67349, "qnli": 104743, "qqp": 363846,
-    "mnli": 392702, "snli": 549367,
-}  # fmt: skip
 
-Known = Mapping[str, Mapping[str, Any]]
 Score = Callable[[Mapping[str, Any]], float]
-
-
-class Method(NamedTuple):
-    """What is trained.
-
-    Attributes:
-        name: As in tables.
-        options: For the script.
-        rates: Learning rates to begin with, neighbours in LADDER.
-        script: A name in SCRIPTS.
-        like: The method whose search the learning rate is taken from, instead of one of its own.
-    """
-
-    name: str
-    options: tuple[str, ...]
-    rates: tuple[float, ...] = ()
-    script: str = "glue"
-    like: Method | None = None
 
 
 @dataclass(frozen=True)
@@ -100,16 +77,7 @@ class Grid:
 
     def rates(self, task: str, method: Method, known: Known) -> list[float]:
         """The rates to try, as far as can be said now."""
-        first, last = (LADDER.index(rate) for rate in (searched(method).rates[0], searched(method).rates[-1]))
-        while last - first + 1 < MOST_RATES:
-            best = self._best(task, method, LADDER[first : last + 1], known)
-            if best == LADDER[last] and last + 1 < len(LADDER):
-                last += 1
-            elif best == LADDER[first] and first:
-                first -= 1
-            else:
-                break
-        return list(LADDER[first : last + 1])
+        return rates_to_try(method, partial(self._best, task, method, known=known))
 
     def chosen_rate(self, task: str, method: Method, known: Known) -> float | None:
         """The best of the rates tried, or None as long as some are to be tried or if all have failed."""
@@ -147,11 +115,6 @@ class Grid:
         return Run(method.script, (*where, "--learning-rate", f"{rate:g}", "--seeds", str(seed), *more))
 
 
-def searched(method: Method) -> Method:
-    """The method whose search counts."""
-    return method.like or method
-
-
 def task_score(result: Mapping[str, Any]) -> float:
     """The mean of the metrics of a task, in percent, as GLUE averages them."""
     return 100 * fmean(result["metrics"].values())
@@ -166,7 +129,7 @@ def steps(run: Run) -> int:
     return math.ceil(rows * float(run.option("--epochs") or 3) / int(run.option("--batch-size") or 16))
 
 
-def estimated_seconds(run: Run, source: Source, known: Known, seconds_per_step: float) -> float:
+def estimated_seconds(source: Source, seconds_per_step: float, run: Run, known: Known) -> float:
     """How long a run takes: the median of the same script's on the same task, or so many seconds for each step."""
     start = " ".join(run.command(source).split()[:3])
     task = run.option("--task")

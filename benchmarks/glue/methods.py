@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.glue.grid import Method
+from benchmarks.grid.search import Method
 
 
 DENSE_RATES = (3e-5, 1e-4, 3e-4)

@@ -10,9 +10,9 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.glue.figures import draw_matrix, draw_overlap_by_examples
-from benchmarks.glue.grid import Known
-from benchmarks.glue.runs import Run, Source, succeeded
-from benchmarks.glue.tables import failures, markdown, mean_and_deviation, of_seeds, title
+from benchmarks.glue.tasks import title
+from benchmarks.grid.runs import Known, Run, Source, succeeded
+from benchmarks.grid.tables import failures, markdown, mean_and_deviation, of_seeds
 
 
 FEW = (32, 64, 128, 256, 512)

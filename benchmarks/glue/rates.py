@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.glue.figures import draw_rates
-from benchmarks.glue.grid import Grid, Known, task_score
-from benchmarks.glue.runs import Run, succeeded
-from benchmarks.glue.tables import failures, markdown, mean_and_deviation, of_seeds, title
+from benchmarks.glue.grid import Grid, task_score
+from benchmarks.glue.tasks import title
+from benchmarks.grid.runs import Known, Run, succeeded
+from benchmarks.grid.tables import failures, markdown, mean_and_deviation, of_seeds
 
 
 @dataclass(frozen=True)

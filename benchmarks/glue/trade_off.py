@@ -11,9 +11,8 @@ from typing import ClassVar
 import numpy as np
 
 from benchmarks.glue.figures import draw_trade_off
-from benchmarks.glue.grid import Known
-from benchmarks.glue.runs import Run, Source, succeeded
-from benchmarks.glue.tables import MISSING, failures, markdown, mean_and_deviation, of_seeds
+from benchmarks.grid.runs import Known, Run, Source, succeeded
+from benchmarks.grid.tables import MISSING, failures, markdown, mean_and_deviation, of_seeds
 
 
 EQUAL = (90.0, 80.0, 70.0)  # perplexities on the new domain at which methods are compared

@@ -18,7 +18,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from benchmarks.glue.scripts import glue
+from benchmarks.grid.scripts import glue
 from peft_child import estimate_fisher, select_child_network
 from peft_child.layers.layer import child_tuning_layers
 

@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 
+Known = Mapping[str, Mapping[str, Any]]  # results by command
+
+
 class Source(NamedTuple):
     """The model and the data of all runs, as names on the Hub or as folders of this machine.
 
@@ -55,13 +58,11 @@ class Run(NamedTuple):
 
     def command(self, source: Source) -> str:
         """What to type to get the result again; it is the key of the run."""
-        where = source.shown().options() if self.uses_source else ()
-        return " ".join(["python", *SCRIPTS[self.script], *where, *self.options])
+        return source.without_folders(" ".join(["python", *SCRIPTS[self.script], *self.arguments(source)]))
 
-    @property
-    def uses_source(self) -> bool:
-        """Whether it is about the model and the data of the tasks."""
-        return self.script != "forgetting"
+    def arguments(self, source: Source) -> list[str]:
+        """The command line of the script."""
+        return [*(source.options() if self.script in OF_TASKS else ()), *self.options]
 
     def option(self, name: str) -> str | None:
         """The value of an option, or None."""
@@ -73,7 +74,11 @@ SCRIPTS = {
     "variants": ("-m", "benchmarks.glue.variants"),
     "children": ("-m", "benchmarks.glue.children"),
     "forgetting": ("-m", "benchmarks.glue.forgetting"),
+    "sft": ("examples/sft.py",),
+    "sft_variants": ("-m", "benchmarks.sft.variants"),
+    "sft_combine": ("-m", "benchmarks.sft.combine"),
 }
+OF_TASKS = ("glue", "variants", "children")  # these take the model and the folder of the data from the source
 
 
 class Results:
@@ -120,7 +125,7 @@ class Results:
         return self.file.read_bytes().rfind(b"\n") + 1
 
 
-def succeeded(runs: Iterable[Run], source: Source, known: Mapping[str, Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def succeeded(runs: Iterable[Run], source: Source, known: Known) -> list[Mapping[str, Any]]:
     """The results of those runs that have been done and have not failed, in their order."""
     results = [known[command] for run in runs if (command := run.command(source)) in known]
     return [result for result in results if "error" not in result]

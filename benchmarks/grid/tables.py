@@ -4,27 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, stdev
-from typing import Any
 
-from benchmarks.glue.intervals import bootstrap_interval
-from benchmarks.glue.runs import Run, Source
+from benchmarks.grid.intervals import bootstrap_interval
+from benchmarks.grid.runs import Known, Run, Source
 
 
 MISSING = "-"
-TITLES = {
-    "cola": "CoLA",
-    "mrpc": "MRPC",
-    "stsb": "STS-B",
-    "rte": "RTE",
-    "mnli": "MNLI",
-    "snli": "SNLI",
-    "sick": "SICK",
-}
-
-
-def title(task: str) -> str:
-    """The name of a task as people write it."""
-    return TITLES.get(task, task.upper())
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -33,12 +18,12 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
-def mean_and_deviation(values: Mapping[int, float], wanted: int) -> str:
+def mean_and_deviation(values: Mapping[int, float], wanted: int, digits: int = 1) -> str:
     """Mean and standard deviation over seeds, and how many there are if some are missing."""
     if not values:
         return MISSING
-    deviation = f" ± {stdev(values.values()):.1f}" if len(values) > 1 else ""
-    return f"{fmean(values.values()):.1f}{deviation}" + (f" (of {len(values)})" if len(values) < wanted else "")
+    deviation = f" ± {stdev(values.values()):.{digits}f}" if len(values) > 1 else ""
+    return f"{fmean(values.values()):.{digits}f}{deviation}" + (f" (of {len(values)})" if len(values) < wanted else "")
 
 
 def of_seeds(statistic: str, count: int) -> str:
@@ -66,7 +51,7 @@ def average(columns: Sequence[Mapping[int, float]]) -> dict[int, float]:
     return {seed: fmean(column[seed] for column in columns) for seed in sorted(seeds)}
 
 
-def failures(runs: Iterable[Run], source: Source, known: Mapping[str, Mapping[str, Any]]) -> str:
+def failures(runs: Iterable[Run], source: Source, known: Known) -> str:
     """The runs that have failed, with their reasons."""
     commands = dict.fromkeys(run.command(source) for run in runs)
     failed = {command: known[command]["error"] for command in commands if "error" in known.get(command, {})}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -11,8 +12,9 @@ from types import ModuleType
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
+@cache
 def load(name: str) -> ModuleType:
-    """One of the example scripts, without running its `main`."""
+    """One of the example scripts, without running its `main`; the same module each time."""
     spec = importlib.util.spec_from_file_location(f"examples_{name}", EXAMPLES / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
