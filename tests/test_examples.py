@@ -15,6 +15,7 @@ import pytest
 
 from .glue_data import save_model, save_task
 from .ranks import forked
+from .sft_data import save_language_model, save_rows
 
 
 pytestmark = pytest.mark.slow
@@ -29,20 +30,20 @@ def run(name, *arguments):
     return process.stdout
 
 
-def run_glue(arguments, connection):
-    sys.argv = ["glue.py", *arguments]
+def run_here(name, arguments, connection):
+    sys.argv = [name, *arguments]
     error = None
     with redirect_stdout(io.StringIO()) as printed:
         try:
-            runpy.run_path(EXAMPLES / "glue.py", run_name="__main__")
+            runpy.run_path(EXAMPLES / name, run_name="__main__")
         except BaseException:
             error = traceback.format_exc()
     connection.send((error, printed.getvalue()))
 
 
-def fork_glue(*arguments):
-    """What `run("glue.py", ...)` prints, without the ten seconds that a new process takes to import everything."""
-    process, connection = forked(run_glue, list(map(str, arguments)))
+def run_forked(name, *arguments):
+    """What `run(name, ...)` prints, without the ten seconds that a new process takes to import everything."""
+    process, connection = forked(run_here, name, list(map(str, arguments)))
     error, printed = connection.recv()
     process.join()
     assert error is None, error
@@ -81,7 +82,7 @@ def test_quickstart(tmp_path):
 def test_glue(tmp_path, method, task, metrics):
     save_model(tmp_path / "encoder")
     save_task(tmp_path / "data", task)
-    run_example = partial(run, "glue.py") if method == "child" else fork_glue
+    run_example = partial(run, "glue.py") if method == "child" else partial(run_forked, "glue.py")
     printed = run_example(
         "--model", tmp_path / "encoder", "--data", tmp_path / "data", "--task", task, "--method", method,
         "--epochs", 1, "--seeds", 1, 2, "--bf16", "--results", tmp_path / "results.jsonl",
@@ -97,10 +98,55 @@ def test_glue(tmp_path, method, task, metrics):
     assert (results[-1]["settings"]["model"], results[-1]["settings"]["data"]) == ("encoder", "data")
 
 
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [
+        ("child", ["--granularity", "input_channel", "--chat"]),
+        ("child", ["--variant", "random"]),
+        ("full", []),
+        ("lora", ["--rank", 2]),
+        ("shira", []),
+    ],
+)
+def test_sft(tmp_path, method, more):
+    pytest.importorskip("trl", reason="TRL is not installed")
+    save_language_model(tmp_path / "model")
+    save_rows(tmp_path / "data", "copy", ("question", "answer"))
+    printed = run_forked(
+        "sft.py",
+        "--model", tmp_path / "model", "--data", tmp_path / "data" / "copy", "--columns", "question", "answer",
+        "--method", method, "--steps", 4, "--evaluate-every", 2, "--learning-rate", 0.03, "--max-length", 24,
+        "--held-out-old", 1, "--results", tmp_path / "results.jsonl", "--output", tmp_path / "out", *more,
+    )  # fmt: skip
+    result = json.loads((tmp_path / "results.jsonl").read_text())
+    assert [step for step, *_ in result["curve"]] == [0, 2, 4]
+    assert result["curve"][-1][1:] == [result["metrics"]["new"], result["metrics"]["old"]]
+    assert result["curve"][-1][1] != result["curve"][0][1]
+    saved = tmp_path / "out" / ("model.safetensors" if method == "full" else "adapter_model.safetensors")
+    assert result["bytes"] == saved.stat().st_size
+    assert f"{result['entries']:,} trained values" in printed
+    assert str(tmp_path) not in json.dumps(result)
+
+
+def test_sft_of_a_single_file_with_its_own_old_text(tmp_path):
+    pytest.importorskip("trl", reason="TRL is not installed")
+    save_language_model(tmp_path / "model")
+    rows = [{"text": f"w{number % 40} w{number % 7}"} for number in range(60)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    (tmp_path / "old.txt").write_text("w1 w2 w3 " * 300)
+    arguments = ["--model", tmp_path / "model", "--data", tmp_path / "rows.jsonl", "--old-text", tmp_path / "old.txt"]
+    run_forked(
+        "sft.py", *arguments, "--steps", 1, "--results", tmp_path / "results.jsonl", "--output", tmp_path / "out"
+    )
+    settings = json.loads((tmp_path / "results.jsonl").read_text())["settings"]
+    assert (settings["data"], settings["old_text"]) == (["rows.jsonl"], ["old.txt"])
+
+
 def test_glue_keeps_the_largest_changes(tmp_path):
     save_model(tmp_path / "encoder")
     save_task(tmp_path / "data", "mrpc")
-    fork_glue(
+    run_forked(
+        "glue.py",
         "--model", tmp_path / "encoder", "--data", tmp_path / "data", "--method", "task_free",
         "--epochs", 1, "--keep", 0.3, 0.1, "--results", tmp_path / "results.jsonl", "--output", tmp_path / "out",
     )  # fmt: skip

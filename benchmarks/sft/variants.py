@@ -1,0 +1,79 @@
+"""What `examples/sft.py` does, with more ways to choose the child network.
+
+python -m benchmarks.sft.variants --data folder --columns meaning text --choose lowest
+python -m benchmarks.sft.variants --data folder --columns meaning text --choose-from other question answer
+"""
+
+from __future__ import annotations
+
+import time
+from argparse import Namespace
+from typing import Any
+
+from trl import SFTTrainer
+
+from benchmarks.sft.script import sft
+from peft_child import estimate_fisher, select_child_network
+from peft_child.layers.layer import child_tuning_layers
+
+
+def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
+    """Train with each seed; returns the results."""
+    parser = sft.parse_arguments()
+    parser.add_argument("--choose", choices=CHOICES, default="highest", help="how the child network is chosen")
+    parser.add_argument("--choose-from", nargs="+", default=[], help="other data, and its two columns, to choose from")
+    args = parser.parse_args(argv)
+    args.learning_rate = args.learning_rate or sft.LEARNING_RATES[args.method]
+    results = []
+    for seed in args.seeds:
+        start = time.perf_counter()
+        trainer, progress = sft.train(args, seed, choose)
+        results.append(sft.record(args, seed, trainer, progress, start))
+    return results
+
+
+def choose(trainer: Any, args: Namespace) -> None:
+    """The child network that `args.choose` names, of the rows to train on or of others."""
+    scores = CHOICES[args.choose](trainer.model, rows_to_choose_from(trainer, args), args)
+    print(select_child_network(trainer.model, scores=scores))
+
+
+def rows_to_choose_from(trainer: Any, args: Namespace) -> Any:
+    """Batches of the training rows, or of those of another data set, prepared alike."""
+    if not args.choose_from:
+        return trainer.get_train_dataloader()
+    *data, prompt, completion = args.choose_from
+    rows, _ = sft.load_rows(Namespace(**{**vars(args), "data": data, "columns": [prompt, completion]}))
+    other = SFTTrainer(trainer.model, trainer.args, train_dataset=rows, processing_class=trainer.processing_class)
+    return other.get_train_dataloader()
+
+
+def highest(model: Any, rows: Any, args: Namespace) -> Any:
+    """Fisher information."""
+    return estimate_fisher(model, rows, num_examples=args.num_fisher_examples, progress_bar=False)
+
+
+def lowest(model: Any, rows: Any, args: Namespace) -> Any:
+    """The smallest Fisher information, to see whether it matters which entries are chosen."""
+    scores = highest(model, rows, args)
+    largest = max(float(score.max()) for score in scores.values())
+    # The float32 reciprocal keeps apart what `largest - score` would round to the same number.
+    return {name: 1 / (score + 1e-20 * largest) for name, score in scores.items()}
+
+
+def magnitude(model: Any, rows: Any, args: Namespace) -> Any:
+    """The largest weights; of channels, the largest mean square."""
+    scores = {}
+    for name, layer in child_tuning_layers(model.get_base_model()).items():
+        for parameter, tensor in layer.base_layer.named_parameters():
+            if parameter in layer.targets_of("default"):
+                squares = tensor.detach().square()
+                scores[f"{name}.{parameter}"] = squares.sum(0) if args.granularity == "input_channel" else squares
+    return scores
+
+
+CHOICES = {"highest": highest, "lowest": lowest, "magnitude": magnitude}
+
+
+if __name__ == "__main__":
+    main()
