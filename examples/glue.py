@@ -11,9 +11,11 @@ are whole numbers from 0, or floats for a regression. Needs transformers 5.2 or 
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 
+import datasets
 import numpy as np
 import peft
 import torch
@@ -38,6 +40,9 @@ def main(argv=None):
     """Train with each seed; returns the results, which also go to the file of results."""
     args = parse_arguments().parse_args(argv)
     args.learning_rate = args.learning_rate or LEARNING_RATES[args.method]
+    if not sys.stderr.isatty():  # bars are for terminals
+        transformers.utils.logging.disable_progress_bar()
+        datasets.disable_progress_bars()
     results = [run(args, seed) for seed in args.seeds]
     for name in results[0]["metrics"]:
         values = [result["metrics"][name] for result in results]
@@ -81,7 +86,7 @@ def record(args, seed, trainer, start, measured):
 
 def choose(model, examples, args):
     """The child network of the task."""
-    print(select_child_network(model, examples, num_examples=args.num_fisher_examples, progress_bar=False))
+    print(select_child_network(model, examples, num_examples=args.num_fisher_examples))
 
 
 def train(args, seed, choose=choose):
@@ -106,6 +111,7 @@ def train(args, seed, choose=choose):
         train_sampling_strategy="group_by_length",
         save_strategy="no",
         report_to="none",
+        disable_tqdm=not sys.stderr.isatty(),
         bf16=args.bf16,
         use_cpu=args.bf16 and not is_torch_bf16_gpu_available(),
         seed=seed,

@@ -14,6 +14,7 @@ import argparse
 import math
 import random
 import re
+import sys
 import sysconfig
 import warnings
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Tokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.optimization import get_cosine_schedule_with_warmup
+from transformers.utils.logging import disable_progress_bar
 
 from peft_child import ChildTuningConfig, ChildTuningLayer, select_child_network
 
@@ -155,7 +157,7 @@ def train(
     schedule = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=steps // 10, num_training_steps=steps)
     endless = chain.from_iterable(repeat(batches(examples, args)))
     model.train()
-    with tqdm(islice(endless, steps), desc=title, total=steps, unit="step") as bar:
+    with tqdm(islice(endless, steps), desc=title, total=steps, unit="step", disable=None) as bar:
         for batch in bar:
             loss = model(**batch).loss
             loss.backward()
@@ -175,7 +177,7 @@ def load_base(source: str) -> Any:
 @torch.no_grad()
 def perplexity(model: nn.Module, examples: Tensor, args: argparse.Namespace) -> float:
     """Perplexity over all predicted tokens of the examples."""
-    bar = tqdm(batches(examples, args, shuffle=False), desc="Perplexity", unit="batch", leave=False)
+    bar = tqdm(batches(examples, args, shuffle=False), desc="Perplexity", unit="batch", leave=False, disable=None)
     total = sum(model(**batch).loss.item() * len(batch["input_ids"]) for batch in bar)
     return math.exp(total / len(examples))
 
@@ -288,6 +290,8 @@ def main() -> None:
     args = parse_arguments()
     torch.manual_seed(args.seed)
     matplotlib.use("Agg")
+    if not sys.stderr.isatty():  # tqdm's bars are for terminals alone, too
+        disable_progress_bar()
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT uses transformers' old name
     config = ChildTuningConfig(density=args.density, target_modules="all-linear", task_type="CAUSAL_LM")
     args.output.mkdir(parents=True, exist_ok=True)

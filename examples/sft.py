@@ -14,10 +14,12 @@ import argparse
 import json
 import resource
 import statistics
+import sys
 import time
 from pathlib import Path
 from pydoc_data.topics import topics
 
+import datasets
 import peft
 import torch
 import transformers
@@ -39,6 +41,9 @@ def main(argv=None):
     """Train with each seed; returns the results, which also go to the file of results."""
     args = parse_arguments().parse_args(argv)
     args.learning_rate = args.learning_rate or LEARNING_RATES[args.method]
+    if not sys.stderr.isatty():  # bars are for terminals
+        transformers.utils.logging.disable_progress_bar()
+        datasets.disable_progress_bars()
     return [run(args, seed) for seed in args.seeds]
 
 
@@ -84,7 +89,7 @@ def record(args, seed, trainer, progress, start, **more):
 def choose(trainer, args):
     """The child network of the rows."""
     rows = trainer.get_train_dataloader()
-    print(select_child_network(trainer.model, rows, num_examples=args.num_fisher_examples, progress_bar=False))
+    print(select_child_network(trainer.model, rows, num_examples=args.num_fisher_examples))
 
 
 def train(args, seed, choose=choose):
@@ -106,7 +111,7 @@ def train(args, seed, choose=choose):
         logging_strategy="no",
         save_strategy="no",
         report_to="none",
-        disable_tqdm=True,
+        disable_tqdm=not sys.stderr.isatty(),
         gradient_checkpointing=args.gradient_checkpointing,
         dataloader_pin_memory=torch.cuda.is_available(),
         bf16=args.bf16,

@@ -27,6 +27,7 @@ def run(name, *arguments):
     command = [sys.executable, EXAMPLES / name, *map(str, arguments)]
     process = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert process.returncode == 0, process.stderr
+    assert "it/s" not in process.stderr  # progress bars are for terminals
     return process.stdout
 
 

@@ -154,8 +154,10 @@ class FisherPass:
         left = [_share(self.num_examples, number) for number in range(world_size())]  # to score of each rank's data
         losses = 0
         total = _total(dataloader, self.num_examples and left[rank()]) if self.split_batches else None
-        silent = not self.progress_bar or rank() > 0
-        with tqdm(desc="Fisher information", unit=" examples", total=total, disable=silent) as bar:
+        hidden = None if self.progress_bar and rank() == 0 else True  # None: shown on a terminal or in a notebook
+        if hidden is None and "ipykernel" in sys.modules:
+            hidden = False  # a notebook is no terminal
+        with tqdm(desc="Fisher information", unit=" examples", total=total, disable=hidden) as bar:
             for source, batch in in_step(self._batches(dataloader), lambda source: left[source] <= 0, shared):
                 kept = self._without_unlabelled(batch) if left[source] > 0 else None
                 if kept is None:

@@ -99,7 +99,7 @@ def select_child_network(
         forward_fn: See `estimate_fisher`.
         loss_fn: See `estimate_fisher`.
         split_batches: See `estimate_fisher`.
-        progress_bar: Show a progress bar.
+        progress_bar: See `estimate_fisher`.
         score_device: See `estimate_fisher`.
         score_folder: See `estimate_fisher`.
 
@@ -202,7 +202,7 @@ def estimate_fisher(
         loss_fn: `loss_fn(output, batch)` in place of `output.loss`; returns a scalar.
         split_batches: Take batches apart into single examples. Pass False if each batch counts as one example, such
             as a graph, or packed sequences.
-        progress_bar: Show a progress bar, on the first rank.
+        progress_bar: Show a progress bar, on the first rank, in a terminal or a notebook; a log file gets none.
         score_device: Where to add up the scores, such as 'cpu' while the model is on a GPU; by default on the device
             of each parameter. They take 4 bytes for each targeted weight.
         score_folder: For scores that do not fit into memory: a folder to add them up in, in memory-mapped files (raw

@@ -1,6 +1,8 @@
 """One pass over the data, and a model that comes back as it was."""
 
+import io
 import random
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -232,3 +234,32 @@ def test_scores_that_do_not_fit_are_refused_before_the_first_is_made(monkeypatch
 
 def targets_of(model):
     return [(layer, key) for layer in child_tuning_layers(model).values() for key in layer.targets_of("default")]
+
+
+class Stream(io.StringIO):
+    """A stream that says whether it is a terminal."""
+
+    def __init__(self, terminal):
+        super().__init__()
+        self.terminal = terminal
+
+    def isatty(self):
+        return self.terminal
+
+
+@pytest.mark.parametrize(
+    ("terminal", "notebook", "wanted", "shown"),
+    [
+        (True, False, True, True),
+        (False, False, True, False),  # a log file
+        (False, True, True, True),
+        (True, False, False, False),
+    ],
+)
+def test_the_bar_is_for_terminals_and_notebooks(monkeypatch, terminal, notebook, wanted, shown):
+    monkeypatch.setattr(sys, "stderr", Stream(terminal))
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
+    if notebook:
+        monkeypatch.setitem(sys.modules, "ipykernel", SimpleNamespace())
+    estimate_fisher(unchosen("bert"), [batch_of("bert")], progress_bar=wanted)
+    assert ("Fisher information" in sys.stderr.getvalue()) == shown
