@@ -13,13 +13,13 @@ unexport PYTHONDONTWRITEBYTECODE
 # What is imported is compiled then; compiling all that is installed takes pip three quarters of its time.
 INSTALL := -m pip install --quiet --no-compile
 
-.PHONY: demo test quick lint check quantised wheel benchmark gpu test-deepspeed test-vllm clean
+.PHONY: demo test quick lint check quantised wheel docs benchmark gpu test-deepspeed test-vllm clean
 
 demo: $(VENV)/.installed  ## Pretrain, adapt three ways, save, load, merge and draw
 	$(BIN)/python examples/quickstart.py
 
 test: lint check  ## Everything that has to pass: 9 to 17 minutes on two cores
-	$(MAKE) --jobs 2 --output-sync quantised wheel
+	$(MAKE) --jobs 2 --output-sync quantised wheel docs
 
 quick: lint  ## What a change breaks first, in a minute
 	$(BIN)/pytest -n 2 -m "not slow and not by_hand" tests/tensors tests/files tests/card tests/layers tests/tuner tests/test_architecture.py
@@ -43,6 +43,9 @@ wheel: $(VENV)/.installed  ## Build the wheel, and try it in an environment of i
 	"$$folder/venv/bin/python" $(INSTALL) "$$(ls $$folder/*.whl)[test]"; \
 	cp -r tests examples benchmarks docs pyproject.toml README.md "$$folder"; \
 	cd "$$folder"; venv/bin/pytest -m smoke
+
+docs: $(VENV)/.installed  ## The documentation site, into .venv/site; every warning is an error, also of links inside it
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet -d $(VENV)/doctrees docs $(VENV)/site
 
 benchmark: $(VENV)/.installed  ## All methods side by side, into docs: 40 minutes on two cores; FLAGS=--long takes longer
 	$(BIN)/python -m benchmarks.run --output docs $(FLAGS)

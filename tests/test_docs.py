@@ -1,0 +1,179 @@
+"""The documentation is true: its code runs, its messages are those of the code, and its reference is complete."""
+
+import importlib.util
+import io
+import json
+import os
+import re
+import sys
+import traceback
+from contextlib import redirect_stderr, redirect_stdout
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import peft_child
+from peft_child import ChildTuningConfig
+
+from .glue_data import save_model
+from .ranks import forked
+from .sft_data import save_language_model
+
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+# The drivers that write docs/results have tests of their own, which run such commands again.
+PAGES = sorted([ROOT / "README.md", *DOCS.glob("*.md"), *DOCS.glob("[!r]*/*.md"), *DOCS.glob("reference/*.md")])
+CODE = ("python", "bash", "sh", "console")
+BLOCK = re.compile(
+    r"(?:<!-- not run: (?P<reason>[^\n]+) -->\n)?"
+    r"^(?P<fence>```+)(?P<language>[\w{}-]*)[^\n]*\n(?P<text>.*?)^(?P=fence)$",
+    re.DOTALL | re.MULTILINE,
+)
+ENCODER, LANGUAGE_MODEL = "google-bert/bert-base-cased", "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+class Block(NamedTuple):
+    """A fenced block of a page."""
+
+    language: str
+    text: str
+    reason: str | None  # why it is not run
+
+
+def blocks(page):
+    """The blocks of code of a page."""
+    found = [Block(each["language"], each["text"], each["reason"]) for each in BLOCK.finditer(page.read_text())]
+    return [block for block in found if block.language in CODE]
+
+
+def run_page(page, folder, connection):
+    """Run the Python of a page from top to bottom, in a folder with stand-ins for what is on the Hub."""
+    os.chdir(folder)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    sys.path.insert(0, str(ROOT))
+    stand_in(folder)
+    printed, error = io.StringIO(), None
+    with redirect_stdout(printed), redirect_stderr(printed):
+        try:
+            namespace = {"__name__": "page"}
+            for number, block in enumerate(blocks(Path(page))):
+                if block.language == "python" and block.reason is None:
+                    exec(compile(block.text, f"{page}, block {number + 1}", "exec"), namespace)
+        except BaseException:
+            error = traceback.format_exc()
+    connection.send((error, printed.getvalue()))
+
+
+def stand_in(folder):
+    """Let the names of models on the Hub stand for tiny ones."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+    places = {ENCODER: save_model(folder / "encoder"), LANGUAGE_MODEL: save_language_model(folder / "language_model")}
+    for loader in (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer):
+        load = loader.from_pretrained
+
+        def from_pretrained(name, *arguments, load=load, **settings):
+            return load(places.get(str(name), name), *arguments, **settings)
+
+        loader.from_pretrained = from_pretrained
+    try:
+        import trl.trainer.sft_trainer as sft
+    except ImportError:
+        return
+    create = sft.create_model_from_path
+    sft.create_model_from_path = lambda name, *arguments, **settings: create(
+        places.get(name, name), *arguments, **settings
+    )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_block_of_code_is_run_or_says_why_not(page):
+    for block in blocks(page):
+        assert block.reason or block.language == "python", block.text
+
+
+WITH_CODE = [page for page in PAGES if any(not block.reason for block in blocks(page))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_code_of_a_page_runs(page, tmp_path):
+    if "trl" in page.read_text():
+        pytest.importorskip("trl", reason="TRL is not installed")
+    pytest.importorskip("datasets", reason="datasets is not installed")
+    process, connection = forked(run_page, str(page), tmp_path)
+    error, printed = connection.recv()
+    process.join()
+    assert error is None, f"{error}\n{printed}"
+
+
+@cache
+def configuration():
+    """docs/conf.py as a module."""
+    spec = importlib.util.spec_from_file_location("docs_conf", DOCS / "conf.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_reference_has_every_public_name():
+    page = (DOCS / "reference" / "api.md").read_text()
+    missing = [name for name in peft_child.__all__ if not re.search(rf":: peft_child\.{name}\b", page)]
+    assert not missing
+    assert "<!-- fields -->" in page
+
+
+def test_the_reference_has_every_field_of_the_configuration():
+    text = configuration().fields()
+    for name in ChildTuningConfig.__annotations__:
+        field = ChildTuningConfig.__dataclass_fields__[name]
+        assert f"`{name} = {field.default!r}`\n: {field.metadata['help']}\n" in text
+
+
+def test_the_reference_has_every_command_and_option():
+    from typer.main import get_command
+
+    from peft_child.cli.main import app
+
+    assert "<!-- commands -->" in (DOCS / "reference" / "cli.md").read_text()
+    text = configuration().commands()
+    for name, command in get_command(app).commands.items():
+        _, _, section = text.partition(f"## `peft-child {name}`")
+        assert section, name
+        section = section.partition("\n## ")[0]
+        for parameter in command.params:
+            assert all(option in section for option in parameter.opts if option.startswith("-")), (
+                name,
+                parameter.opts,
+            )
+
+
+def source_text():
+    """The code as one line, with the strings that it writes in several pieces put together."""
+    text = " ".join(source.read_text() for source in sorted((ROOT / "peft_child").rglob("*.py")))
+    return re.sub(r'"\s+f?"', "", text)
+
+
+def test_the_messages_of_troubleshooting_are_those_of_the_code():
+    headings = re.findall(r"^### `(.*)`$", (DOCS / "troubleshooting.md").read_text(), re.MULTILINE)
+    assert len(headings) >= 20
+    code = source_text()
+    of_peft = {"KeyError: 'PEFT_CHILD'", "Target modules {...} not found in the base model"}
+    for heading in headings:
+        pieces = [piece for piece in re.split(r"'[^']*'|\.\.\.", heading) if len(piece) > 3]
+        missing = [piece for piece in pieces if piece.strip() not in code]
+        assert heading in of_peft or not missing, heading
+
+
+def test_pages_name_no_folder_of_a_machine():
+    for page in PAGES:
+        assert not re.search(r"/(?:work|root|home|tmp)/", page.read_text()), page
+
+
+def test_every_setting_that_is_printed_as_json_is_valid():
+    for page in PAGES:
+        for text in re.findall(r"^```json\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE):
+            json.loads(text)
