@@ -17,9 +17,10 @@ author = "The peft-child authors"
 copyright = "the peft-child authors"
 release = peft_child.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 myst_enable_extensions = ["attrs_block", "colon_fence", "deflist"]
 myst_heading_anchors = 4
+nb_execution_mode = "off"  # the notebooks have their outputs, and a test runs them
 exclude_patterns = ["results/results.jsonl"]
 
 autodoc_member_order = "bysource"

@@ -20,7 +20,10 @@ def save_language_model(folder):
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
     template = "{% for message in messages %}{{ message['content'] + ' </s> ' }}{% endfor %}"
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template, **special).save_pretrained(folder)
+    inputs = ["input_ids", "attention_mask"]
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, chat_template=template, model_input_names=inputs, **special
+    ).save_pretrained(folder)
     torch.manual_seed(0)
     tiny_llama().save_pretrained(folder)
     return folder

@@ -8,7 +8,7 @@ import re
 import sys
 import traceback
 from contextlib import redirect_stderr, redirect_stdout
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,7 +32,9 @@ BLOCK = re.compile(
     r"^(?P<fence>```+)(?P<language>[\w{}-]*)[^\n]*\n(?P<text>.*?)^(?P=fence)$",
     re.DOTALL | re.MULTILINE,
 )
-ENCODER, LANGUAGE_MODEL = "google-bert/bert-base-cased", "HuggingFaceTB/SmolLM2-135M-Instruct"
+NOTEBOOKS = sorted(DOCS.glob("notebooks/*.ipynb"))
+ENCODERS = ("google-bert/bert-base-cased", "sentence-transformers/all-MiniLM-L6-v2")
+LANGUAGE_MODELS = ("HuggingFaceTB/SmolLM2-135M-Instruct",)
 
 
 class Block(NamedTuple):
@@ -44,7 +46,10 @@ class Block(NamedTuple):
 
 
 def blocks(page):
-    """The blocks of code of a page."""
+    """The blocks of code of a page, or the cells of a notebook."""
+    if page.suffix == ".ipynb":
+        cells = json.loads(page.read_text())["cells"]
+        return [Block("python", "".join(cell["source"]), None) for cell in cells if cell["cell_type"] == "code"]
     found = [Block(each["language"], each["text"], each["reason"]) for each in BLOCK.finditer(page.read_text())]
     return [block for block in found if block.language in CODE]
 
@@ -68,25 +73,34 @@ def run_page(page, folder, connection):
 
 
 def stand_in(folder):
-    """Let the names of models on the Hub stand for tiny ones."""
+    """Let the names of models and data on the Hub stand for tiny ones."""
+    import datasets
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-    places = {ENCODER: save_model(folder / "encoder"), LANGUAGE_MODEL: save_language_model(folder / "language_model")}
+    places = dict.fromkeys(ENCODERS, save_model(folder / "encoder"))
+    places |= dict.fromkeys(LANGUAGE_MODELS, save_language_model(folder / "language_model"))
     for loader in (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer):
-        load = loader.from_pretrained
-
-        def from_pretrained(name, *arguments, load=load, **settings):
-            return load(places.get(str(name), name), *arguments, **settings)
-
-        loader.from_pretrained = from_pretrained
-    try:
-        import trl.trainer.sft_trainer as sft
-    except ImportError:
-        return
-    create = sft.create_model_from_path
-    sft.create_model_from_path = lambda name, *arguments, **settings: create(
-        places.get(name, name), *arguments, **settings
+        loader.from_pretrained = partial(_with_places, loader.from_pretrained, places)
+    datasets.load_dataset = lambda *names: datasets.DatasetDict(
+        {split: datasets.Dataset.from_list(ROWS[names[0]] * 100) for split in ("train", "validation", "test")}
     )
+    if importlib.util.find_spec("trl"):
+        import trl.trainer.sft_trainer as sft
+
+        sft.create_model_from_path = partial(_with_places, sft.create_model_from_path, places)
+
+
+def _with_places(load, places, name, *arguments, **settings):
+    return load(places.get(str(name), name), *arguments, **settings)
+
+
+ROWS = {
+    "nyu-mll/glue": [
+        {"sentence1": "the cat sat", "sentence2": f"a dog {end}", "label": int(end == "ran")} for end in ("ran", "sat")
+    ]
+    * 5,
+    "openai/gsm8k": [{"question": f"w1 w{number} w3", "answer": f"w2 w{number}"} for number in range(3)],
+}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -95,7 +109,7 @@ def test_every_block_of_code_is_run_or_says_why_not(page):
         assert block.reason or block.language == "python", block.text
 
 
-WITH_CODE = [page for page in PAGES if any(not block.reason for block in blocks(page))]
+WITH_CODE = [page for page in (*PAGES, *NOTEBOOKS) if any(not block.reason for block in blocks(page))]
 
 
 @pytest.mark.slow
