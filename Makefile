@@ -13,7 +13,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # What is imported is compiled then; compiling all that is installed takes pip three quarters of its time.
 INSTALL := -m pip install --quiet --no-compile
 
-.PHONY: demo test quick lint check quantised wheel docs benchmark gpu test-deepspeed test-vllm clean
+.PHONY: demo test quick lint check quantised wheel docs benchmark gpu gpu-evidence test-browser test-deepspeed test-vllm clean
 
 demo: $(VENV)/.installed  ## Pretrain, adapt three ways, save, load, merge and draw
 	$(BIN)/python examples/quickstart.py
@@ -52,6 +52,16 @@ benchmark: $(VENV)/.installed  ## All methods side by side, into docs: 40 minute
 
 gpu: $(VENV)/.installed  ## On a machine with a GPU: its tests, steps, memory and the choice, into docs; 8 minutes
 	$(BIN)/python -m benchmarks.gpu --output docs
+
+gpu-evidence: $(VENV)/.installed  ## On a machine with a GPU and a network: what a language model of 1.7B learns and forgets; hours
+	$(BIN)/python -m benchmarks.sft sft gsm8k --gpu --output runs/gpu_evidence --report docs/results/gpu
+
+test-browser: $(VENV)/browser/.installed  ## The site and the pages of `inspect --html` in a browser; needs Chromium
+	PYTHONPATH=$(VENV)/browser $(BIN)/pytest -m "by_hand or not by_hand" -k browser tests/test_docs.py tests/card
+
+$(VENV)/browser/.installed: $(VENV)/.installed
+	$(BIN)/python $(INSTALL) --target $(VENV)/browser playwright
+	touch $@
 
 # The tests' two processes share memory through an operator that DeepSpeed compiles when it is first used.
 test-deepspeed: $(DEEPSPEED)/.installed  ## Training with DeepSpeed, in an environment of its own; on two busy cores 16 minutes

@@ -316,13 +316,10 @@ def test_every_module_has_a_test_file_of_its_name():
 
 
 def test_public_names_are_documented():
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
     for name in peft_child.__all__:
         documentation = getattr(peft_child, name).__doc__ or ""
         assert documentation
         assert not documentation.startswith(f"{name}("), f"{name} has only what NamedTuple or dataclass wrote"
-        if name[0].islower() or name.endswith("Config"):
-            assert name in readme
 
 
 DOCS = ROOT.parent / "docs"

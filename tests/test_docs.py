@@ -5,11 +5,15 @@ import io
 import json
 import os
 import re
+import shutil
+import subprocess
 import sys
 import traceback
 from contextlib import redirect_stderr, redirect_stdout
 from functools import cache, partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import NamedTuple
 
 import pytest
@@ -191,3 +195,50 @@ def test_every_setting_that_is_printed_as_json_is_valid():
     for page in PAGES:
         for text in re.findall(r"^```json\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE):
             json.loads(text)
+
+
+@pytest.mark.by_hand
+@pytest.mark.slow
+def test_the_site_works_in_a_browser(tmp_path):
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    chromium = shutil.which("chromium") or pytest.skip("there is no Chromium")
+    site = tmp_path / "site"
+    build = [sys.executable, "-m", "sphinx", "-W", "-q", "-d", str(tmp_path / "doctrees"), str(DOCS), str(site)]
+    subprocess.run(build, check=True)
+    pages = sorted(site.glob("**/*.html"))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=site))
+    Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    quiet = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+    problems = []
+    with playwright.sync_playwright() as browsers:
+        browser = browsers.chromium.launch(executable_path=chromium, args=quiet)
+        page = browser.new_context(permissions=["clipboard-read", "clipboard-write"]).new_page()
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("requestfailed", lambda request: problems.append(f"{request.url} failed"))
+        page.on("request", lambda request: problems.extend([] if request.url.startswith(address) else [request.url]))
+
+        page.goto(f"{address}/index.html")
+        page.fill("input[name=q]", "granularity")
+        page.press("input[name=q]", "Enter")
+        page.wait_for_selector("ul.search li a")
+        assert page.locator("ul.search li").count() > 3
+
+        page.goto(f"{address}/index.html")
+        page.locator(".sidebar-tree a", has_text="Several adapters").click()
+        assert page.locator("h1").first.inner_text().startswith("Several adapters")
+        page.locator("div.highlight").first.hover()
+        page.locator("button.copybtn").first.click()
+        page.wait_for_timeout(200)
+        assert "add_adapter" in page.evaluate("navigator.clipboard.readText()")
+
+        for width in (1280, 390):
+            page.set_viewport_size({"width": width, "height": 800})
+            for place in pages:
+                page.goto(f"{address}/{place.relative_to(site)}")
+                assert page.evaluate("document.documentElement.scrollWidth") <= width, (place, width)
+                broken = "[...document.images].filter(image => !image.complete || !image.naturalWidth).length"
+                assert page.evaluate(broken) == 0, place
+        browser.close()
+    server.shutdown()
+    assert not problems

@@ -113,6 +113,13 @@ def test_pages_can_be_written_before_anything_is_known(tmp_path):
         assert (tmp_path / f"{name}.md").exists()
 
 
+def test_some_methods_can_be_left_out():
+    sweep = EXPERIMENTS["sft"](Settings(SOURCE, only=("LoRA r=16", "entries 0.1")))
+    assert [method.name for method in sweep.methods] == ["LoRA r=16", "entries 0.1"]
+    with pytest.raises(ValueError, match=r"must name some of LoRA r=16, .*; got LoRA"):
+        EXPERIMENTS["sft"](Settings(SOURCE, only=("LoRA",)))
+
+
 def test_names_say_what_is_chosen():
     assert chosen_by("lowest", child(0.1, (1e-3,))).name == "entries 0.1, lowest"
     assert child(0.1, (1e-3,), channels=True).options[-2:] == ("--granularity", "input_channel")

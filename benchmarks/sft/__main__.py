@@ -32,6 +32,7 @@ def parse_arguments() -> argparse.Namespace:
         "--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="model on the Hub or local folder (%(default)s)"
     )
     add("--data", help="folder with TASK/train.jsonl and TASK/test.jsonl instead of the Hub")
+    add("--methods", nargs="+", default=[], help="only these methods of the tables, by name")
     add("--seeds", type=int, default=2, help="for each method at its best rate (%(default)s)")
     add("--steps", type=int, default=100, help="training steps (%(default)s)")
     add("--batch-size", type=int, default=4, help="rows in a training step (%(default)s)")
@@ -47,7 +48,7 @@ def main() -> None:
     """Plan, run and write."""
     args = parse_arguments()
     source = Source(args.model, args.data)
-    settings = Settings(source, args.seeds, args.steps, args.batch_size, GPU if args.gpu else CPU)
+    settings = Settings(source, args.seeds, args.steps, args.batch_size, tuple(args.methods), GPU if args.gpu else CPU)
 
     def seconds(run: Run, known: Known) -> float:
         alike = [result["seconds"] for result in known.values() if result.get("method") == run.option("--method")]

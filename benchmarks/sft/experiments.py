@@ -38,6 +38,7 @@ class Settings(NamedTuple):
         seeds: Of the runs, from 1 on.
         steps: Training steps.
         rows: In a training step.
+        only: Names of methods to leave the others out, or none for all.
         more: Other options of every run.
     """
 
@@ -45,6 +46,7 @@ class Settings(NamedTuple):
     seeds: int = 2
     steps: int = 100
     rows: int = 4
+    only: tuple[str, ...] = ()
     more: tuple[str, ...] = ()
 
     def sweep(self, name: str, title: str, text: str, task: Task, methods: tuple[Method, ...], **more: Any) -> Sweep:
@@ -53,7 +55,11 @@ class Settings(NamedTuple):
         flags = ("--steps", "--batch-size", "--evaluate-every")
         options = [word for flag, value in zip(flags, steps, strict=True) for word in (flag, str(value))]
         seeds = tuple(range(1, self.seeds + 1))
-        return Sweep(name, title, text, self.source, task, methods, (*options, *self.more), seeds, **more)
+        chosen = tuple(method for method in methods if not self.only or method.name in self.only)
+        if not chosen:
+            names = ", ".join(method.name for method in methods)
+            raise ValueError(f"--methods must name some of {names}; got {', '.join(self.only)}.")
+        return Sweep(name, title, text, self.source, task, chosen, (*options, *self.more), seeds, **more)
 
     @property
     def amount(self) -> str:
