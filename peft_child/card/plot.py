@@ -99,7 +99,8 @@ def draw_child_network(sizes: Mapping[str, ChildSize], path: str | Path) -> None
     layers, kinds = (list(dict.fromkeys(axis)) for axis in zip(*percents, strict=True))
     rows = tuple("none" if layer is None else str(layer) for layer in layers)
     matrix = tuple(tuple(percents.get((layer, kind), math.nan) for kind in kinds) for layer in layers)
-    _write(path, _HeatMap(rows, tuple(kinds), matrix, "Child network", "chosen entries (%)", "layer"))
+    title = "Child network:\nchosen entries of each module (%)"
+    _write(path, _HeatMap(rows, tuple(kinds), matrix, title, "chosen entries (%)", "layer"))
 
 
 def draw_overlap(names: Sequence[str], matrix: Sequence[Sequence[float]], path: str | Path) -> None:
