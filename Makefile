@@ -93,7 +93,7 @@ $(VLLM)/.installed: pyproject.toml constraints-vllm.txt
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python $(INSTALL) --editable ".[dev,examples]"
+	$(BIN)/python $(INSTALL) --editable ".[dev,examples,plots]"
 	touch $@
 
 $(VENV)/quantised/.installed: $(VENV)/.installed

@@ -20,7 +20,7 @@ ROOMS = {  # from the top; each imports only what is below it
     "tuner": "the PEFT method: configuration, targets, state dicts",
     "layers": "one targeted module: its tensors, how it runs and is merged",
     "files": "adapters and checkpoints without a model",
-    "card": "the model card and its heat map",
+    "card": "the model card, heat maps, and pages of HTML",
     "tensors": "child networks of single tensors: pure torch",
 }
 COLUMNS = 6

@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from peft_child.card.charts import plain
 from peft_child.card.plot import draw_child_network, draw_overlap
 from peft_child.cli.base_model import load_with_adapter, merge_by_loading, model_settings
 from peft_child.cli.checkpoint_names import in_checkpoint_names
@@ -20,7 +21,6 @@ from peft_child.cli.output import (
     OneLineErrors,
     counts,
     overlap_as_dict,
-    plain,
     print_json,
     print_overlaps,
     print_settings,
@@ -28,6 +28,7 @@ from peft_child.cli.output import (
     progress,
     say,
 )
+from peft_child.cli.pages import write_adapters_page
 from peft_child.cli.summary import summarize
 from peft_child.files.adapter_folder import CONFIG_NAME, SparseAdapter, open_adapter, read_adapter, write_adapter
 from peft_child.files.checkpoint import CHECKPOINT_NAME, INDEX_NAME, Checkpoint, replacing
@@ -42,6 +43,8 @@ from peft_child.tensors.combine import COMBINATIONS, MAJORITIES
 from peft_child.tensors.delta import Overlap
 from peft_child.tuner.config import ChildTuningConfig
 
+
+PICTURES = {".png", ".html"}
 
 app = typer.Typer(
     cls=OneLineErrors,
@@ -75,6 +78,10 @@ BaseRevision = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="Revision of the base on the Hub; by default the one that the adapter records."),
 ]
+Html = Annotated[
+    Path | None,
+    typer.Option("--html", metavar="OUT.html", help="Make a page of charts, which needs no network; takes plotly."),
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs, complete and unrounded.")]
 
@@ -104,7 +111,7 @@ def main() -> None:
     app()
 
 
-@app.command(epilog="Example: `peft-child inspect ./child --plot child.png`")
+@app.command(epilog="Example: `peft-child inspect ./child --plot child.png --html child.html`")
 def inspect(
     adapter: AdapterName,
     revision: Revision = None,
@@ -113,6 +120,7 @@ def inspect(
     plot: Annotated[
         Path | None, typer.Option(metavar="OUT.png", help="Draw the child network as a heat map, layers by modules.")
     ] = None,
+    html: Html = None,
     force: Force = False,
 ) -> None:
     """Show what an adapter holds: its child network by tensor, layer and module, its settings and its base model.
@@ -120,14 +128,20 @@ def inspect(
     Targeted tensors in which nothing was chosen are not in the file. So the total density shown can be higher than the
     density in the settings, which counts these tensors too.
     """
-    _check_file(plot, force)
+    _check_pictures(plot, html, force)
     folder = locate_adapter(adapter, revision, subfolder=subfolder)
-    _check_apart(plot, folder)
+    for made in (plot, html):
+        _check_apart(made, folder)
     stored = open_adapter(folder)
     summary = summarize(stored)
     if plot:  # before printing, which a pipe such as `| head` may cut short
         with replacing(plot, force) as temporary:
             draw_child_network(stored.sizes, temporary)
+    if html:
+        with replacing(html, force) as temporary:
+            # What a folder is called here says nothing elsewhere.
+            title = "Child network" if Path(adapter).exists() else f"Child network of {adapter}"
+            write_adapters_page(temporary, title, [adapter], [stored], progress=progress)
     if as_json:
         settings = {key: value for key, value in stored.settings.items() if key != "child_sizes"}
         print_json({"adapter": adapter, "settings": settings, **asdict(summary)})
@@ -136,7 +150,9 @@ def inspect(
         print_summary(summary)
 
 
-@app.command("overlap", epilog="Example: `peft-child overlap ./mrpc ./rte ./cola --plot overlap.png`")
+@app.command(
+    "overlap", epilog="Example: `peft-child overlap ./mrpc ./rte ./cola --plot overlap.png --html overlap.html`"
+)
 def compare(
     adapters: AdapterNames,
     revision: Revisions = None,
@@ -145,6 +161,7 @@ def compare(
     plot: Annotated[
         Path | None, typer.Option(metavar="OUT.png", help="Draw the Jaccard indices as a heat map.")
     ] = None,
+    html: Html = None,
     force: Force = False,
 ) -> None:
     """Compare the child networks of two or more adapters of one base model, pair by pair.
@@ -153,17 +170,22 @@ def compare(
     entries chosen by both, divided by the number that two random child networks of these sizes would share, in the
     tensors that either changes.
     """
-    _check_file(plot, force)
+    _check_pictures(plot, html, force)
     if len(adapters) < 2:
         raise ValueError("overlap compares two or more adapters, got one.")
-    _check_apart(plot, *map(Path, adapters))
-    found = compare_adapters(_open_all(adapters, revision))
+    for made in (plot, html):
+        _check_apart(made, *map(Path, adapters))
+    stored = _open_all(adapters, revision)
+    found = compare_adapters(stored)
     totals = {pair: sum(by_name.values(), start=Overlap(0, 0, 0, 0)) for pair, by_name in found.items()}
     if plot:
         everyone = range(len(adapters))
         jaccard = {pair: total.jaccard for pair, total in totals.items()} | {(i, i): 1.0 for i in everyone}
         with replacing(plot, force) as temporary:
             draw_overlap(adapters, [[jaccard[min(i, j), max(i, j)] for j in everyone] for i in everyone], temporary)
+    if html:
+        with replacing(html, force) as temporary:
+            write_adapters_page(temporary, "Overlap of child networks", adapters, stored, found, progress)
     if as_json:
         pairs = [
             {
@@ -397,17 +419,24 @@ def _check_file(output: Path | None, force: bool) -> None:
         raise FileExistsError(f"'{output}' exists already; pass --force to replace it.")
 
 
+def _check_pictures(plot: Path | None, html: Path | None, force: bool) -> None:
+    _check_file(plot, force)
+    _check_file(html, force)
+    if plot and html and plot.resolve() == html.resolve():
+        raise FileExistsError(f"'{html}' is the plot itself; name another file for --html.")
+
+
 def _check_apart(output: Path | None, *inputs: Path) -> None:
     """Refuse an output that is an input, contains one, or replaces a file in one.
 
-    Pictures are excepted, so that a plot can be drawn again in the adapter's folder. An output that is a link counts
-    as the link and as its target.
+    Pictures and pages are excepted, so that they can be made again in the adapter's folder. An output that is a link
+    counts as the link and as its target.
     """
     if output is None:
         return
     targets = {output.resolve(), output.parent.resolve() / output.name}
     for place in inputs:
-        read = {file.resolve() for file in (place, *place.rglob("*")) if file.suffix != ".png"}
-        around = {file for file in targets if place.resolve() in file.parents and file.suffix != ".png"}
+        read = {file.resolve() for file in (place, *place.rglob("*")) if file.suffix not in PICTURES}
+        around = {file for file in targets if place.resolve() in file.parents and file.suffix not in PICTURES}
         if (around and output.exists()) or any(target in (file, *file.parents) for target in targets for file in read):
             raise FileExistsError(f"'{output}' is, contains or is part of the input '{place}'; name another output.")

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 from typer.core import TyperGroup
 
+from peft_child.card.charts import plain
 from peft_child.cli.summary import Counted, Summary
 from peft_child.files.adapter_folder import SparseAdapter
 from peft_child.tensors.delta import Overlap, total_size
@@ -61,11 +62,6 @@ def progress(names: Sequence[str], title: str) -> Iterable[str]:
 def say(kind: str, message: object) -> None:
     """Print one line on standard error."""
     typer.echo(f"{kind}: {plain(message)}", err=True)
-
-
-def plain(text: object) -> str:
-    """One line without control characters: names and messages may come from untrusted files."""
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in " ".join(str(text).split()))
 
 
 def _error_text(error: BaseException) -> str:

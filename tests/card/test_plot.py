@@ -60,17 +60,16 @@ def test_a_picture_is_drawn_once(tmp_path, monkeypatch):
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
-@pytest.mark.parametrize(
-    "sizes",
-    [
-        {"weight": ChildSize(10, 1, 5)},
-        {"body.0.weight": ChildSize(10, 10, 5), "body.2.bias": ChildSize(10, 1, 5)},
-        {"$x$.\\frac{.weight": ChildSize(10, 1, 5), "層.1.x" + "y" * 500: ChildSize(10, 1, 5)},
-        {f"m.{layer}.experts_{expert}.w": ChildSize(10, 1, 5) for layer in range(120) for expert in range(3)},
-        {f"m.{layer}.experts_{expert}.w": ChildSize(10, 1, 5) for layer in range(2) for expert in range(130)},
-    ],
-    ids=["root", "no layers", "odd names", "deep", "wide"],
-)
+EVERY_KIND = {
+    "root": {"weight": ChildSize(10, 1, 5)},
+    "no layers": {"body.0.weight": ChildSize(10, 10, 5), "body.2.bias": ChildSize(10, 1, 5)},
+    "odd names": {"$x$.\\frac{.weight": ChildSize(10, 1, 5), "層.1.x" + "y" * 500: ChildSize(10, 1, 5)},
+    "deep": {f"m.{layer}.experts_{expert}.w": ChildSize(10, 1, 5) for layer in range(120) for expert in range(3)},
+    "wide": {f"m.{layer}.experts_{expert}.w": ChildSize(10, 1, 5) for layer in range(2) for expert in range(130)},
+}
+
+
+@pytest.mark.parametrize("sizes", EVERY_KIND.values(), ids=EVERY_KIND)
 def test_every_child_network_can_be_drawn(tmp_path, sizes):
     pytest.importorskip("matplotlib")
     draw_child_network(sizes, tmp_path / "x.png")

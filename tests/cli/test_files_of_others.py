@@ -175,6 +175,7 @@ def test_an_output_is_never_an_input(base, tuned, child):
         ("extract", base, tuned, tuned),
         ("combine", child, child),
         ("inspect", child, "--plot", child / "adapter_model.safetensors"),
+        ("inspect", child, "--html", child / "adapter_model.safetensors"),
     ):
         assert "name another output" in error_of(*command, "--force")
     (base / "part").mkdir()
