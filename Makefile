@@ -57,7 +57,7 @@ gpu-evidence: $(VENV)/.installed  ## On a machine with a GPU and a network: what
 	$(BIN)/python -m benchmarks.sft sft gsm8k --gpu --output runs/gpu_evidence --report docs/results/gpu
 
 test-browser: $(VENV)/browser/.installed  ## The site and the pages of `inspect --html` in a browser; needs Chromium
-	PYTHONPATH=$(VENV)/browser $(BIN)/pytest -m "by_hand or not by_hand" -k browser tests/test_docs.py tests/card
+	PYTHONPATH=$(VENV)/browser $(BIN)/pytest -m "by_hand or not by_hand" -k browser tests/test_docs.py tests/cli/test_pages.py
 
 $(VENV)/browser/.installed: $(VENV)/.installed
 	$(BIN)/python $(INSTALL) --target $(VENV)/browser playwright
