@@ -32,19 +32,24 @@ import peft_child
 from peft_child import ChildTuningConfig, select_child_network
 
 
-LEARNING_RATES = {"full": 1e-4, "child": 3e-4, "lora": 1e-3, "shira": 1e-3}
+LEARNING_RATES = {"full": 1e-4, "task_driven": 3e-4, "random": 1e-3, "task_free": 1e-4, "lora": 1e-3, "shira": 1e-3}
 VERSIONS = {module.__name__: module.__version__ for module in (torch, transformers, peft, trl, peft_child)}
 OLD_TOKENS = 256  # of one example of old text
 
 
 def main(argv=None):
     """Train with each seed; returns the results, which also go to the file of results."""
-    args = parse_arguments().parse_args(argv)
-    args.learning_rate = args.learning_rate or LEARNING_RATES[args.method]
+    args = with_learning_rate(parse_arguments().parse_args(argv))
     if not sys.stderr.isatty():  # bars are for terminals
         transformers.utils.logging.disable_progress_bar()
         datasets.disable_progress_bars()
     return [run(args, seed) for seed in args.seeds]
+
+
+def with_learning_rate(args):
+    """The settings, with the usual learning rate if none was given."""
+    args.learning_rate = args.learning_rate or LEARNING_RATES[args.variant if args.method == "child" else args.method]
+    return args
 
 
 def run(args, seed):
@@ -261,7 +266,7 @@ def parse_arguments():
     add("--columns", nargs=2, metavar=("PROMPT", "COMPLETION"), help="if they have other names than TRL's")
     add("--chat", action="store_true", help="write the prompt and the completion with the chat template of the model")
     add("--old-text", nargs="*", type=Path, default=[], help="files that the model knows; if none, Python's help")
-    add("--method", choices=LEARNING_RATES, default="child", help="what to train")
+    add("--method", choices=["child", "full", "lora", "shira"], default="child", help="what to train")
     add(
         "--variant", choices=["task_driven", "random", "task_free"], default="task_driven", help="of the child network"
     )
@@ -269,7 +274,7 @@ def parse_arguments():
     add("--density", type=float, default=0.1, help="share of the child network, or of SHiRA")
     add("--num-fisher-examples", type=int, default=32, help="training rows that choose the child network")
     add("--rank", type=int, default=16, help="of LoRA")
-    add("--learning-rate", type=float, help=f"peak of the schedule; if not given, by method: {LEARNING_RATES}")
+    add("--learning-rate", type=float, help=f"peak of the schedule; if not given: {LEARNING_RATES}")
     add("--steps", type=int, default=200, help="training steps")
     add("--batch-size", type=int, default=8, help="rows in a training step")
     add("--max-length", type=int, default=512, help="longest row, in tokens")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
-from benchmarks.grid.runs import Source
+from benchmarks.grid.runs import Results, Source
 from benchmarks.grid.search import Method
 from peft_child import ChildTuningConfig, select_child_network
 from peft_child.layers.layer import child_tuning_layers
@@ -20,6 +21,7 @@ from .sft_data import save_language_model, save_rows
 
 
 pytest.importorskip("matplotlib")
+from benchmarks.sft.__main__ import CPU
 from benchmarks.sft.experiments import E2E, EXPERIMENTS, GSM8K, Settings
 from benchmarks.sft.methods import child, chosen_by, lora
 from benchmarks.sft.sweep import least_forgotten, old_where_new_is
@@ -99,6 +101,24 @@ def test_a_page_has_what_the_cells_gave(tmp_path):
     assert "| LoRA | 2.925 |" in page  # 2.0 is five eighths of the way from 3.0 to 1.4, the flattest of the three
     assert f"- `{SWEEP.run(LIKE, 1e-3, 1).command(SOURCE)}`: none" in page
     assert (tmp_path / "name.svg").exists()
+
+
+def test_the_committed_page_is_written_from_the_committed_results(tmp_path):
+    folder = ROOT / "docs" / "results" / "language_model"
+    source = Source("SmolLM2-135M-Instruct", "data")
+    known = Results(folder / "results.jsonl").read()
+    EXPERIMENTS["sft"](Settings(source, more=CPU)).write(known, tmp_path)
+    for name in ("sft.md", "sft.svg", "sft_rates.svg"):
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes(), name
+
+
+def test_the_table_of_the_readme_is_that_of_the_results():
+    page = (ROOT / "docs" / "results" / "language_model" / "sft.md").read_text()
+    found = set(re.findall(r"\d\.\d{3} ± \d\.\d{3}", page))
+    for place in ("README.md", "docs/results.md"):
+        quoted = re.findall(r"\d\.\d{3} ± \d\.\d{3}", (ROOT / place).read_text())
+        assert len(quoted) >= 12
+        assert found.issuperset(quoted), place
 
 
 def test_every_method_of_a_table_is_another(tmp_path):

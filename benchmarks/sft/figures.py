@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,32 +12,39 @@ from benchmarks.grid.figures import COLOURS, MARKERS, blank, blank_row, explain,
 OUTSIDE: Any = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
 
 
-def draw_learning_and_forgetting(courses: Mapping[str, Sequence[Sequence[tuple[float, float]]]], file: Path) -> None:
-    """Loss on old text over loss on new text: a line for each training, without its first point, the base model.
+def draw_learning_and_forgetting(losses: Mapping[str, Mapping[float, tuple[float, float]]], file: Path) -> None:
+    """Loss on old text over loss on new text: a point for each learning rate, joined in their order.
 
-    The axes leave out trainings that have diverged.
+    The axes leave out what is far from the best.
 
     Args:
-        courses: By method, the losses on new and old text along each training.
+        losses: By method and rate, on new and on old text.
         file: The SVG file to write.
     """
     figure, axes = blank(7.5, 4.8)
-    for place, (name, found) in enumerate(courses.items()):
-        style: Any = {"color": COLOURS[place % 9], "linewidth": 1}
-        for number, points in enumerate(found):
-            new, old = zip(*points[1:], strict=True)
-            axes.plot(new, old, linestyle="-" if place < 9 else "--", label=None if number else name, **style)
-            axes.plot(new[-1:], old[-1:], MARKERS[place % 9], **style)
-    ends = [points[-1] for found in courses.values() for points in found]
+    for place, (name, by_rate) in enumerate(losses.items()):
+        new, old = zip(*by_rate.values(), strict=True)
+        axes.plot(new, old, **_style(place), label=name)
+    ends = [both for by_rate in losses.values() for both in by_rate.values()]
     if ends:
-        best_new = sorted(new for new, _ in ends)
-        middle = best_new[len(best_new) // 2]
-        lowest = min(old for _, old in ends)
-        axes.set_xlim(best_new[0] - 0.02, middle + 3 * (middle - best_new[0]) + 0.02)
-        axes.set_ylim(lowest - 0.05, lowest + 1.5)
+        best, least = (min(each) for each in zip(*ends, strict=True))
+        axes.set_xlim(best - 0.01, best + 0.13)
+        axes.set_ylim(least - 0.05, least + 0.85)
     axes.set(xlabel="loss on new text (lower has learnt more)", ylabel="loss on old text (lower has forgotten less)")
     explain(axes, **OUTSIDE)
     save(figure, file)
+
+
+def _style(place: int) -> Any:
+    """Colour, marker and line of a method; after nine methods the colours come again, with broken lines."""
+    line = "-" if place < 9 else "--"
+    return {
+        "color": COLOURS[place % 9],
+        "marker": MARKERS[place % 9],
+        "markersize": 5,
+        "linewidth": 1,
+        "linestyle": line,
+    }
 
 
 def draw_losses(losses: Mapping[str, Mapping[float, tuple[float, float]]], file: Path) -> None:
@@ -50,10 +57,7 @@ def draw_losses(losses: Mapping[str, Mapping[float, tuple[float, float]]], file:
     figure, panels = blank_row(10, 3.6, 2)
     for number, (axes, text) in enumerate(zip(panels, ("new", "old"), strict=True)):
         for place, (name, by_rate) in enumerate(losses.items()):
-            style: Any = {"color": COLOURS[place % 9], "marker": MARKERS[place % 9], "markersize": 4, "linewidth": 1}
-            line = "-" if place < 9 else "--"
-            values = [both[number] for both in by_rate.values()]
-            axes.plot(list(by_rate), values, linestyle=line, label=name, **style)
+            axes.plot(list(by_rate), [both[number] for both in by_rate.values()], **_style(place), label=name)
         found = sorted(both[number] for by_rate in losses.values() for both in by_rate.values())
         if found:
             axes.set_ylim(found[0] - 0.03, found[len(found) // 2] + 3 * (found[len(found) // 2] - found[0]) + 0.03)

@@ -22,8 +22,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser = sft.parse_arguments()
     parser.add_argument("--choose", choices=CHOICES, default="highest", help="how the child network is chosen")
     parser.add_argument("--choose-from", nargs="+", default=[], help="other data, and its two columns, to choose from")
-    args = parser.parse_args(argv)
-    args.learning_rate = args.learning_rate or sft.LEARNING_RATES[args.method]
+    args = sft.with_learning_rate(parser.parse_args(argv))
     results = []
     for seed in args.seeds:
         start = time.perf_counter()
