@@ -78,8 +78,8 @@ class ChildTuningConfig(PeftConfig):
         "What is chosen: 'entry', single weights; or 'input_channel', all weights of a module that read one input "
         "feature (the columns of a linear weight, the rows of an embedding, a whole bias). Channels train about "
         "as fast as a LoRA and are chosen without scores of single weights. Whole channels are chosen, those with the "
-        "largest mean Fisher information first, until the next would exceed round(density * n) entries. Random gradient masks "
-        "keep or drop the gradients of whole channels, too.",
+        "largest mean Fisher information first, until the next would exceed round(density * n) entries. Random "
+        "gradient masks keep or drop the gradients of whole channels, too.",
     )
     resample_every: int = _setting(
         1, "Optimizer steps after which the random gradient mask is drawn anew, a positive integer."
