@@ -20,7 +20,7 @@ release = peft_child.__version__
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 myst_enable_extensions = ["attrs_block", "colon_fence", "deflist"]
 myst_heading_anchors = 4
-nb_execution_mode = "off"  # the notebooks have their outputs, and a test runs them
+nb_execution_mode = "off"  # a test runs the notebooks
 exclude_patterns = ["results/results.jsonl"]
 
 autodoc_member_order = "bysource"

@@ -59,19 +59,20 @@ def run(args, seed):
     return record(args, seed, trainer, progress, start)
 
 
-def record(args, seed, trainer, progress, start, **more):
+def record(args, seed, trainer, progress, start):
     """Save the model, and write and return the result, with all that is needed to get it again."""
     trainer.save_model(args.output)
+    saved = Path(args.output).glob("model*.safetensors" if args.method == "full" else "adapter_model*.safetensors")
     settings = {name: value for name, value in vars(args).items() if name not in ("seeds", "results", "output")}
     is_folder = Path(args.model).is_dir()  # of folders only the name, the rest belongs to this machine
     settings |= {"model": Path(args.model).name if is_folder else args.model}
     settings |= {"data": [Path(name).name if Path(name).exists() else name for name in args.data]}
     settings |= {"old_text": [file.name for file in args.old_text]}
     result = {
-        **{"method": args.method, "seed": seed, "curve": progress.curve, **more},
+        **{"method": args.method, "seed": seed, "curve": progress.curve},
         "metrics": dict(zip(("new", "old"), progress.curve[-1][1:], strict=True)),
         "entries": sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad),
-        "bytes": sum(file.stat().st_size for file in Path(args.output).glob("*.safetensors")),
+        "bytes": sum(file.stat().st_size for file in saved),
         "seconds_per_step": round(statistics.median(progress.durations or [0]), 3),
         "peak_bytes": peak_memory(),
         "seconds": round(time.perf_counter() - start, 1),
@@ -226,6 +227,8 @@ def prompts_and_completions(rows, args):
     if not args.columns:
         return rows
     first, second = args.columns
+    if missing := {first, second} - set(rows.column_names):
+        raise SystemExit(f"--columns must name columns of the rows, {rows.column_names}; got {', '.join(missing)}.")
 
     def convert(row):
         if args.chat:

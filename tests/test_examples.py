@@ -143,6 +143,15 @@ def test_sft_of_a_single_file_with_its_own_old_text(tmp_path):
     assert (settings["data"], settings["old_text"]) == (["rows.jsonl"], ["old.txt"])
 
 
+def test_sft_names_the_columns_that_there_are(tmp_path):
+    pytest.importorskip("trl", reason="TRL is not installed")
+    save_language_model(tmp_path / "model")
+    save_rows(tmp_path / "data", "copy", ("question", "answer"))
+    arguments = ["--model", tmp_path / "model", "--data", tmp_path / "data" / "copy", "--columns", "question", "text"]
+    with pytest.raises(AssertionError, match=r"columns of the rows, \['question', 'answer'\]; got text"):
+        run_forked("sft.py", *arguments)
+
+
 def test_glue_keeps_the_largest_changes(tmp_path):
     save_model(tmp_path / "encoder")
     save_task(tmp_path / "data", "mrpc")
