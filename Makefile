@@ -13,7 +13,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # What is imported is compiled then; compiling all that is installed takes pip three quarters of its time.
 INSTALL := -m pip install --quiet --no-compile
 
-.PHONY: demo test quick lint check quantised wheel docs benchmark gpu gpu-evidence test-browser test-deepspeed test-vllm clean
+.PHONY: demo test quick lint check quantised wheel docs dist benchmark gpu gpu-evidence test-browser test-deepspeed test-vllm clean
 
 demo: $(VENV)/.installed  ## Pretrain, adapt three ways, save, load, merge and draw
 	$(BIN)/python examples/quickstart.py
@@ -46,6 +46,15 @@ wheel: $(VENV)/.installed  ## Build the wheel, and try it in an environment of i
 
 docs: $(VENV)/.installed  ## The documentation site, into .venv/site; every warning is an error, also of links inside it
 	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet -d $(VENV)/doctrees docs $(VENV)/site
+
+dist: $(VENV)/.installed  ## The wheel and the source distribution, checked, into dist
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+	set -e; folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
+	$(PYTHON) -m venv "$$folder"; \
+	"$$folder/bin/python" $(INSTALL) twine check-wheel-contents; \
+	"$$folder/bin/twine" check --strict dist/*; \
+	"$$folder/bin/check-wheel-contents" dist/*.whl
 
 benchmark: $(VENV)/.installed  ## All methods side by side, into docs: 40 minutes on two cores; FLAGS=--long takes longer
 	$(BIN)/python -m benchmarks.run --output docs $(FLAGS)

@@ -98,8 +98,8 @@ def mathematics(settings: Settings) -> Sweep:
         FULL,
         child(0.1, TENTH),
         child(0.1, TENTH, channels=True),
-        child(0.01, HUNDREDTH),
         random(0.1, RANDOM_TENTH),
+        random(0.01, RANDOM_HUNDREDTH),
     )
     return settings.sweep("gsm8k", "A language model learns mathematics", settings.amount, GSM8K, methods)
 
