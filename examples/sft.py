@@ -219,7 +219,7 @@ def load_rows(args):
 
 def read(file):
     """The rows of a file of JSON lines."""
-    return Dataset.from_list([json.loads(line) for line in file.read_text("utf-8").splitlines() if line.strip()])
+    return Dataset.from_list([json.loads(line) for line in file.read_text("utf-8").split("\n") if line.strip()])
 
 
 def prompts_and_completions(rows, args):

@@ -132,8 +132,11 @@ def test_sft(tmp_path, method, more):
 def test_sft_of_a_single_file_with_its_own_old_text(tmp_path):
     pytest.importorskip("trl", reason="TRL is not installed")
     save_language_model(tmp_path / "model")
-    rows = [{"text": f"w{number % 40} w{number % 7}"} for number in range(60)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    rows = [
+        {"text": f"w{number % 40}\N{LINE SEPARATOR}w{number % 7}"} for number in range(60)
+    ]  # not the end of a line
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n\n", "utf-8")
     (tmp_path / "old.txt").write_text("w1 w2 w3 " * 300)
     arguments = ["--model", tmp_path / "model", "--data", tmp_path / "rows.jsonl", "--old-text", tmp_path / "old.txt"]
     run_forked(
