@@ -5,7 +5,7 @@
     python examples/sft.py --data folder --columns meaning text --old-text notes.txt --results results.jsonl
 
 Rows are JSON lines: with a prompt and a completion in two columns, or with what TRL takes by itself (`text`,
-`messages`, or `prompt` and `completion`). A folder has train.jsonl and test.jsonl; of a single file a twentieth is
+`messages`, or `prompt` and `completion`). A folder has train.jsonl and test.jsonl; of a single file up to a fifth is
 held out. What the model has learnt is its loss on held-out rows; what it has forgotten is its loss on text that it
 knew before.
 """
@@ -33,6 +33,7 @@ from peft_child import ChildTuningConfig, select_child_network
 
 
 LEARNING_RATES = {"full": 1e-4, "task_driven": 3e-4, "random": 1e-3, "task_free": 1e-4, "lora": 1e-3, "shira": 1e-3}
+SPARSE = {"task_driven": 1e-3, "random": 1e-2}  # at a density of 0.03 or less
 VERSIONS = {module.__name__: module.__version__ for module in (torch, transformers, peft, trl, peft_child)}
 OLD_TOKENS = 256  # of one example of old text
 
@@ -48,7 +49,9 @@ def main(argv=None):
 
 def with_learning_rate(args):
     """The settings, with the usual learning rate if none was given."""
-    args.learning_rate = args.learning_rate or LEARNING_RATES[args.variant if args.method == "child" else args.method]
+    kind = args.variant if args.method == "child" else args.method
+    rates = LEARNING_RATES | (SPARSE if args.density <= 0.03 else {})
+    args.learning_rate = args.learning_rate or rates[kind]
     return args
 
 
@@ -205,15 +208,21 @@ def mean_loss(trainer, rows):
 def load_rows(args):
     """Rows to train on, and rows that are held out, in the columns that TRL knows."""
     path = Path(args.data[0])
+    if path.suffix in (".json", ".jsonl") and not path.is_file():
+        raise SystemExit(f"There is no file '{path}'.")
     if path.is_file():
-        splits = dict(zip(("train", "test"), read(path).train_test_split(0.05, seed=0).values(), strict=True))
+        splits = {"train": read(path)}
     elif path.is_dir():
         splits = {name: read(path / f"{name}.jsonl") for name in ("train", "test")}
     else:
         splits = load_dataset(*args.data)
-    test = next(name for name in ("test", "validation", "train") if name in splits)
+    test = next((name for name in ("test", "validation") if name in splits), None)
+    if test is None:  # hold out what was asked for, but not more than a fifth
+        count = max(1, min(args.held_out, len(splits["train"]) // 5))
+        splits, test = splits["train"].train_test_split(count, seed=0), "test"
     rows, held_out = splits["train"], splits[test].shuffle(seed=0)
     held_out = held_out.take(min(args.held_out, len(held_out)))
+    print(f"{len(rows):,} rows to train on, {len(held_out):,} held out")
     return tuple(prompts_and_completions(part, args) for part in (rows, held_out))
 
 
@@ -225,6 +234,8 @@ def read(file):
 def prompts_and_completions(rows, args):
     """Rows of a prompt and a completion, made of the two columns that were named."""
     if not args.columns:
+        if not {"text", "messages", "prompt"} & set(rows.column_names):
+            raise SystemExit(f"Name the columns of the prompt and the completion with --columns: {rows.column_names}.")
         return rows
     first, second = args.columns
     if missing := {first, second} - set(rows.column_names):
@@ -265,7 +276,12 @@ def parse_arguments():
     )
     add = parser.add_argument
     add("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="model on the Hub or local folder")
-    add("--data", nargs="+", required=True, help="JSONL file, folder, or name on the Hub and its configuration")
+    add(
+        "--data",
+        nargs="+",
+        required=True,
+        help="JSONL file, folder with train.jsonl and test.jsonl, or name on the Hub",
+    )
     add("--columns", nargs=2, metavar=("PROMPT", "COMPLETION"), help="if they have other names than TRL's")
     add("--chat", action="store_true", help="write the prompt and the completion with the chat template of the model")
     add("--old-text", nargs="*", type=Path, default=[], help="files that the model knows; if none, Python's help")
@@ -277,7 +293,7 @@ def parse_arguments():
     add("--density", type=float, default=0.1, help="share of the child network, or of SHiRA")
     add("--num-fisher-examples", type=int, default=32, help="training rows that choose the child network")
     add("--rank", type=int, default=16, help="of LoRA")
-    add("--learning-rate", type=float, help=f"peak of the schedule; if not given: {LEARNING_RATES}")
+    add("--learning-rate", type=float, help="peak of the schedule; if not given, what is usual for the method")
     add("--steps", type=int, default=200, help="training steps")
     add("--batch-size", type=int, default=8, help="rows in a training step")
     add("--max-length", type=int, default=512, help="longest row, in tokens")
