@@ -20,7 +20,7 @@ from peft import PeftModel, save_as_lora
 from torch import nn
 from transformers import AutoModelForSequenceClassification, Trainer
 
-from benchmarks.grid.scripts import glue
+from benchmarks.glue.script import glue
 from benchmarks.measure import say
 from benchmarks.tables import table
 from peft_child.layers.layer import child_tuning_layers

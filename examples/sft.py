@@ -55,10 +55,16 @@ def with_learning_rate(args):
     return args
 
 
-def run(args, seed):
+def choose(trainer, args):
+    """The child network of the rows."""
+    rows = trainer.get_train_dataloader()
+    print(select_child_network(trainer.model, rows, num_examples=args.num_fisher_examples))
+
+
+def run(args, seed, choose=choose):
     """Train with one seed, measure and save."""
     start = time.perf_counter()
-    trainer, progress = train(args, seed)
+    trainer, progress = train(args, seed, choose)
     return record(args, seed, trainer, progress, start)
 
 
@@ -93,12 +99,6 @@ def record(args, seed, trainer, progress, start):
         f"{result['seconds_per_step']:.2f} s per step, at most {result['peak_bytes'] / 1e9:.1f} GB of memory"
     )
     return result
-
-
-def choose(trainer, args):
-    """The child network of the rows."""
-    rows = trainer.get_train_dataloader()
-    print(select_child_network(trainer.model, rows, num_examples=args.num_fisher_examples))
 
 
 def train(args, seed, choose=choose):

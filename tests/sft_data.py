@@ -13,17 +13,22 @@ from .problems import tiny_llama
 WORDS = [f"w{number}" for number in range(40)]
 
 
-def save_language_model(folder):
-    """A model folder."""
-    vocabulary = {word: index for index, word in enumerate(["<s>", "</s>", "<pad>", "<unk>", *WORDS])}
+def word_tokenizer(words=WORDS):
+    """A tokenizer of whole words."""
+    vocabulary = {word: index for index, word in enumerate(["<s>", "</s>", "<pad>", "<unk>", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
     template = "{% for message in messages %}{{ message['content'] + ' </s> ' }}{% endfor %}"
     inputs = ["input_ids", "attention_mask"]
-    PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, chat_template=template, model_input_names=inputs, **special
-    ).save_pretrained(folder)
+    )
+
+
+def save_language_model(folder):
+    """A model folder."""
+    word_tokenizer().save_pretrained(folder)
     torch.manual_seed(0)
     tiny_llama().save_pretrained(folder)
     return folder

@@ -165,7 +165,7 @@ def test_pages_can_be_written_before_anything_is_known(tmp_path):
 
 def test_only_classes_have_a_number_for_no_label(tmp_path):
     pytest.importorskip("scipy")
-    from benchmarks.grid.scripts import glue
+    from benchmarks.glue.script import glue
 
     args = glue.parse_arguments().parse_args(["--data", str(tmp_path)])
     for task, labels, kept in (("classes", [0, -1, 2], [0, 2]), ("numbers", [-1.5, 0.0, 2.5], [-1.5, 0.0, 2.5])):
@@ -210,13 +210,13 @@ def test_forgetting_shows_every_learning_rate(tmp_path):
 
 def test_methods_are_compared_where_they_have_learned_as_much():
     pytest.importorskip("matplotlib")
-    from benchmarks.glue.trade_off import old_where_new_is
+    from benchmarks.glue.trade_off import old_perplexity
 
     path = [(100.0, 50.0), (64.0, 80.0), (50.0, 90.0), (70.0, 200.0)]  # the last is beyond the best
-    assert old_where_new_is(80.0, path) == pytest.approx((50 * 80) ** 0.5)  # 80 is half way in logarithms
-    assert old_where_new_is(50.0, path) == pytest.approx(90)
-    assert old_where_new_is(49.0, path) is None
-    assert old_where_new_is(110.0, path) == pytest.approx(50)
+    assert old_perplexity(path, 80.0) == pytest.approx((50 * 80) ** 0.5)  # 80 is half way in logarithms
+    assert old_perplexity(path, 50.0) == pytest.approx(90)
+    assert old_perplexity(path, 49.0) is None
+    assert old_perplexity(path, 110.0) == pytest.approx(50)
 
 
 def test_results_are_recorded_once_and_survive_a_torn_line(tmp_path):
@@ -322,7 +322,7 @@ def test_a_failed_run_is_recorded_and_only_retried_when_asked(workplace):
 @pytest.mark.by_hand
 @pytest.mark.slow
 def test_held_out_rows_are_always_the_same_and_never_trained_on(workplace):
-    from benchmarks.grid.scripts import glue
+    from benchmarks.glue.script import glue
 
     held_out = []
     for seed in (1, 2):

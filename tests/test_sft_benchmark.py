@@ -12,6 +12,7 @@ import torch
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
+from benchmarks.grid.curves import old_where_new_is
 from benchmarks.grid.runs import Results, Source
 from benchmarks.grid.search import Method
 from peft_child import ChildTuningConfig, select_child_network
@@ -24,7 +25,7 @@ pytest.importorskip("matplotlib")
 from benchmarks.sft.__main__ import CPU
 from benchmarks.sft.experiments import E2E, EXPERIMENTS, GSM8K, Settings
 from benchmarks.sft.methods import child, chosen_by, lora
-from benchmarks.sft.sweep import least_forgotten, old_where_new_is
+from benchmarks.sft.sweep import least_forgotten
 
 
 ROOT = Path(__file__).parents[1]

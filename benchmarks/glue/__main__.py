@@ -50,7 +50,8 @@ def main() -> None:
         source, tuple(args.tasks), args.seeds, args.max_train_examples, args.epochs, args.full, tuple(args.methods)
     )
     experiments = {name: EXPERIMENTS[name](settings) for name in args.experiments}
-    drive(experiments, source, args, partial(estimated_seconds, source, args.seconds_per_step))
+    preload = ["benchmarks.glue.variants", "benchmarks.glue.forgetting"]
+    drive(experiments, source, args, partial(estimated_seconds, source, args.seconds_per_step), preload)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ from peft import get_peft_model
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from benchmarks.glue.script import glue
 from benchmarks.glue.variants import for_task
-from benchmarks.grid.scripts import glue
 from peft_child import estimate_fisher
 from peft_child.tensors.topk import select_largest
 

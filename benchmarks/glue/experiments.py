@@ -28,7 +28,7 @@ from benchmarks.glue.tasks import title
 from benchmarks.glue.trade_off import Forgetting
 from benchmarks.grid.driver import Experiment
 from benchmarks.grid.runs import Source
-from benchmarks.grid.search import Method
+from benchmarks.grid.search import Method, only_named
 
 
 TRANSFER = ("mnli", "snli", "sick")
@@ -60,10 +60,7 @@ class Settings(NamedTuple):
         self, tasks: tuple[str, ...], methods: tuple[Method, ...], rows: int | None = None, *reported: str
     ) -> Grid:
         """A grid of these settings; `rows` and `reported` are settings of the reported runs."""
-        chosen = tuple(method for method in methods if not self.only or method.name in self.only)
-        if not chosen:
-            names = ", ".join(method.name for method in methods)
-            raise ValueError(f"--methods must name some of {names}; got {', '.join(self.only)}.")
+        chosen = only_named(methods, self.only)
         common = ("--epochs", f"{self.epochs:g}", "--batch-size", "16", "--bf16")
         searched, final = (
             ("--max-train-examples", str(count)) if count else () for count in (self.rows or rows, rows or self.rows)

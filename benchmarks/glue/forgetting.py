@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 
+from benchmarks.glue.script import glue, quickstart
 from benchmarks.grid.runs import locked
-from benchmarks.grid.scripts import glue, quickstart
 from peft_child import ChildTuningConfig, select_child_network
 
 

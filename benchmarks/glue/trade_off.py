@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import exp, log
 from pathlib import Path
 from statistics import fmean
 from typing import ClassVar
 
-import numpy as np
-
 from benchmarks.glue.figures import draw_trade_off
+from benchmarks.grid.curves import old_where_new_is
 from benchmarks.grid.runs import Known, Run, Source, succeeded
 from benchmarks.grid.tables import MISSING, failures, markdown, mean_and_deviation, of_seeds
 
@@ -97,19 +97,16 @@ class Forgetting:
         (folder / "forgetting.md").write_text(page, "utf-8")
 
     def _at_equal_learning(self, paths: dict[int, list[tuple[float, float]]], new: float) -> str:
-        found = {seed: old_where_new_is(new, path) for seed, path in paths.items()}
+        found = {seed: old_perplexity(path, new) for seed, path in paths.items()}
         return mean_and_deviation({seed: old for seed, old in found.items() if old is not None}, len(self.seeds))
 
 
-def old_where_new_is(wanted: float, path: Sequence[tuple[float, float]]) -> float | None:
-    """Perplexity on the old domain where that on the new one is `wanted`, or None if it never comes down so far.
+def old_perplexity(path: Sequence[tuple[float, float]], new: float) -> float | None:
+    """Perplexity on the old domain where that on the new one comes down to `new`, or None if it never does.
 
     Args:
-        wanted: Perplexity on the new domain.
         path: Perplexities on the new and the old domain, from the base model on, by growing learning rate.
+        new: Perplexity on the new domain.
     """
-    best = min(range(len(path)), key=lambda place: path[place][0])
-    new, old = np.log(np.array(path[: best + 1])).T
-    if np.log(wanted) < new[-1]:
-        return None
-    return float(np.exp(np.interp(-np.log(wanted), -new, old)))
+    found = old_where_new_is([(log(first), log(second)) for first, second in path], log(new))
+    return None if found is None else exp(found)

@@ -18,7 +18,8 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from benchmarks.grid.scripts import glue
+from benchmarks.glue.script import glue
+from benchmarks.grid.scores import turned_round
 from peft_child import estimate_fisher, select_child_network
 from peft_child.layers.layer import child_tuning_layers
 
@@ -67,9 +68,7 @@ def for_task(args: Namespace, task: str) -> Namespace:
 def lowest(model: Any, examples: Any, args: Namespace) -> None:
     """The entries with the smallest Fisher information, to see whether it matters which ones are chosen."""
     scores = estimate_fisher(model, examples, num_examples=args.num_fisher_examples, progress_bar=False)
-    largest = max(float(score.max()) for score in scores.values())
-    # The float32 reciprocal keeps apart what `largest - score` would round to the same number.
-    print(select_child_network(model, scores={name: 1 / (score + 1e-20 * largest) for name, score in scores.items()}))
+    print(select_child_network(model, scores=turned_round(scores)))
 
 
 def authors(model: Any, examples: Any, args: Namespace) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -44,6 +44,7 @@ def drive(
     source: Source,
     args: argparse.Namespace,
     seconds: Callable[[Run, Known], float],
+    preload: Sequence[str],
 ) -> None:
     """Plan, run and write.
 
@@ -52,6 +53,7 @@ def drive(
         source: The model and the data.
         args: With the options of `add_arguments`.
         seconds: How long a run takes, about, with what is known.
+        preload: Modules that the runs need.
     """
     results = Results(args.output / "results.jsonl")
     if args.plan:
@@ -61,7 +63,7 @@ def drive(
     if not args.write_only:
         try:
             with locked(args.output / "driver.lock", wait=False):
-                pool = Pool(source, args.output, args.processes, args.retry)
+                pool = Pool(source, args.output, args.processes, preload, args.retry)
                 pool.work(lambda: (run for each in experiments.values() for run in each.runs(results.read())))
         except BlockingIOError:
             raise SystemExit(f"Another driver is at work in {args.output}.") from None

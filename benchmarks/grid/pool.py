@@ -13,7 +13,7 @@ import shutil
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from hashlib import sha256
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -41,11 +41,14 @@ class Pool:
         source: The model and the data.
         folder: For results.jsonl, the output of each run in logs/, and what runs need while they last.
         processes: How many at the same time.
+        preload: Modules that the runs need, imported once for all of them.
         retry: Run what has failed before once more.
     """
 
-    def __init__(self, source: Source, folder: Path, processes: int, retry: bool = False) -> None:
-        self.source, self.folder, self.processes = source, folder, processes
+    def __init__(
+        self, source: Source, folder: Path, processes: int, preload: Sequence[str] = (), retry: bool = False
+    ) -> None:
+        self.source, self.folder, self.processes, self.preload = source, folder, processes, list(preload)
         self.results = Results(folder / "results.jsonl")
         self.retried = {key for key, result in self.results.read().items() if "error" in result} if retry else set()
         self.running: dict[Run, BaseProcess] = {}
@@ -57,7 +60,7 @@ class Pool:
             (self.folder / folder).mkdir(parents=True, exist_ok=True)
         os.environ |= ENVIRONMENT
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([words[-1] for words in SCRIPTS.values() if words[0] == "-m"])
+        context.set_forkserver_preload(self.preload)
         try:
             while (waiting := self._waiting(plan())) or self.running:
                 for run in waiting[: self.processes - len(self.running)]:

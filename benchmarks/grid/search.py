@@ -37,6 +37,19 @@ def searched(method: Method) -> Method:
     return method.like or method
 
 
+def only_named(methods: tuple[Method, ...], names: tuple[str, ...]) -> tuple[Method, ...]:
+    """The methods with these names, or all if none is given.
+
+    Raises:
+        ValueError: If no method has any of the names.
+    """
+    chosen = tuple(method for method in methods if not names or method.name in names)
+    if not chosen:
+        known = ", ".join(method.name for method in methods)
+        raise ValueError(f"--methods must name some of {known}; got {', '.join(names)}.")
+    return chosen
+
+
 def rates_to_try(method: Method, best_of: Callable[[Sequence[float]], float | None]) -> list[float]:
     """The rates to try, as far as can be said now.
 

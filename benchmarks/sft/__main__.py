@@ -54,7 +54,8 @@ def main() -> None:
         alike = [result["seconds"] for result in known.values() if result.get("method") == run.option("--method")]
         return median(alike) if alike else args.seconds_per_step * args.steps
 
-    drive({name: EXPERIMENTS[name](settings) for name in args.experiments}, source, args, seconds)
+    experiments = {name: EXPERIMENTS[name](settings) for name in args.experiments}
+    drive(experiments, source, args, seconds, ["benchmarks.sft.variants", "benchmarks.sft.combine"])
 
 
 if __name__ == "__main__":

@@ -62,6 +62,8 @@ def run(args: Namespace, seed: int) -> dict[str, Any]:
     model.to(trainers[0].args.device)
     for trainer in trainers:
         trainer.model = model
+    old = sft.old_examples(args, trainers[0].processing_class)
+    texts = [(trainer, trainer.eval_dataset) for trainer in trainers] + [(trainers[0], old)]
     measured = {}
     combinations = COMBINATIONS | (OF_LORA if args.method == "lora" else {})
     for name, settings in {**dict.fromkeys(NAMES), **combinations}.items():
@@ -69,8 +71,6 @@ def run(args: Namespace, seed: int) -> dict[str, Any]:
             transformers.set_seed(seed)  # DARE drops at random
             model.add_weighted_adapter(adapters=NAMES, adapter_name=name, **settings)
         model.set_adapter(name)
-        old = sft.old_examples(args, trainers[0].processing_class)
-        texts = [(trainer, trainer.eval_dataset) for trainer in trainers] + [(trainers[0], old)]
         measured[name] = [round(sft.mean_loss(*text), 4) for text in texts]
     result = {
         **{

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.grid.driver import Experiment
 from benchmarks.grid.runs import Source
-from benchmarks.grid.search import Method
+from benchmarks.grid.search import Method, only_named
 from benchmarks.sft.combining import Combining
 from benchmarks.sft.methods import FULL, child, chosen_by, lora, random, shira
 from benchmarks.sft.sweep import Sweep, Task
@@ -28,6 +28,7 @@ GSM8K = Task(
 TENTH = (1e-4, 3e-4, 1e-3)
 HUNDREDTH = RANDOM_TENTH = (3e-4, 1e-3, 3e-3)
 RANDOM_HUNDREDTH = (1e-3, 3e-3, 1e-2)
+CORE = (lora(16), FULL, child(0.1, TENTH), child(0.1, TENTH, channels=True))
 
 
 class Settings(NamedTuple):
@@ -55,10 +56,7 @@ class Settings(NamedTuple):
         flags = ("--steps", "--batch-size", "--evaluate-every")
         options = [word for flag, value in zip(flags, steps, strict=True) for word in (flag, str(value))]
         seeds = tuple(range(1, self.seeds + 1))
-        chosen = tuple(method for method in methods if not self.only or method.name in self.only)
-        if not chosen:
-            names = ", ".join(method.name for method in methods)
-            raise ValueError(f"--methods must name some of {names}; got {', '.join(self.only)}.")
+        chosen = only_named(methods, self.only)
         return Sweep(name, title, text, self.source, task, chosen, (*options, *self.more), seeds, **more)
 
     @property
@@ -70,10 +68,7 @@ class Settings(NamedTuple):
 def main_table(settings: Settings) -> Sweep:
     """All methods, with equal numbers of trained values."""
     methods = (
-        lora(16),
-        FULL,
-        child(0.1, TENTH),
-        child(0.1, TENTH, channels=True),
+        *CORE,
         child(0.01, HUNDREDTH),
         child(0.01, HUNDREDTH, channels=True),
         random(0.1, RANDOM_TENTH),
@@ -93,14 +88,7 @@ def main_table(settings: Settings) -> Sweep:
 
 def mathematics(settings: Settings) -> Sweep:
     """The same on a task with longer answers, with fewer methods."""
-    methods = (
-        lora(16),
-        FULL,
-        child(0.1, TENTH),
-        child(0.1, TENTH, channels=True),
-        random(0.1, RANDOM_TENTH),
-        random(0.01, RANDOM_HUNDREDTH),
-    )
+    methods = (*CORE, random(0.1, RANDOM_TENTH), random(0.01, RANDOM_HUNDREDTH))
     return settings.sweep("gsm8k", "A language model learns mathematics", settings.amount, GSM8K, methods)
 
 

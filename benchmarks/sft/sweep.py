@@ -5,18 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+from benchmarks.grid.curves import Curve, old_where_new_is
 from benchmarks.grid.runs import Known, Run, Source, succeeded
 from benchmarks.grid.search import Method, rates_to_try, searched
 from benchmarks.grid.tables import MISSING, failures, markdown, mean_and_deviation, of_seeds
 from benchmarks.sft.figures import draw_learning_and_forgetting, draw_losses
-
-
-Course = Sequence[tuple[float, float]]  # of a training: losses on new and old text, from the base model on
 
 
 class Task(NamedTuple):
@@ -183,7 +180,7 @@ class Sweep:
         runs = (*self.tried(method, known).values(), *self.results(method, known).values())
         return min((result["seconds_per_step"] for result in runs), default=0.0)
 
-    def _equal_learning(self, courses: Mapping[str, Sequence[Course]]) -> str:
+    def _equal_learning(self, courses: Mapping[str, Sequence[Curve]]) -> str:
         rows = [
             [name, *(_shown(least_forgotten(found, new)) for new in self.equal)] for name, found in courses.items()
         ]
@@ -217,12 +214,12 @@ class Sweep:
         )
 
 
-def course(result: Mapping[str, Any]) -> Course:
+def course(result: Mapping[str, Any]) -> Curve:
     """The losses on new and old text along a training."""
     return [(new, old) for _, new, old in result["curve"]]
 
 
-def least_forgotten(courses: Sequence[Course], new: float) -> float | None:
+def least_forgotten(courses: Sequence[Curve], new: float) -> float | None:
     """The least loss on old text where that on new text first comes down to a value; None if it never does.
 
     Args:
@@ -231,15 +228,6 @@ def least_forgotten(courses: Sequence[Course], new: float) -> float | None:
     """
     found = [old for points in courses if (old := old_where_new_is(points, new)) is not None]
     return min(found, default=None)
-
-
-def old_where_new_is(points: Course, new: float) -> float | None:
-    """The loss on old text where that on new text first comes down to a value, interpolated between two points."""
-    for (new_before, old_before), (new_after, old_after) in pairwise(points):
-        if new_after <= new < new_before:
-            share = (new_before - new) / (new_before - new_after)
-            return old_before + share * (old_after - old_before)
-    return None
 
 
 def _shown(loss: float | None) -> str:

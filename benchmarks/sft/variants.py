@@ -6,12 +6,12 @@ python -m benchmarks.sft.variants --data folder --columns meaning text --choose-
 
 from __future__ import annotations
 
-import time
 from argparse import Namespace
 from typing import Any
 
 from trl import SFTTrainer
 
+from benchmarks.grid.scores import turned_round
 from benchmarks.sft.script import sft
 from peft_child import estimate_fisher, select_child_network
 from peft_child.layers.layer import child_tuning_layers
@@ -23,12 +23,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--choose", choices=CHOICES, default="highest", help="how the child network is chosen")
     parser.add_argument("--choose-from", nargs="+", default=[], help="other data, and its two columns, to choose from")
     args = sft.with_learning_rate(parser.parse_args(argv))
-    results = []
-    for seed in args.seeds:
-        start = time.perf_counter()
-        trainer, progress = sft.train(args, seed, choose)
-        results.append(sft.record(args, seed, trainer, progress, start))
-    return results
+    return [sft.run(args, seed, choose) for seed in args.seeds]
 
 
 def choose(trainer: Any, args: Namespace) -> None:
@@ -54,10 +49,7 @@ def highest(model: Any, rows: Any, args: Namespace) -> Any:
 
 def lowest(model: Any, rows: Any, args: Namespace) -> Any:
     """The smallest Fisher information, to see whether it matters which entries are chosen."""
-    scores = highest(model, rows, args)
-    largest = max(float(score.max()) for score in scores.values())
-    # The float32 reciprocal keeps apart what `largest - score` would round to the same number.
-    return {name: 1 / (score + 1e-20 * largest) for name, score in scores.items()}
+    return turned_round(highest(model, rows, args))
 
 
 def magnitude(model: Any, rows: Any, args: Namespace) -> Any:

@@ -6,13 +6,13 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerFast
 
 from peft_child import ChildTuningCallback, ChildTuningConfig, estimate_fisher, select_child_network
 from peft_child.layers.layer import child_tuning_layers
 
 from ..helpers import assert_same, child_of, move, snapshot
 from ..problems import batch_of, tiny_gpt2, tiny_llama
+from ..sft_data import word_tokenizer
 
 
 # TRL and datasets warn of what the coming versions of transformers and of Python will change.
@@ -26,15 +26,7 @@ BASES = {"llama": (tiny_llama, "all-linear"), "gpt2": (tiny_gpt2, ["c_attn", "c_
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    special = ["<s>", "</s>", "<pad>", "<unk>"]
-    words = {word: number for number, word in enumerate([*special, *WORDS])}
-    splitter = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    splitter.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=splitter, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
-    )
+    return word_tokenizer(WORDS)
 
 
 def base_of(name="llama"):
