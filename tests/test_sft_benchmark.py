@@ -235,6 +235,7 @@ def test_the_driver_runs_a_table_and_its_commands_give_the_same_again(workplace)
     subprocess.run([*map(str, command), "--processes", "2"], **run)
     page = (workplace / "runs" / "report" / "combined.md").read_text()
     assert page.count("exact sum") == 1
+    assert "Failed runs" not in page
     lines = (workplace / "runs" / "results.jsonl").read_text().splitlines()
     line = next(line for line in map(json.loads, lines) if "examples/sft.py" in line["command"])
     _, script, *words = line["command"].split()

@@ -25,6 +25,9 @@ COMBINATIONS: dict[str, dict[str, Any]] = {
     "TIES": {"weights": [1.0, 1.0], "combination_type": "ties", "density": 0.5},
     "DARE": {"weights": [1.0, 1.0], "combination_type": "dare_linear", "density": 0.5},
 }
+# Input channels are combined whole: without DARE, which drops entries, and with TIES only over signs.
+OF_CHANNELS = {**COMBINATIONS, "TIES": {**COMBINATIONS["TIES"], "density": 1.0}}
+del OF_CHANNELS["DARE"]
 # LoRA's "linear" adds the factors themselves, so that products of one task's with the other's come in; "cat" does not.
 OF_LORA: dict[str, dict[str, Any]] = {
     "exact mean": {"weights": [0.5, 0.5], "combination_type": "cat"},
@@ -65,7 +68,8 @@ def run(args: Namespace, seed: int) -> dict[str, Any]:
     old = sft.old_examples(args, trainers[0].processing_class)
     texts = [(trainer, trainer.eval_dataset) for trainer in trainers] + [(trainers[0], old)]
     measured = {}
-    combinations = COMBINATIONS | (OF_LORA if args.method == "lora" else {})
+    of_child = OF_CHANNELS if args.granularity == "input_channel" else COMBINATIONS
+    combinations = COMBINATIONS | OF_LORA if args.method == "lora" else of_child
     for name, settings in {**dict.fromkeys(NAMES), **combinations}.items():
         if settings:
             transformers.set_seed(seed)  # DARE drops at random

@@ -29,14 +29,22 @@ class Combining:
     methods: tuple[Method, ...]
 
     def runs(self, known: Known) -> Iterator[Run]:
-        """The runs that can be planned with what is known."""
+        """The runs that can be planned with what is known, those that choose the rates first."""
+        yield from self._searches(known)
         for method in self.methods:
             yield from self._runs(method, known)
 
     def least_runs(self, known: Known) -> Iterator[Run]:
         """All runs; where no rate is chosen yet, with any."""
+        yield from self._searches(known)
         for method in self.methods:
             yield from self._runs(method, known, method.rates[0])
+
+    def _searches(self, known: Known) -> Iterator[Run]:
+        for sweep in (self.first, self.second):
+            for method in self.methods:
+                for rate in sweep.rates(method, known):
+                    yield sweep.run(method, rate, sweep.seeds[0])
 
     def _runs(self, method: Method, known: Known, rate: float | None = None) -> list[Run]:
         first, second = (sweep.best_rate(method, known) or rate for sweep in (self.first, self.second))
@@ -66,10 +74,11 @@ class Combining:
         page = (
             "# Two tasks in one model\n\nAn adapter is trained for each task by itself, at the best learning rate of "
             "its own table, and both are put together with `add_weighted_adapter`: with weights of a half (mean) or "
-            "of one (sum), and with TIES and DARE at weights of one, each keeping half of the values. Of LoRA, PEFT's "
-            "`linear` adds the factors of the two adapters, so that products of one with the other come in; the exact "
-            f"mean and sum (`cat`) have twice the rank. Loss per token, {of_seeds('mean', len(seeds))}; lower is "
-            f"better.\n\n{markdown(head, rows)}{failures(self.runs(known), source, known)}"
+            "of one (sum), and with TIES and DARE at weights of one, each keeping half of the values. Input channels "
+            "are combined whole: with TIES over signs alone, and without DARE. Of LoRA, PEFT's `linear` adds the "
+            "factors of the two adapters, so that products of one with the other come in; the exact mean and sum "
+            f"(`cat`) have twice the rank. Loss per token, {of_seeds('mean', len(seeds))}; lower is better.\n\n"
+            f"{markdown(head, rows)}{failures(self.runs(known), source, known)}"
         )
         (folder / "combined.md").write_text(page, "utf-8")
 
