@@ -50,8 +50,7 @@ class Combining:
         first, second = (sweep.best_rate(method, known) or rate for sweep in (self.first, self.second))
         if first is None or second is None:
             return []
-        _, *data = self.second.task.options(self.second.source)
-        others = ("--second", *(word for word in data if word != "--columns"))
+        others = ("--second", *self.second.task.words(self.second.source))
         rates = ("--learning-rate", f"{first:g}", "--second-learning-rate", f"{second:g}")
         where = ("--model", self.first.source.model, *self.first.task.options(self.first.source))
         options = (*where, *self.first.options, *method.options, *others, *rates)

@@ -9,7 +9,7 @@ from benchmarks.grid.driver import Experiment
 from benchmarks.grid.runs import Source
 from benchmarks.grid.search import Method, only_named
 from benchmarks.sft.combining import Combining
-from benchmarks.sft.methods import FULL, child, chosen_by, lora, random, shira
+from benchmarks.sft.methods import FULL, child, chosen_by, chosen_from, lora, random, shira
 from benchmarks.sft.sweep import Sweep, Task
 
 
@@ -28,7 +28,7 @@ GSM8K = Task(
 TENTH = (1e-4, 3e-4, 1e-3)
 HUNDREDTH = RANDOM_TENTH = (3e-4, 1e-3, 3e-3)
 RANDOM_HUNDREDTH = (1e-3, 3e-3, 1e-2)
-CORE = (lora(16), FULL, child(0.1, TENTH), child(0.1, TENTH, channels=True))
+CORE = (lora(16), FULL, child(0.1, TENTH), random(0.1, RANDOM_TENTH))
 
 
 class Settings(NamedTuple):
@@ -69,9 +69,9 @@ def main_table(settings: Settings) -> Sweep:
     """All methods, with equal numbers of trained values."""
     methods = (
         *CORE,
+        child(0.1, TENTH, channels=True),
         child(0.01, HUNDREDTH),
         child(0.01, HUNDREDTH, channels=True),
-        random(0.1, RANDOM_TENTH),
         random(0.1, RANDOM_TENTH, channels=True),
         lora(35),
         random(0.01, RANDOM_HUNDREDTH),
@@ -88,15 +88,21 @@ def main_table(settings: Settings) -> Sweep:
 
 def mathematics(settings: Settings) -> Sweep:
     """The same on a task with longer answers, with fewer methods."""
-    methods = (*CORE, random(0.1, RANDOM_TENTH), random(0.01, RANDOM_HUNDREDTH))
+    methods = (*CORE, random(0.01, RANDOM_HUNDREDTH))
     return settings.sweep("gsm8k", "A language model learns mathematics", settings.amount, GSM8K, methods)
 
 
 def density(settings: Settings) -> Sweep:
     """How large a child network should be."""
-    rates = {0.001: (1e-3, 3e-3), 0.01: HUNDREDTH, 0.1: TENTH, 0.3: (1e-4, 3e-4)}
+    kinds: tuple[tuple[Callable[..., Method], dict[float, tuple[float, ...]]], ...] = (
+        (random, {0.001: (1e-2, 3e-2), 0.01: RANDOM_HUNDREDTH, 0.1: RANDOM_TENTH, 0.3: (3e-4, 1e-3)}),
+        (child, {0.001: (1e-3, 3e-3), 0.01: HUNDREDTH, 0.1: TENTH, 0.3: (1e-4, 3e-4)}),
+    )
     methods = tuple(
-        child(size, tried, channels=channels) for size, tried in rates.items() for channels in (False, True)
+        kind(size, tried, channels=channels)
+        for kind, rates in kinds
+        for size, tried in rates.items()
+        for channels in (False, True)
     )
     return settings.sweep("density", "How large a child network", settings.amount, E2E, methods)
 
@@ -110,18 +116,19 @@ def choice(settings: Settings) -> Sweep:
         chosen_by("magnitude", fisher),
         chosen_by("lowest", fisher._replace(rates=RANDOM_TENTH)),
         *(child(0.1, TENTH, examples=count)._replace(like=fisher) for count in (8, 256)),
+        chosen_from(GSM8K, settings.source, fisher),
     )
     text = (
         f"{settings.amount} Child networks of 10 % of the entries: those with the largest Fisher information (of 32 "
-        "rows, or of other numbers of rows at the same learning rate), random ones, those with the largest weights, "
-        "and those with the smallest Fisher information."
+        "rows, or at the same learning rate of other numbers of rows, or of rows of another task), random ones, those "
+        "with the largest weights, and those with the smallest Fisher information."
     )
     return settings.sweep("choice", "Which entries", text, E2E, methods)
 
 
 def combining(settings: Settings) -> Combining:
     """Two tasks in one model."""
-    methods = (lora(16), child(0.1, TENTH), child(0.1, TENTH, channels=True))
+    methods = (lora(16), child(0.1, TENTH), random(0.1, RANDOM_TENTH))
     return Combining(main_table(settings), mathematics(settings), methods)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from benchmarks.grid.runs import Source
 from benchmarks.grid.search import Method
+from benchmarks.sft.sweep import Task
 
 
 FISHER_EXAMPLES = 32
@@ -41,6 +43,12 @@ def shira(density: float, rates: tuple[float, ...]) -> Method:
 def chosen_by(choice: str, like: Method) -> Method:
     """The same as a method, with another choice of its child network."""
     return Method(f"{like.name}, {choice}", (*like.options, "--choose", choice), like.rates, "sft_variants")
+
+
+def chosen_from(task: Task, source: Source, like: Method) -> Method:
+    """The same as a method at its learning rate, with the child network of another task."""
+    options = (*like.options, "--choose-from", *task.words(source))
+    return Method(f"{like.name}, of {task.name}", options, like.rates, "sft_variants", like)
 
 
 def _granularity(channels: bool) -> tuple[str, ...]:

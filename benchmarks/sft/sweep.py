@@ -33,8 +33,13 @@ class Task(NamedTuple):
 
     def options(self, source: Source) -> tuple[str, ...]:
         """For the command line of `examples/sft.py`."""
+        *data, prompt, completion = self.words(source)
+        return ("--data", *data, "--columns", prompt, completion)
+
+    def words(self, source: Source) -> tuple[str, ...]:
+        """Where its rows are and then its two columns, for options that take both."""
         data = (f"{source.data}/{self.name}",) if source.data else self.hub
-        return ("--data", *data, "--columns", *self.columns[source.data is None])
+        return (*data, *self.columns[source.data is None])
 
 
 @dataclass(frozen=True)
