@@ -17,6 +17,7 @@ from peft_child.card.charts import plain
 from peft_child.card.plot import draw_child_network, draw_overlap
 from peft_child.cli.base_model import load_with_adapter, merge_by_loading, model_settings
 from peft_child.cli.checkpoint_names import in_checkpoint_names
+from peft_child.cli.destinations import check_apart, check_file, check_folder, check_pictures
 from peft_child.cli.output import (
     OneLineErrors,
     counts,
@@ -30,8 +31,8 @@ from peft_child.cli.output import (
 )
 from peft_child.cli.pages import write_adapters_page
 from peft_child.cli.summary import summarize
-from peft_child.files.adapter_folder import CONFIG_NAME, SparseAdapter, open_adapter, read_adapter, write_adapter
-from peft_child.files.checkpoint import CHECKPOINT_NAME, INDEX_NAME, Checkpoint, replacing
+from peft_child.files.adapter_folder import SparseAdapter, open_adapter, read_adapter, write_adapter
+from peft_child.files.checkpoint import Checkpoint, replacing
 from peft_child.files.combination import combine_adapters, compare_adapters
 from peft_child.files.extract import extract_adapter, extract_channels
 from peft_child.files.merge import NamesDifferError, check_fits, check_weights, merge_checkpoint
@@ -43,8 +44,6 @@ from peft_child.tensors.combine import COMBINATIONS, MAJORITIES
 from peft_child.tensors.delta import Overlap
 from peft_child.tuner.config import ChildTuningConfig
 
-
-PICTURES = {".png", ".html"}
 
 app = typer.Typer(
     cls=OneLineErrors,
@@ -128,20 +127,22 @@ def inspect(
     Targeted tensors in which nothing was chosen are not in the file. So the total density shown can be higher than the
     density in the settings, which counts these tensors too.
     """
-    _check_pictures(plot, html, force)
+    check_pictures(plot, html, force)
     folder = locate_adapter(adapter, revision, subfolder=subfolder)
     for made in (plot, html):
-        _check_apart(made, folder)
+        check_apart(made, folder)
     stored = open_adapter(folder)
     summary = summarize(stored)
     if plot:  # before printing, which a pipe such as `| head` may cut short
         with replacing(plot, force) as temporary:
             draw_child_network(stored.sizes, temporary)
+        say("wrote", plot)
     if html:
         with replacing(html, force) as temporary:
             # What a folder is called here says nothing elsewhere.
             title = "Child network" if Path(adapter).exists() else f"Child network of {adapter}"
             write_adapters_page(temporary, title, [adapter], [stored], progress=progress)
+        say("wrote", html)
     if as_json:
         settings = {key: value for key, value in stored.settings.items() if key != "child_sizes"}
         print_json({"adapter": adapter, "settings": settings, **asdict(summary)})
@@ -170,11 +171,11 @@ def compare(
     entries chosen by both, divided by the number that two random child networks of these sizes would share, in the
     tensors that either changes.
     """
-    _check_pictures(plot, html, force)
+    check_pictures(plot, html, force)
     if len(adapters) < 2:
         raise ValueError("overlap compares two or more adapters, got one.")
     for made in (plot, html):
-        _check_apart(made, *map(Path, adapters))
+        check_apart(made, *map(Path, adapters))
     stored = _open_all(adapters, revision)
     found = compare_adapters(stored)
     totals = {pair: sum(by_name.values(), start=Overlap(0, 0, 0, 0)) for pair, by_name in found.items()}
@@ -183,9 +184,11 @@ def compare(
         jaccard = {pair: total.jaccard for pair, total in totals.items()} | {(i, i): 1.0 for i in everyone}
         with replacing(plot, force) as temporary:
             draw_overlap(adapters, [[jaccard[min(i, j), max(i, j)] for j in everyone] for i in everyone], temporary)
+        say("wrote", plot)
     if html:
         with replacing(html, force) as temporary:
             write_adapters_page(temporary, "Overlap of child networks", adapters, stored, found, progress)
+        say("wrote", html)
     if as_json:
         pairs = [
             {
@@ -233,10 +236,10 @@ def extract(
     if the loaded model uses the same names: transformers renames or fuses tensors of some architectures, such as
     Mixtral, on loading.
     """
-    _check_folder(output, force)
+    check_folder(output, force)
     before = Checkpoint(locate_checkpoint(base, base_revision))
     after = Checkpoint(locate_checkpoint(tuned, revision))
-    _check_apart(output, before.path, after.path)
+    check_apart(output, before.path, after.path)
     if granularity == INPUT_CHANNEL and density is not None:
         adapter = extract_channels(before, after, density, progress)
     elif granularity == ENTRY:
@@ -264,17 +267,19 @@ def merge(
 
     Files that describe the model, such as its configuration and tokenizer, are copied from the base.
     """
-    _check_folder(output, force)
+    check_folder(output, force)
     folder = locate_adapter(adapter, revision, subfolder=subfolder)
     stored = open_adapter(folder)
     path = _locate_base(base, stored, base_revision)
-    _check_apart(output, folder, path)
+    check_apart(output, folder, path)
     try:
-        merge_checkpoint(stored, Checkpoint(path), output, force, progress)
-    except NamesDifferError:
-        say("note", "the checkpoint has other names than the model, so the whole model is loaded to merge it.")
+        hidden = merge_checkpoint(stored, Checkpoint(path), output, force, progress)
+    except NamesDifferError as error:
+        say("note", f"{error} The whole model is loaded to merge it.")
         merge_by_loading(folder, path, output, force)
-    typer.echo(f"merged {counts(stored)} into {plain(output)}")
+        hidden = 0
+    unseen = f"; {hidden:,} of the changes are too small to show in the dtype of the base" if hidden else ""
+    typer.echo(f"merged {counts(stored)} into {plain(output)}{unseen}")
 
 
 @app.command(epilog="Example: `peft-child combine ./both ./mrpc ./rte --weight 0.7 --weight 0.3 --type ties`")
@@ -299,8 +304,8 @@ def combine(
     force: Force = False,
 ) -> None:
     """Combine adapters of one base model in a new one, on the union of their child networks."""
-    _check_folder(output, force)
-    _check_apart(output, *map(Path, adapters))
+    check_folder(output, force)
+    check_apart(output, *map(Path, adapters))
     stored = _open_all(adapters, revision)
     combined = combine_adapters(
         stored,
@@ -333,21 +338,21 @@ def patch(
     A serving engine that holds the base model can take them in place of a merged copy. For every tensor NAME the file
     has NAME.indices (flat positions) and NAME.values (the values there after merging); its metadata have the shapes.
     """
-    _check_file(output, force)
-    _check_file(undo, force)
+    check_file(output, force)
+    check_file(undo, force)
     if undo is not None and undo.resolve() == output.resolve():
         raise FileExistsError(f"'{undo}' is the output itself; name another file for --undo.")
     folder = locate_adapter(adapter, revision, subfolder=subfolder)
     stored = open_adapter(folder)
     path = _locate_base(base, stored, base_revision)
     for made in (output, undo):
-        _check_apart(made, folder, path)
+        check_apart(made, folder, path)
     source = None if Path(adapter).exists() else adapter  # what a folder is called here says nothing elsewhere
     checkpoint = Checkpoint(path)
     try:
         export_patch(stored, checkpoint, output, force, progress, undo, source)
-    except NamesDifferError:
-        say("note", "the checkpoint has other names than the model; the patch has those of the checkpoint.")
+    except NamesDifferError as error:
+        say("note", f"{error} The patch gets the names of the checkpoint.")
         stored = in_checkpoint_names(stored, checkpoint, progress)
         export_patch(stored, checkpoint, output, force, progress, undo, source)
     typer.echo(f"wrote {counts(stored)} to {plain(output)}" + (f", and back to {plain(undo)}" if undo else ""))
@@ -377,8 +382,8 @@ def verify(
         try:
             check_fits(stored, checkpoint)
             check_weights(stored, checkpoint, progress)
-        except NamesDifferError:
-            say("note", "the checkpoint has other names than the model, so the whole model is loaded to check it.")
+        except NamesDifferError as error:
+            say("note", f"{error} The whole model is loaded to check it.")
             load_with_adapter(folder, checkpoint.path, check_base="error")
     typer.echo(f"ok: {counts(stored)}" + (f", made on {plain(base)}" if base else ""))
 
@@ -401,42 +406,3 @@ def _open_all(names: Sequence[str], revisions: Sequence[str] | None) -> list[Spa
         )
     each = given if len(given) == len(names) else given * len(names)
     return [open_adapter(locate_adapter(name, revision)) for name, revision in zip(names, each, strict=True)]
-
-
-def _check_folder(output: Path, force: bool) -> None:
-    """Fail before the work, not after it; and never replace a folder of anything but an adapter or a checkpoint."""
-    marks = (CONFIG_NAME, "config.json", CHECKPOINT_NAME, INDEX_NAME)
-    if output.exists() and not force:
-        raise FileExistsError(f"'{output}' exists already; pass --force to replace it.")
-    if output.exists() and not any((output / name).is_file() for name in marks):
-        raise FileExistsError(f"'{output}' is not the folder of an adapter or a checkpoint; it is not replaced.")
-
-
-def _check_file(output: Path | None, force: bool) -> None:
-    if output and output.is_dir():
-        raise IsADirectoryError(f"'{output}' is a folder; name a file.")
-    if output and output.exists() and not force:
-        raise FileExistsError(f"'{output}' exists already; pass --force to replace it.")
-
-
-def _check_pictures(plot: Path | None, html: Path | None, force: bool) -> None:
-    _check_file(plot, force)
-    _check_file(html, force)
-    if plot and html and plot.resolve() == html.resolve():
-        raise FileExistsError(f"'{html}' is the plot itself; name another file for --html.")
-
-
-def _check_apart(output: Path | None, *inputs: Path) -> None:
-    """Refuse an output that is an input, contains one, or replaces a file in one.
-
-    Pictures and pages are excepted, so that they can be made again in the adapter's folder. An output that is a link
-    counts as the link and as its target.
-    """
-    if output is None:
-        return
-    targets = {output.resolve(), output.parent.resolve() / output.name}
-    for place in inputs:
-        read = {file.resolve() for file in (place, *place.rglob("*")) if file.suffix not in PICTURES}
-        around = {file for file in targets if place.resolve() in file.parents and file.suffix not in PICTURES}
-        if (around and output.exists()) or any(target in (file, *file.parents) for target in targets for file in read):
-            raise FileExistsError(f"'{output}' is, contains or is part of the input '{place}'; name another output.")

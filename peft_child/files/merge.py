@@ -20,7 +20,7 @@ class NamesDifferError(ValueError):
 
 def merge_checkpoint(
     adapter: SparseAdapter, base: Checkpoint, folder: str | Path, force: bool = False, progress: Progress = silent
-) -> None:
+) -> int:
     """Write a checkpoint with the adapter merged, in files like the base's, with its configuration and tokenizer.
 
     The values are those of `merge_and_unload()`, bit for bit. Memory is a few times the largest tensor.
@@ -32,6 +32,9 @@ def merge_checkpoint(
         force: Replace a folder that exists.
         progress: Wraps the loop over tensor names.
 
+    Returns:
+        How many deltas other than zero are too small to change the rounded weight, as in a base of half precision.
+
     Raises:
         NamesDifferError: If the checkpoint has other names than the model, or lacks a module that was saved whole.
         ValueError: If a tensor has another size.
@@ -41,18 +44,22 @@ def merge_checkpoint(
     names = base.in_file_order([*adapter.deltas, *(key.removeprefix(PREFIX) for key in adapter.dense)])
     deltas = read_ahead(adapter.deltas, [name for name in names if name in adapter.deltas])
     mismatched: list[str] = []  # found while merging, since a check of its own would read these tensors twice
+    hidden = 0
 
     def merged(name: str, tensor: Tensor) -> Tensor:
+        nonlocal hidden
         if name not in adapter.deltas:
             return adapter.dense[f"{PREFIX}{name}"].to(tensor.dtype)
         delta = next(deltas)  # tensors come in the order of `names`, and so do the deltas
-        _, values = merged_values(name, delta, tensor, mismatched)
+        before, values = merged_values(name, delta, tensor, mismatched)
+        hidden += int((delta.values.ne(0) & values.eq(before)).sum())
         tensor.view(-1).index_copy_(0, delta.indices, values)
         return tensor
 
     with replacing(folder, force) as temporary:
         copy_with_changes(base, temporary, progress(names, "Merging"), merged)
     warn_of_mismatch(mismatched, base)
+    return hidden
 
 
 def merged_values(name: str, delta: SparseDelta, base: Tensor, mismatched: list[str]) -> tuple[Tensor, Tensor]:

@@ -52,3 +52,8 @@ def arguments_of(verb, adapter, output, base):
         "patch": [adapter, base, output],
         "verify": [adapter],
     }[verb]
+
+
+def writing(verb, files, output):
+    tuned = files / ("tuned.safetensors" if verb == "extract" else "chosen")
+    return [verb, *arguments_of(verb, tuned, output, files / "base")]

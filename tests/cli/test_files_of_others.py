@@ -165,41 +165,6 @@ def test_extracted_and_combined_adapters_load_in_auto_classes(base, child, tuned
     assert_same(model.merge_and_unload().state_dict(), weights(tuned))
 
 
-def test_an_output_is_never_an_input(base, tuned, child):
-    before = content(base), content(tuned), content(child)
-    for command in (
-        ("patch", child, base, base / "model.safetensors"),
-        ("patch", child, base, child / "adapter_model.safetensors"),
-        ("merge", child, base, base),
-        ("merge", child, base, child),
-        ("extract", base, tuned, tuned),
-        ("combine", child, child),
-        ("inspect", child, "--plot", child / "adapter_model.safetensors"),
-        ("inspect", child, "--html", child / "adapter_model.safetensors"),
-    ):
-        assert "name another output" in error_of(*command, "--force")
-    (base / "part").mkdir()
-    (base / "part/config.json").write_text("{}")
-    assert "name another output" in error_of("merge", child, base, base / "part", "--force")
-    shutil.rmtree(base / "part")
-    link = base.parent / "link"
-    link.symlink_to(base)
-    assert "name another output" in error_of("merge", child, link, base, "--force")
-    assert before == (content(base), content(tuned), content(child))
-
-
-def test_an_output_is_no_file_that_an_input_links_to(base, child, tmp_path):
-    stored, folder = tmp_path / "blobs/weights", tmp_path / "snapshot"
-    stored.parent.mkdir()
-    shutil.copytree(base, folder)
-    shutil.move(folder / "model.safetensors", stored)
-    (folder / "model.safetensors").symlink_to(stored)
-    for output in (stored, folder / "model.safetensors"):
-        assert "name another output" in error_of("patch", child, folder, output, "--force")
-    assert content(folder) == content(base)
-    assert (folder / "model.safetensors").is_symlink()
-
-
 def test_adapters_below_a_folder_are_pointed_to(child):
     folder = child.parent / "run"
     shutil.move(child, folder / "first")

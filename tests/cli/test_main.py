@@ -1,8 +1,6 @@
 """The command line: each verb gives what the library gives, and whatever goes wrong is one line and exit code 2."""
 
-import errno
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -27,7 +25,7 @@ from peft_child.files.patch import export_patch
 
 from ..files.test_operations import bits, tensors_of
 from ..helpers import assert_same
-from .commands import VERBS, arguments_of, content, error_of, output_of, run, unstyled
+from .commands import VERBS, arguments_of, content, error_of, output_of, run, unstyled, writing
 
 
 # Every verb against the library
@@ -58,13 +56,13 @@ def test_plots(files, tmp_path):
     for verb, arguments in (("inspect", ["chosen"]), ("overlap", ["chosen", "random"])):
         plot = tmp_path / verb / "plot.png"
         arguments = [verb, *(files / name for name in arguments), "--plot", plot]
-        output_of(*arguments)
+        output_of(*arguments, messages=f"wrote: {plot}\n")
         drawn = plot.read_bytes()
         assert drawn.startswith(b"\x89PNG\r\n")
         plot.write_bytes(b"old")
         assert f"'{plot}' exists already; pass --force" in error_of(*arguments)
         assert plot.read_bytes() == b"old"
-        output_of(*arguments, "--force")
+        output_of(*arguments, "--force", messages=f"wrote: {plot}\n")
         assert plot.read_bytes() == drawn
         assert list(plot.parent.iterdir()) == [plot]
 
@@ -101,8 +99,9 @@ def test_extract(files, tmp_path, density):
 def test_merge_and_patch(files, tmp_path):
     adapter, base = read_adapter(files / "chosen"), Checkpoint(files / "base")
     merge_checkpoint(adapter, base, tmp_path / "expected")
-    output_of("merge", files / "chosen", files / "base", tmp_path / "merged")
+    printed = output_of("merge", files / "chosen", files / "base", tmp_path / "merged")
     assert content(tmp_path / "merged") == content(tmp_path / "expected")
+    assert printed == f"merged {terminal.counts(adapter)} into {tmp_path / 'merged'}\n"
     export_patch(adapter, base, tmp_path / "expected.safetensors")
     printed = output_of("patch", files / "chosen", files / "base", tmp_path / "patch.safetensors")
     assert content(tmp_path / "patch.safetensors") == content(tmp_path / "expected.safetensors")
@@ -119,6 +118,20 @@ def test_merge_and_patch(files, tmp_path):
     inside = files / "base" / "model.safetensors"
     assert "name another output" in error_of(*arguments, inside, "--force")
     assert not (tmp_path / "new.safetensors").exists()
+
+
+def test_changes_too_small_for_the_base_are_counted(files, tmp_path):
+    small = combine_adapters([read_adapter(files / "chosen")], [1e-3])
+    write_adapter(tmp_path / "small", small)
+    printed = output_of("merge", tmp_path / "small", files / "base", tmp_path / "merged")
+    before, after = Checkpoint(files / "base"), Checkpoint(tmp_path / "merged")
+    unseen = sum(
+        bool(value) and after[name].view(-1)[position].equal(before[name].view(-1)[position])
+        for name, delta in small.deltas.items()
+        for position, value in zip(delta.indices, delta.values, strict=True)
+    )
+    assert 0 < unseen < sum(len(delta.values) for delta in small.deltas.values())
+    assert printed.endswith(f"; {unseen:,} of the changes are too small to show in the dtype of the base\n")
 
 
 def test_combine(files, tmp_path):
@@ -244,54 +257,6 @@ def test_options_out_of_range(files, tmp_path):
     assert not new.exists()
 
 
-WRITERS = ["extract", "merge", "combine", "patch"]
-
-
-def writing(verb, files, output):
-    tuned = files / ("tuned.safetensors" if verb == "extract" else "chosen")
-    return [verb, *arguments_of(verb, tuned, output, files / "base")]
-
-
-@pytest.fixture(params=WRITERS)
-def occupied(request, files, tmp_path):
-    """A verb's arguments, with an output that exists already, as an earlier call has made it."""
-    arguments = writing(request.param, files, tmp_path / "output")
-    output_of(*arguments)
-    return arguments
-
-
-def test_nothing_is_overwritten_without_force(occupied, tmp_path):
-    before = content(tmp_path / "output")
-    assert "exists already; pass --force to replace it." in error_of(*occupied)
-    assert content(tmp_path / "output") == before
-    output_of(*occupied, "--force")
-    assert content(tmp_path / "output") == before
-    assert [path.name for path in tmp_path.iterdir()] == ["output"]
-
-
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
-def test_what_exists_survives_a_full_disk_and_a_lack_of_permission(occupied, tmp_path, monkeypatch, number):
-    before = content(tmp_path / "output")
-
-    def fail(*arguments, **options):
-        raise OSError(number, os.strerror(number), "a file")
-
-    monkeypatch.setattr("peft_child.files.safetensors_io.write_tensor", fail)
-    monkeypatch.setattr("peft_child.files.checkpoint.write_tensor", fail)
-    assert os.strerror(number) in error_of(*occupied, "--force")
-    assert content(tmp_path / "output") == before
-    assert [path.name for path in tmp_path.iterdir()] == ["output"]
-
-
-@pytest.mark.parametrize("verb", WRITERS)
-def test_force_does_not_delete_what_is_something_else(files, tmp_path, verb):
-    (tmp_path / "letters").mkdir()
-    (tmp_path / "letters/letter").write_text("dear")
-    problem = "is a folder; name a file" if verb == "patch" else "is not the folder of an adapter or a checkpoint"
-    assert problem in error_of(*writing(verb, files, tmp_path / "letters"), "--force")
-    assert (tmp_path / "letters/letter").read_text() == "dear"
-
-
 def test_settings_that_peft_could_not_read(files, tmp_path):
     shutil.copytree(files / "chosen", tmp_path / "child")
     settings = json.loads((files / "chosen" / CONFIG_NAME).read_text())
@@ -301,9 +266,6 @@ def test_settings_that_peft_could_not_read(files, tmp_path):
     save_file({"classifier.weight": torch.ones(2)}, tmp_path / "child" / WEIGHTS_NAME)
     assert "holds no child network" in error_of("verify", tmp_path / "child")
     assert json.loads(output_of("inspect", tmp_path / "child", "--json"))["total"]["chosen"] == 0
-
-
-# The Hub
 
 
 # Help and progress

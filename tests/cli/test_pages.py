@@ -22,7 +22,7 @@ from .commands import error_of, output_of, run
 def page_of(path, *arguments):
     """The page that a command writes, and its charts."""
     pytest.importorskip("plotly")
-    output_of(*arguments, "--html", path, "--force")
+    output_of(*arguments, "--html", path, "--force", messages=f"wrote: {path}\n")
     page = Page(path)
     return page, json.loads(page.scripts[0])
 
@@ -143,12 +143,12 @@ def test_a_page_is_replaced_only_by_force(files, tmp_path, verb, names):
     pytest.importorskip("plotly")
     path = tmp_path / "new" / "page.html"
     arguments = [verb, *(files / name for name in names), "--html", path]
-    output_of(*arguments)
+    output_of(*arguments, messages=f"wrote: {path}\n")
     written = path.read_bytes()
     path.write_bytes(b"old")
     assert f"'{path}' exists already; pass --force" in error_of(*arguments)
     assert path.read_bytes() == b"old"
-    output_of(*arguments, "--force")
+    output_of(*arguments, "--force", messages=f"wrote: {path}\n")
     assert path.read_bytes() == written
     assert list(path.parent.iterdir()) == [path]
     assert "is a folder; name a file" in error_of(*arguments[:-1], tmp_path)
