@@ -6,7 +6,7 @@
     python examples/glue.py --task mine --data folder --model ./my-encoder
 
 Own rows are JSON lines with one or two texts and `label`, here in folder/mine/train.jsonl and validation.jsonl. Labels
-are whole numbers from 0, or floats for a regression. Needs transformers 5.2 or newer.
+are names, whole numbers from 0, or floats for a regression. Needs transformers 5.2 or newer.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import numpy as np
 import peft
 import torch
 import transformers
-from datasets import Dataset, load_dataset
+from datasets import ClassLabel, Dataset, load_dataset
 from peft import LoraConfig, ShiraConfig, get_peft_model
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
@@ -145,6 +145,10 @@ def load_data(args, seed):
         data, validation = data.train_test_split(args.hold_out, seed=0).values()
     else:
         validation = read_split(args, "validation")
+    if isinstance(data[0]["label"], str):
+        names = ClassLabel(names=sorted(set(data["label"])))
+        print("labels:", ", ".join(f"{number} {name}" for number, name in enumerate(names.names)))
+        data, validation = (rows.cast_column("label", names) for rows in (data, validation))
     num_labels = 1 if data.features["label"].dtype.startswith("float") else max(data["label"]) + 1
     return data.shuffle(seed).take(min(args.max_train_examples or len(data), len(data))), validation, num_labels
 

@@ -105,6 +105,8 @@ def train(args, seed, choose=choose):
     """A trainer that has trained, and the course of it."""
     transformers.set_seed(seed)
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
+    if args.chat and not tokenizer.chat_template:
+        raise SystemExit(f"The tokenizer of '{args.model}' has no chat template, so leave --chat out.")
     model = transformers.AutoModelForCausalLM.from_pretrained(
         args.model, dtype=torch.float32, attn_implementation=args.attention
     )

@@ -23,8 +23,14 @@ def save_model(folder):
 
 
 def save_task(folder, task, training_rows=40, validation_rows=10):
-    """Files of a task: CoLA has one text, the others two; STS-B has floats, inference tasks three labels."""
-    labels = {"stsb": [0.0, 1.5, 3.0, 5.0], "mnli": [0, 1, 2], "snli": [0, 1, 2], "sick": [0, 1, 2]}
+    """Files of a task: CoLA has one text, the others two; labels are floats, names, or two or three numbers."""
+    labels = {
+        "stsb": [0.0, 1.5, 3.0, 5.0],
+        "mnli": [0, 1, 2],
+        "snli": [0, 1, 2],
+        "sick": [0, 1, 2],
+        "mine": ["yes", "no"],
+    }
     draw = random.Random(task)
     (folder / task).mkdir(parents=True)
     for split, count in {"train": training_rows, "validation": validation_rows}.items():

@@ -78,6 +78,7 @@ def test_quickstart(tmp_path):
         ("lora", "cola", {"matthews"}),
         ("shira", "mnli", {"accuracy"}),
         ("task_free", "snli", {"accuracy"}),
+        ("random", "mine", {"accuracy"}),
     ],
 )
 def test_glue(tmp_path, method, task, metrics):
@@ -94,6 +95,7 @@ def test_glue(tmp_path, method, task, metrics):
     assert all(set(result["metrics"]) == metrics for result in results)
     assert all(f"{name}: " in printed for name in metrics)
     assert ("child network: " in printed) == (method == "child")
+    assert ("labels: 0 no, 1 yes\n" in printed) == (task == "mine")
     saved = tmp_path / "out" / ("model.safetensors" if method == "full" else "adapter_model.safetensors")
     assert results[-1]["bytes"] == saved.stat().st_size
     assert (results[-1]["settings"]["model"], results[-1]["settings"]["data"]) == ("encoder", "data")
@@ -146,13 +148,16 @@ def test_sft_of_a_single_file_with_its_own_old_text(tmp_path):
     assert (settings["data"], settings["old_text"]) == (["rows.jsonl"], ["old.txt"])
 
 
-def test_sft_names_the_columns_that_there_are(tmp_path):
+def test_sft_says_what_is_wrong_with_its_options(tmp_path):
     pytest.importorskip("trl", reason="TRL is not installed")
     save_language_model(tmp_path / "model")
     save_rows(tmp_path / "data", "copy", ("question", "answer"))
     arguments = ["--model", tmp_path / "model", "--data", tmp_path / "data" / "copy", "--columns", "question", "text"]
     with pytest.raises(AssertionError, match=r"columns of the rows, \['question', 'answer'\]; got text"):
         run_forked("sft.py", *arguments)
+    (tmp_path / "model" / "chat_template.jinja").unlink()
+    with pytest.raises(AssertionError, match=r"model' has no chat template, so leave --chat out"):
+        run_forked("sft.py", *arguments, "--chat")
 
 
 def test_glue_keeps_the_largest_changes(tmp_path):

@@ -209,6 +209,11 @@ def _is_unfilled(body: str) -> bool:
     return lines_of(body) in ([], lines_of(ModelCard.from_template(ModelCardData()).text))
 
 
+def _public(base: str | None) -> str | None:
+    """The name of a base model on the Hub; of a folder its own name alone, since the rest belongs to one machine."""
+    return base if not base or _is_repo_id(base) else Path(base).name
+
+
 def _title(settings: Mapping[str, Any]) -> str:
     base = settings.get("base_model_name_or_path") or ""
     return f"# Child network of {base}" if _is_repo_id(base) else "# Child network"
@@ -233,14 +238,14 @@ def _loading(settings: Mapping[str, Any]) -> str:
         kind = mapping["base_model_class"]
     if kind is None or not name:
         return LOADING.format(imports="", base="...  # the base model")
-    arguments = _quoted(name) + (f", revision={_quoted(revision)}" if revision else "")
+    arguments = _quoted(_public(name)) + (f", revision={_quoted(revision)}" if revision else "")
     return LOADING.format(imports=f"from transformers import {kind}\n", base=f"{kind}.from_pretrained({arguments})")
 
 
 def _facts(settings: Mapping[str, Any], sizes: Mapping[str, ChildSize]) -> str:
     variant, whole = settings.get("variant"), total_size(sizes.values())
     facts = {
-        "Base model": _code(settings.get("base_model_name_or_path")),
+        "Base model": _code(_public(settings.get("base_model_name_or_path"))),
         "Revision": _code(settings.get("revision")),
         "Variant": variant and f"{_code(variant)}, {VARIANT_TEXTS.get(variant, 'of a later version')}",
         "Density": variant in ("task_driven", "random") and f"{settings.get('density')} of all targeted entries",

@@ -57,8 +57,9 @@ class Loss(NamedTuple):
         """
         if loss is None:
             keys = f" (they have {', '.join(map(str, batch))})" if isinstance(batch, Mapping) else ""
+            renamed = " Rename 'label' to 'labels'." if keys and "label" in batch and "labels" not in batch else ""
             raise ValueError(
-                f"The model returned no loss for example {number}: batches need labels{keys}, or a loss_fn."
+                f"The model returned no loss for example {number}: batches need labels{keys}, or a loss_fn.{renamed}"
             )
         value = loss.item()
         if not math.isfinite(value):

@@ -99,6 +99,13 @@ def test_other_settings_tell_other_things(tmp_path):
     assert 'base = LlamaForCausalLM.from_pretrained("someone/model", revision="v1.5")\n' in card
 
 
+def test_folders_are_called_by_their_own_name_alone(tmp_path):
+    card = completed(tmp_path, base_model_name_or_path=str(tmp_path / "my-base"), revision=None)
+    assert 'base = AutoModelForCausalLM.from_pretrained("my-base")\n' in card
+    assert "- **Base model:** `my-base`\n" in card
+    assert str(tmp_path) not in card
+
+
 def test_missing_settings_are_left_out(tmp_path):
     complete_card(tmp_path, {"child_sizes": SIZES})
     card = (tmp_path / CARD_NAME).read_text()

@@ -130,6 +130,8 @@ def test_an_error_leaves_everything_as_it_was():
     before = [parameter.requires_grad for parameter in model.parameters()]
     with pytest.raises(ValueError, match="returned no loss"):
         chosen(model, [{"input_ids": torch.ones(2, 3, dtype=torch.int64)}])
+    with pytest.raises(ValueError, match=r"or a loss_fn\. Rename 'label' to 'labels'\."):
+        chosen(model, [{"input_ids": torch.ones(2, 3, dtype=torch.int64), "label": torch.ones(2)}])
     assert [parameter.requires_grad for parameter in model.parameters()] == before
     assert all(module.training for module in model.modules())
     assert model.peft_config["default"].child_sizes is None
