@@ -13,7 +13,10 @@ unexport PYTHONDONTWRITEBYTECODE
 # What is imported is compiled then; compiling all that is installed takes pip three quarters of its time.
 INSTALL := -m pip install --quiet --no-compile
 
-.PHONY: demo test quick lint check quantised wheel docs dist benchmark gpu gpu-evidence test-browser test-deepspeed test-vllm clean
+OLDEST_PYTHON ?= python3.10
+NEWEST_PYTHON ?= python3.13
+
+.PHONY: demo test quick lint check quantised wheel docs dist compat benchmark gpu gpu-evidence test-browser test-deepspeed test-vllm clean
 
 demo: $(VENV)/.installed  ## Pretrain, adapt three ways, save, load, merge and draw
 	$(BIN)/python examples/quickstart.py
@@ -55,6 +58,19 @@ dist: $(VENV)/.installed  ## The wheel and the source distribution, checked, int
 	"$$folder/bin/python" $(INSTALL) twine check-wheel-contents; \
 	"$$folder/bin/twine" check --strict dist/*; \
 	"$$folder/bin/check-wheel-contents" dist/*.whl
+
+compat: $(VENV)/oldest.txt $(VENV)/newest.txt  ## The tests with the oldest versions that pyproject.toml promises, and with the newest
+
+$(VENV)/oldest.txt: export PIP_CONSTRAINT := $(CURDIR)/constraints-oldest.txt
+$(VENV)/newest.txt: export PIP_CONSTRAINT :=
+$(VENV)/oldest.txt: COMPAT_PYTHON := $(OLDEST_PYTHON)
+$(VENV)/newest.txt: COMPAT_PYTHON := $(NEWEST_PYTHON)
+$(VENV)/oldest.txt $(VENV)/newest.txt: pyproject.toml constraints-oldest.txt
+	rm -rf $(basename $@)
+	$(COMPAT_PYTHON) -m venv $(basename $@)
+	$(basename $@)/bin/python $(INSTALL) ".[test,examples,plots]"
+	$(basename $@)/bin/pytest -n 2 --dist worksteal -W default
+	$(basename $@)/bin/pip freeze > $@
 
 benchmark: $(VENV)/.installed  ## All methods side by side, into docs: 40 minutes on two cores; FLAGS=--long takes longer
 	$(BIN)/python -m benchmarks.run --output docs $(FLAGS)

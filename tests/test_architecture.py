@@ -11,6 +11,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
 import peft_child
 
@@ -336,3 +337,11 @@ def test_the_picture_and_the_page_show_the_modules_that_there_are():
         assert (
             any((ROOT.parent / folder / name).exists() for folder in ("", "peft_child")) or name.split(".")[-1] in code
         )
+
+
+def test_the_oldest_versions_that_are_promised_are_those_that_are_tested():
+    promised = re.findall(r'^  "(\w+)>=([\d.]+)",$', (ROOT.parent / "pyproject.toml").read_text(), re.MULTILINE)
+    extras = re.search(r"^plots = .*\nexamples = .*$", (ROOT.parent / "pyproject.toml").read_text(), re.MULTILINE)[0]
+    promised += re.findall(r'"([\w-]+)>=([\d.]+)"', extras)
+    tested = re.findall(r"^([\w-]+)==(.+)$", (ROOT.parent / "constraints-oldest.txt").read_text(), re.MULTILINE)
+    assert {name: Version(version) for name, version in promised} == {name: Version(it) for name, it in tested}

@@ -13,7 +13,6 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
-from transformers.integrations.gguf import kernels
 
 from benchmarks.measure import peak_allocated
 from peft_child import ChildTuningConfig, select_child_network
@@ -115,12 +114,15 @@ class FakeKernel:
 
     @torch.no_grad()
     def mul_mat_vec(self, weight, x, ggml_type, out_features):
+        from transformers.integrations.gguf import kernels
+
         unpacked = kernels.dequantize_blocks(weight, ggml_type, out_features, x.shape[-1], torch.float32)
         return functional.linear(x.float(), unpacked)
 
 
 def test_gguf_blocks_that_stay_packed(monkeypatch, granularity):
     """As transformers keeps them for some architectures, if there is a kernel; it unpacks the others when loading."""
+    kernels = pytest.importorskip("transformers.integrations.gguf.kernels")
     monkeypatch.setattr(kernels, "_gguf_kernel", FakeKernel())
     base = base_of(gguf)
     twin, before = dense_twin(base), packed_bits(base)
