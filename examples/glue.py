@@ -6,7 +6,7 @@
     python examples/glue.py --task mine --data folder --model ./my-encoder
 
 Own rows are JSON lines with one or two texts and `label`, here in folder/mine/train.jsonl and validation.jsonl. Labels
-are names, whole numbers from 0, or floats for a regression. Needs transformers 5.2 or newer.
+are names, whole numbers from 0, or floats for a regression.
 """
 
 import argparse

@@ -34,6 +34,12 @@ def chosen_model(name, base=None, **changes):
     return model
 
 
+def checkpoint_activations(base, reentrant=False):
+    """What transformers 5.13 still calls gradient checkpointing."""
+    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+    enable({"use_reentrant": reentrant})
+
+
 def child_of(model, adapter_name="default"):
     """Flat indices of an adapter's child network by parameter name."""
     found = {}

@@ -119,8 +119,9 @@ WITH_CODE = [page for page in (*PAGES, *NOTEBOOKS) if any(not block.reason for b
 @pytest.mark.slow
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_code_of_a_page_runs(page, tmp_path):
-    if "trl" in page.read_text():
-        pytest.importorskip("trl", reason="TRL is not installed")
+    for package in ("trl", "IPython"):
+        if package in page.read_text():
+            pytest.importorskip(package, reason=f"{package} is not installed")
     pytest.importorskip("datasets", reason="datasets is not installed")
     process, connection = forked(run_page, str(page), tmp_path)
     error, printed = connection.recv()

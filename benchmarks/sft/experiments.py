@@ -83,7 +83,8 @@ def main_table(settings: Settings) -> Sweep:
         f"{settings.amount} A child network of density 0.1 has as many trained values as LoRA with r=35, one of "
         "density 0.01 as LoRA with r=4."
     )
-    return settings.sweep("sft", "A language model learns a task", text, E2E, methods, equal=(1.6, 1.5, 1.46, 1.44))
+    equal = (1.6, 1.5, 1.46, 1.44)
+    return settings.sweep("sft", "A language model learns a task", text, E2E, methods, equal=equal, timed=True)
 
 
 def mathematics(settings: Settings) -> Sweep:

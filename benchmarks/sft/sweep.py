@@ -58,6 +58,7 @@ class Sweep:
         options: Settings that all runs have in common.
         seeds: The first tries all rates.
         equal: Losses on new text at which forgetting is compared.
+        timed: Whether nothing else ran beside it, so that the seconds of its runs can be compared.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Sweep:
     options: tuple[str, ...]
     seeds: tuple[int, ...]
     equal: tuple[float, ...] = ()
+    timed: bool = False
 
     def runs(self, known: Known) -> Iterator[Run]:
         """The runs that can be planned with what is known, those of the first seed first."""
@@ -149,13 +151,16 @@ class Sweep:
 
     def _protocol(self, base: tuple[float, float] | None) -> str:
         before = f" The base model has {base[0]:.3f} and {base[1]:.3f}." if base else ""
+        seconds = (
+            " Seconds are those of a training step in the fastest run of each, in proportion to "
+            f"{self.methods[0].name}; two processes shared the CPU."
+        )
         return (
             f"Model: `{self.source.shown().model}`; {self.task.title}. The mean loss per token (in nats) on held-out "
             "completions of the task (new text) and on text that the model knew before (old text); lower is better."
             f"{before} The table has each method at the learning rate with the lowest loss on new text, "
             f"{of_seeds('mean and standard deviation', len(self.seeds))}; the rate was chosen with the first seed. A "
-            "seed sets the order of the rows, the random masks and LoRA's matrices. Seconds are those of a training "
-            f"step in the fastest run of each, in proportion to {self.methods[0].name}; two processes shared the CPU."
+            f"seed sets the order of the rows, the random masks and LoRA's matrices.{seconds if self.timed else ''}"
         )
 
     def _main_table(self, known: Known) -> str:
@@ -175,10 +180,11 @@ class Sweep:
                     f"{self.best_rate(method, known):g}",
                     *(mean_and_deviation(values, wanted, 3) for values in by_text),
                     f"{size / 1e6:.1f}",
-                    f"{self._seconds(method, known) / least:.2f}" if least else MISSING,
+                    *([f"{self._seconds(method, known) / least:.2f}" if least else MISSING] if self.timed else []),
                 ]
             )
-        return markdown(["method", "trained values", "rate", "new text", "old text", "file (MB)", "seconds"], rows)
+        head = ["method", "trained values", "rate", "new text", "old text", "file (MB)"]
+        return markdown([*head, "seconds"] if self.timed else head, rows)
 
     def _seconds(self, method: Method, known: Known) -> float:
         """Seconds per step of the fastest run; 0 if there is none."""

@@ -155,5 +155,5 @@ def _print_table(names: Sequence[str], numbers: Sequence[str], rows: Iterable[Se
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(*map(plain, row))
-    Console(width=TABLE_WIDTH, markup=False, highlight=False, emoji=False).print(table)
+    Console(width=TABLE_WIDTH, markup=False, highlight=False, emoji=False, force_jupyter=False).print(table)
     typer.echo()

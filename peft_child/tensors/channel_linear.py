@@ -252,7 +252,7 @@ class _RecipeLinear(torch.autograd.Function):
 
 @contextmanager
 def _casting_anew() -> Iterator[None]:
-    """Autocast remembers no casts: torch 2.8 would give those made here, without gradients, to other layers."""
+    """Autocast remembers no casts: torch 2.10 would give those made here, without gradients, to other layers."""
     before = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:

@@ -5,7 +5,7 @@ import torch
 from peft import PeftModel
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from ..helpers import chosen_model, logits, move
+from ..helpers import checkpoint_activations, chosen_model, logits, move
 from ..problems import batch_of, build
 
 
@@ -114,7 +114,7 @@ def checkpointed(reentrant):
     model = model_of("llama").train()  # Llama has no dropout, and checkpoints in training mode alone
     base = model.base_model.model
     base.config.use_cache = False
-    base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
+    checkpoint_activations(base, reentrant)
     return model, base
 
 

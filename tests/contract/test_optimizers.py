@@ -14,7 +14,7 @@ from peft_child.layers.layer import child_tuning_layers
 from peft_child.tensors.gradient_mask import GradientMask
 
 from .. import reference
-from ..helpers import assert_same, child_of, chosen_model, config_for, logits, snapshot, train
+from ..helpers import assert_same, checkpoint_activations, child_of, chosen_model, config_for, logits, snapshot, train
 from ..problems import batch_of, build
 
 
@@ -339,9 +339,7 @@ def test_activation_checkpointing_changes_no_bit(name, reentrant, variant):
     batches = [batch_of(name, seed) for seed in range(3)]
     expected = trajectory(chosen_model(name, variant=variant), batches)
     model = chosen_model(name, variant=variant)
-    model.base_model.model.activation_checkpointing_enable(
-        activation_checkpointing_kwargs={"use_reentrant": reentrant}
-    )
+    checkpoint_activations(model.base_model.model, reentrant)
     if reentrant:
         model.enable_input_require_grads()
     assert_same(trajectory(model, batches), expected)

@@ -16,7 +16,17 @@ from peft_child import estimate_fisher, keep_largest, select_child_network
 from peft_child.tensors.sharded_topk import select_largest_of_shards
 
 from .. import reference
-from ..helpers import assert_same, child_of, config_for, logits, move, settings_of, snapshot, train
+from ..helpers import (
+    assert_same,
+    checkpoint_activations,
+    child_of,
+    config_for,
+    logits,
+    move,
+    settings_of,
+    snapshot,
+    train,
+)
 from ..integrations.test_trainer import trainer_for
 from ..problems import batch_of, build, tiny_bert
 from ..ranks import base_of, batches, on_two_ranks
@@ -53,7 +63,7 @@ def shard(model, checkpointing=None):
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     layers = base.model.layers if hasattr(base, "lm_head") else base.bert.encoder.layer
     if checkpointing == "transformers":
-        base.activation_checkpointing_enable()
+        checkpoint_activations(base)
     for index, layer in enumerate(layers):
         if checkpointing == "wrapper":
             layers[index] = checkpoint_wrapper(layer)

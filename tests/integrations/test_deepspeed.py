@@ -21,7 +21,7 @@ from peft_child import ChildTuningCallback, keep_largest, select_child_network
 from peft_child.layers.layer import child_tuning_layers
 from peft_child.tensors import distributed as distributed_module
 
-from ..helpers import assert_same, child_of, config_for, logits, settings_of, snapshot, train
+from ..helpers import assert_same, checkpoint_activations, child_of, config_for, logits, settings_of, snapshot, train
 from ..problems import PROBLEMS, batch_of, build, tiny_llama
 from ..ranks import base_of, batches, on_two_ranks, train_with
 from .test_trainer import Rows, trainer_for
@@ -299,7 +299,7 @@ def unusual(case):
         return get_peft_model(build(case), config_for(case, variant="random")).train()
     base = tiny_llama(tie_word_embeddings=case == "tied")
     if case == "checkpointed":
-        base.activation_checkpointing_enable()
+        checkpoint_activations(base)
     config = config_for("llama", variant="random", target_modules=["embed_tokens", "lm_head", "q_proj", "norm"])
     return get_peft_model(base, config).train()
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard
@@ -405,9 +406,7 @@ def assert_describes(card):
 
 def edit(card):
     """A card with the words of its author around the section of this package."""
-    front = card[: card.index("# Child network of")]
+    front = card[: card.index("# Child network of")].replace("---\n", "---\nlicense: mit\n", 1)
     section = card[card.index(BEGIN) : card.index(END) + len(END)]
-    return (
-        front.replace("---\n", "---\nlicense: mit\n", 1)
-        + f"# My child\n\nWords above, with `code`.\n\n{section}\n\n## Results\n\nWords below.\n- PEFT 0.21.2"
-    )
+    words = f"# My child\n\nWords above, with `code`.\n\n{section}\n\n## Results\n\nWords below.\n"
+    return f"{front}{words}- PEFT {peft.__version__}"

@@ -16,7 +16,7 @@ from peft_child.layers.layer import child_tuning_layers
 from peft_child.layers.packed import packed_weight, parameters_of
 from peft_child.tensors.quantised import PackedWeight, dense
 
-from ..helpers import assert_same, child_of, config_for, logits, move, train
+from ..helpers import assert_same, checkpoint_activations, child_of, config_for, logits, move, train
 from ..problems import batch_of
 from ..selection.test_batch_scorer import assert_close
 
@@ -364,7 +364,7 @@ def test_activation_checkpointing_changes_no_gradient(quantise, granularity, ree
     for checkpointing in (False, True):
         base = base_of(quantise)
         if checkpointing:
-            base.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            checkpoint_activations(base, reentrant)
             base.enable_input_require_grads()
         model = model_of(base, variant="random", granularity=granularity).train()
         model(**rows(batch_of("llama"))).loss.backward()
