@@ -50,14 +50,17 @@ wheel: $(VENV)/.installed  ## Build the wheel, and try it in an environment of i
 docs: $(VENV)/.installed  ## The documentation site, into .venv/site; every warning is an error, also of links inside it
 	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet -d $(VENV)/doctrees docs $(VENV)/site
 
-dist: $(VENV)/.installed  ## The wheel and the source distribution, checked, into dist
+dist: $(VENV)/.installed  ## The wheel and the source distribution into dist, checked; the latter is tried here, the former by make wheel
 	rm -rf dist
 	$(BIN)/python -m build --outdir dist .
 	set -e; folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
 	$(PYTHON) -m venv "$$folder"; \
 	"$$folder/bin/python" $(INSTALL) twine check-wheel-contents; \
 	"$$folder/bin/twine" check --strict dist/*; \
-	"$$folder/bin/check-wheel-contents" dist/*.whl
+	"$$folder/bin/check-wheel-contents" dist/*.whl; \
+	tar --extract --gzip --file dist/*.tar.gz --directory "$$folder" --strip-components 1; \
+	"$$folder/bin/python" $(INSTALL) "$$(ls $(CURDIR)/dist/*.tar.gz)[test]"; \
+	rm -r "$$folder/peft_child"; cd "$$folder"; bin/pytest -m smoke
 
 compat: $(VENV)/oldest.txt $(VENV)/newest.txt  ## The tests with the oldest versions that pyproject.toml promises, and with the newest
 

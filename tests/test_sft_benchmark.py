@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from peft_child.layers.layer import child_tuning_layers
 from .sft_data import save_language_model, save_rows
 
 
-pytest.importorskip("matplotlib")
+matplotlib = pytest.importorskip("matplotlib")
 from benchmarks.sft.__main__ import CPU
 from benchmarks.sft.experiments import E2E, EXPERIMENTS, GSM8K, Settings
 from benchmarks.sft.methods import child, chosen_by, lora
@@ -97,25 +98,33 @@ def test_a_page_has_what_the_cells_gave(tmp_path):
     found = known(cells | {(LIKE, 1e-3, 1): None})
     SWEEP.write(found, tmp_path)
     page = (tmp_path / "name.md").read_text()
-    assert "| LoRA | 1,000 | 0.001 | 1.450 ± 0.071 | 3.000 ± 0.000 | 2.0 | 1.00 |" in page
+    assert "| LoRA | 1,000 | 0.001 | 1.450 ± 0.071 | 3.000 ± 0.000 | 2.0 |\n" in page
     assert "| LoRA | 1.500 / 3.000 | 1.400 / 3.000 | 1.600 / 3.000 |" in page
     assert "| LoRA | 2.925 |" in page  # 2.0 is five eighths of the way from 3.0 to 1.4, the flattest of the three
     assert f"- `{SWEEP.run(LIKE, 1e-3, 1).command(SOURCE)}`: none" in page
     assert (tmp_path / "name.svg").exists()
+    replace(SWEEP, timed=True).write(found, tmp_path)
+    timed = (tmp_path / "name.md").read_text()
+    assert "| LoRA | 1,000 | 0.001 | 1.450 ± 0.071 | 3.000 ± 0.000 | 2.0 | 1.00 |" in timed
+    assert ("Seconds are" in timed, "Seconds are" in page) == (True, False)
 
 
-def test_the_committed_page_is_written_from_the_committed_results(tmp_path):
+def test_the_committed_pages_are_written_from_the_committed_results(tmp_path):
     folder = ROOT / "docs" / "results" / "language_model"
     source = Source("SmolLM2-135M-Instruct", "data")
     known = Results(folder / "results.jsonl").read()
-    EXPERIMENTS["sft"](Settings(source, more=CPU)).write(known, tmp_path)
-    for name in ("sft.md", "sft.svg", "sft_rates.svg"):
-        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes(), name
+    for experiment in ("sft", "gsm8k", "choice"):
+        EXPERIMENTS[experiment](Settings(source, more=CPU)).write(known, tmp_path)
+    written = {file.name for file in tmp_path.iterdir()}
+    assert written == {file.name for file in folder.iterdir()} - {"results.jsonl"}
+    for name in written:
+        if name.endswith(".md") or f"Matplotlib v{matplotlib.__version__}" in (folder / name).read_text():
+            assert (tmp_path / name).read_bytes() == (folder / name).read_bytes(), name
 
 
-def test_the_table_of_the_readme_is_that_of_the_results():
-    page = (ROOT / "docs" / "results" / "language_model" / "sft.md").read_text()
-    found = set(re.findall(r"\d\.\d{3} ± \d\.\d{3}", page))
+def test_the_tables_that_are_quoted_are_those_of_the_results():
+    pages = [page.read_text() for page in (ROOT / "docs" / "results" / "language_model").glob("*.md")]
+    found = set(re.findall(r"\d\.\d{3} ± \d\.\d{3}", "\n".join(pages)))
     for place in ("README.md", "docs/results.md"):
         quoted = re.findall(r"\d\.\d{3} ± \d\.\d{3}", (ROOT / place).read_text())
         assert len(quoted) >= 12
@@ -135,14 +144,14 @@ def test_pages_can_be_written_before_anything_is_known(tmp_path):
 
 
 def test_some_methods_can_be_left_out():
-    sweep = EXPERIMENTS["sft"](Settings(SOURCE, only=("LoRA r=16", "entries 0.1")))
-    assert [method.name for method in sweep.methods] == ["LoRA r=16", "entries 0.1"]
+    sweep = EXPERIMENTS["sft"](Settings(SOURCE, only=("LoRA r=16", "Fisher entries 0.1")))
+    assert [method.name for method in sweep.methods] == ["LoRA r=16", "Fisher entries 0.1"]
     with pytest.raises(ValueError, match=r"must name some of LoRA r=16, .*; got LoRA"):
         EXPERIMENTS["sft"](Settings(SOURCE, only=("LoRA",)))
 
 
 def test_names_say_what_is_chosen():
-    assert chosen_by("lowest", child(0.1, (1e-3,))).name == "entries 0.1, lowest"
+    assert chosen_by("lowest", child(0.1, (1e-3,))).name == "lowest Fisher entries 0.1"
     assert child(0.1, (1e-3,), channels=True).options[-2:] == ("--granularity", "input_channel")
     assert lora(4).options == ("--method", "lora", "--rank", "4")
 

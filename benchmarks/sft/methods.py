@@ -8,12 +8,13 @@ from benchmarks.sft.sweep import Task
 
 
 FISHER_EXAMPLES = 32
+OTHER_CHOICES = {"magnitude": "largest", "lowest": "lowest Fisher"}
 LORA_RATES = (3e-4, 1e-3, 3e-3)
 
 
 def child(density: float, rates: tuple[float, ...], *, channels: bool = False, examples: int | None = None) -> Method:
     """Child-Tuning_D, by entries or by input channels, chosen with `FISHER_EXAMPLES` or as many as are given."""
-    name = f"{'channels' if channels else 'entries'} {density:g}"
+    name = f"Fisher {'channels' if channels else 'entries'} {density:g}"
     options = ("--density", f"{density:g}", "--num-fisher-examples", str(examples or FISHER_EXAMPLES))
     return Method(
         f"{name}, {examples} examples" if examples else name,
@@ -41,8 +42,13 @@ def shira(density: float, rates: tuple[float, ...]) -> Method:
 
 
 def chosen_by(choice: str, like: Method) -> Method:
-    """The same as a method, with another choice of its child network."""
-    return Method(f"{like.name}, {choice}", (*like.options, "--choose", choice), like.rates, "sft_variants")
+    """The same as one that is chosen by Fisher information, with another choice of its child network."""
+    return Method(
+        like.name.replace("Fisher", OTHER_CHOICES[choice]),
+        (*like.options, "--choose", choice),
+        like.rates,
+        "sft_variants",
+    )
 
 
 def chosen_from(task: Task, source: Source, like: Method) -> Method:
