@@ -26,6 +26,7 @@ __all__ = [
     "mask_gradients",
     "next_gradient_mask",
     "select_child_network",
+    "weight_magnitudes",
 ]
 
 if find_spec("peft") is not None:
@@ -33,7 +34,7 @@ if find_spec("peft") is not None:
     from peft_child.integrations.trainer import ChildTuningCallback
     from peft_child.layers.layer import ChildTuningLayer
     from peft_child.selection.prune import Kept, keep_largest
-    from peft_child.selection.select import ChildNetwork, estimate_fisher, select_child_network
+    from peft_child.selection.select import ChildNetwork, estimate_fisher, select_child_network, weight_magnitudes
     from peft_child.tuner.config import ChildPeftType, ChildTuningConfig
     from peft_child.tuner.mask_hooks import GradientMaskHandle, mask_gradients
     from peft_child.tuner.model import ChildTuningModel, next_gradient_mask

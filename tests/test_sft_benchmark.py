@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from peft_child.layers.layer import child_tuning_layers
 from .sft_data import save_language_model, save_rows
 
 
-matplotlib = pytest.importorskip("matplotlib")
+pytest.importorskip("matplotlib")
 from benchmarks.sft.__main__ import CPU
 from benchmarks.sft.experiments import E2E, EXPERIMENTS, GSM8K, Settings
 from benchmarks.sft.methods import child, chosen_by, lora
@@ -118,7 +119,7 @@ def test_the_committed_pages_are_written_from_the_committed_results(tmp_path):
     written = {file.name for file in tmp_path.iterdir()}
     assert written == {file.name for file in folder.iterdir()} - {"results.jsonl"}
     for name in written:
-        if name.endswith(".md") or f"Matplotlib v{matplotlib.__version__}" in (folder / name).read_text():
+        if name.endswith(".md") or f"Matplotlib v{version('matplotlib')}" in (folder / name).read_text():
             assert (tmp_path / name).read_bytes() == (folder / name).read_bytes(), name
 
 

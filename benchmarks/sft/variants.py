@@ -13,8 +13,7 @@ from trl import SFTTrainer
 
 from benchmarks.grid.scores import turned_round
 from benchmarks.sft.script import sft
-from peft_child import estimate_fisher, select_child_network
-from peft_child.layers.layer import child_tuning_layers
+from peft_child import estimate_fisher, select_child_network, weight_magnitudes
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
@@ -54,13 +53,7 @@ def lowest(model: Any, rows: Any, args: Namespace) -> Any:
 
 def magnitude(model: Any, rows: Any, args: Namespace) -> Any:
     """The largest weights; of channels, the largest mean square."""
-    scores = {}
-    for name, layer in child_tuning_layers(model.get_base_model()).items():
-        for parameter, tensor in layer.base_layer.named_parameters():
-            if parameter in layer.targets_of("default"):
-                squares = tensor.detach().square()
-                scores[f"{name}.{parameter}"] = squares.sum(0) if args.granularity == "input_channel" else squares
-    return scores
+    return weight_magnitudes(model)
 
 
 CHOICES = {"highest": highest, "lowest": lowest, "magnitude": magnitude}

@@ -28,10 +28,12 @@ from peft_child.tensors.distributed import (
     is_sharded,
     on_every_rank,
     own_part,
+    whole,
     world_size,
 )
 from peft_child.tensors.lazy import Lazy
 from peft_child.tensors.partitioned import gathered_whole, is_in_engine, numel_of, shape_of
+from peft_child.tensors.quantised import dense
 from peft_child.tensors.sharded_topk import select_largest_of_shards
 from peft_child.tensors.topk import select_largest
 from peft_child.tuner.config import ChildTuningConfig
@@ -139,9 +141,9 @@ def select_child_network(
     children = Lazy(targets, child)  # made one at a time, when their layers ask
     for layer in layers:
         layer.set_child(adapter_name, children, trainable=not config.inference_mode)
-    dense = sum(numel_of(parameter) for _, parameter in _dense_parameters(model))
+    others = sum(numel_of(parameter) for _, parameter in _dense_parameters(model))
     size = sum(len(own) * (layouts[name].size if layouts else 1) for name, own in chosen.items())
-    return ChildNetwork(size, targeted, dense, skipped)
+    return ChildNetwork(size, targeted, others, skipped)
 
 
 def estimate_fisher(
@@ -221,6 +223,34 @@ def estimate_fisher(
     _check_same_settings(model, config, targets, {"num_examples": num_examples})
     settings = num_examples, forward_fn, loss_fn, split_batches, progress_bar, score_device, score_folder
     return FisherPass(model, config.fisher, layouts, *settings).scores(dataloader, targets)
+
+
+def weight_magnitudes(model: nn.Module, *, adapter_name: str = "default") -> dict[str, Tensor]:
+    """The magnitudes of the weights that an adapter targets, to choose the largest of them without any data.
+
+    Args:
+        model: The model, with a task-driven adapter.
+        adapter_name: The adapter.
+
+    Returns:
+        Scores for `select_child_network`, by name of the parameter in the base model, float32: absolute values in the
+        shape of the parameter; or, for input channels, the sum of the squares of a channel, shape `(channels,)`, so
+        that the channels with the largest mean square are chosen. Quantised weights are unpacked, one at a time. Of a
+        sharded parameter the absolute values are sharded as it is (DTensors).
+
+    Raises:
+        ValueError: If there is no such Child-Tuning adapter, it is not active, an adapter is merged, or the model is
+            wrapped in DDP.
+        RuntimeError: If a targeted parameter is offloaded.
+    """
+    _, _, targets, layouts = on_every_rank(partial(adapter_of, model, adapter_name))
+    if layouts:
+        return {name: layouts[name].sums(whole(_values(base)).square()) for name, base in targets.items()}
+    return {name: _values(base).abs() for name, base in targets.items()}
+
+
+def _values(parameter: nn.Parameter) -> Tensor:
+    return dense(parameter.detach()).float()
 
 
 class Adapter(NamedTuple):
@@ -304,9 +334,9 @@ def _check_same_settings(
     if world_size() == 1:
         return
     shapes = repr({name: tuple(shape_of(parameter)) for name, parameter in targets.items()})
-    dense = {name: parameter for name, parameter in _dense_parameters(model) if not is_sharded(parameter)}
-    with gathered_whole(dense.values()):
-        of_dense = digest(dense)[:12]
+    trained_whole = {name: parameter for name, parameter in _dense_parameters(model) if not is_sharded(parameter)}
+    with gathered_whole(trained_whole.values()):
+        of_dense = digest(trained_whole)[:12]
     check_equal(
         {
             "density": config.density,

@@ -12,7 +12,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from peft_child import estimate_fisher, keep_largest, select_child_network
+from peft_child import estimate_fisher, keep_largest, select_child_network, weight_magnitudes
 from peft_child.tensors.sharded_topk import select_largest_of_shards
 
 from .. import reference
@@ -332,6 +332,9 @@ def score_sharded(folder):
         assert [parameter.requires_grad for parameter in model.parameters()] == before[1]
         assert all(parameter.grad is None for parameter in model.parameters())
         found[f"{case}: local"] = {name: score.to_local().clone() for name, score in scores.items()}
+    scores = weight_magnitudes(model)
+    found["magnitudes"] = {name: score.full_tensor() for name, score in scores.items()}
+    found["magnitudes: local"] = {name: score.to_local().clone() for name, score in scores.items()}
     failing = [rows(0), {**rows(1), "input_ids": torch.full((1, 6), 99)}] if mine is SHARES[1] else [rows(2)] * 20
     error = raised(lambda: estimate_fisher(model, failing, progress_bar=False))
     return found, error
@@ -350,6 +353,7 @@ def test_scores_of_a_sharded_model_are_those_of_one_process(tmp_path):
         "per_example": scored(unchosen("per_example"), IN_ROUNDS),
         "five": scored(unchosen("per_example"), [(0, 1, 2), (3, 4)]),
         "authors": scored(unchosen("authors", 0.5), IN_ROUNDS),  # the same dropout, in the same order
+        "magnitudes": weight_magnitudes(unchosen("authors", 0.5)),
     }
     for case, expected in alone.items():
         assert_same(first[case], second[case])

@@ -3,7 +3,7 @@ import torch
 from peft import get_peft_model
 from safetensors.torch import save_file
 
-from peft_child import estimate_fisher, select_child_network
+from peft_child import estimate_fisher, select_child_network, weight_magnitudes
 from peft_child.layers.layer import child_tuning_layers
 
 from .. import reference
@@ -52,6 +52,34 @@ def test_the_child_network_equals_the_definition(name):
     by_definition = reference.largest(expected, round(0.3 * total))
     shared = sum(int(torch.isin(wanted[key], by_definition[key]).sum()) for key in scores)
     assert shared >= 0.99 * round(0.3 * total)
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_the_largest_weights_equal_the_definition(name):
+    plain, model = dict(build(name).named_parameters()), unchosen(name, task_type=None)
+    scores = weight_magnitudes(model)
+    expected = {key: plain[key].detach().float().abs() for key in scores}
+    assert_same(scores, expected)
+    wanted = reference.largest(expected, round(0.3 * sum(score.numel() for score in expected.values())))
+    select_child_network(model, scores=scores)
+    assert_same(child_of(model), {key: positions for key, positions in wanted.items() if len(positions)})
+
+
+def test_the_channels_with_the_largest_weights_equal_the_definition():
+    model = unchosen(
+        "llama", granularity="input_channel", target_modules=["q_proj", "down_proj"], target_parameters=None
+    )
+    for name, score in weight_magnitudes(model).items():
+        weight = build("llama").get_parameter(name)
+        expected = torch.stack([weight.detach()[:, channel].square().sum() for channel in range(weight.shape[1])])
+        torch.testing.assert_close(score, expected)
+
+
+def test_magnitudes_of_half_precision_are_those_of_its_values():
+    base = build("llama").bfloat16()
+    scores = weight_magnitudes(unchosen("llama", base))
+    assert all(score.dtype == torch.float32 for score in scores.values())
+    assert_same(scores, {name: base.get_parameter(name).detach().float().abs() for name in scores})
 
 
 def test_a_refused_choice_keeps_the_record_of_the_last_one():

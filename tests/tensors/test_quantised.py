@@ -7,7 +7,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
 from transformers import AutoModelForCausalLM, TorchAoConfig
 
-from peft_child import estimate_fisher, select_child_network
+from peft_child import estimate_fisher, select_child_network, weight_magnitudes
 from peft_child.layers.layer import child_tuning_layers
 from peft_child.tensors.quantised import is_quantised
 
@@ -115,6 +115,12 @@ def test_training_equals_that_on_the_dequantised_base(tmp_path, variant, quantis
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(quantised(), tmp_path)  # warnings are errors: no complaint of another base
     assert torch.equal(logits(loaded, batch_of("llama")), logits(model, batch_of("llama")))
+
+
+def test_magnitudes_are_those_of_the_dequantised_base(quantised, granularity):
+    base = quantised()
+    twin = dense_twin(base)
+    assert_same(*(weight_magnitudes(model_of(each, granularity=granularity)) for each in (base, twin)))
 
 
 def test_the_composed_weight_is_the_dequantised_one_with_the_child(quantised):
