@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from peft_child.tensors.codec import FormatError
 
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 __all__ = [
     "ChildNetwork",

@@ -219,8 +219,7 @@ class _RecipeLinear(torch.autograd.Function):
         dense = weight.tensor()
         if is_quantised(weight.base) and not torch.is_autocast_enabled(x.device.type):
             dense = dense.to(x.dtype)  # unpacked for this call; a dense base of another dtype is an error
-        with _casting_anew():
-            y = _linear(x, dense, bias, ctx.is_transposed)
+        y = _linear(x, dense, bias, ctx.is_transposed)
         ctx.dtypes = [delta.dtype for delta in deltas]
         ctx.dtype = x.dtype
         # Autocast may have run in a lower precision; backward uses the same one.
@@ -248,17 +247,6 @@ class _RecipeLinear(torch.autograd.Function):
                 left, right = (kept, flat) if ctx.is_transposed else (flat, kept)
                 found.append(_gradient_of(left, right, child, dtype) if is_needed else None)
         return of_x, of_bias, None, *found
-
-
-@contextmanager
-def _casting_anew() -> Iterator[None]:
-    """Autocast remembers no casts: torch 2.10 would give those made here, without gradients, to other layers."""
-    before = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(before)
 
 
 def _needed_of(x: Tensor, index: Index) -> Tensor:
