@@ -16,7 +16,7 @@ INSTALL := -m pip install --quiet --no-compile
 OLDEST_PYTHON ?= python3.10
 NEWEST_PYTHON ?= python3.13
 
-.PHONY: demo test quick lint check quantised wheel docs dist compat benchmark gpu gpu-evidence test-browser test-deepspeed test-vllm clean
+.PHONY: demo test quick lint check quantised wheel docs notebooks dist compat benchmark gpu gpu-evidence test-browser test-deepspeed test-vllm clean
 
 demo: $(VENV)/.installed  ## Pretrain, adapt three ways, save, load, merge and draw
 	$(BIN)/python examples/quickstart.py
@@ -49,6 +49,9 @@ wheel: $(VENV)/.installed  ## Build the wheel, and try it in an environment of i
 
 docs: $(VENV)/.installed  ## The documentation site, into .venv/site; every warning is an error, also of links inside it
 	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet -d $(VENV)/doctrees docs $(VENV)/site
+
+notebooks: $(VENV)/.installed  ## Run the notebooks and keep their outputs; downloads models and data, 20 minutes on one core
+	$(BIN)/python docs/run_notebooks.py
 
 dist: $(VENV)/.installed  ## The wheel and the source distribution into dist, checked; the latter is tried here, the former by make wheel
 	rm -rf dist
