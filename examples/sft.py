@@ -72,11 +72,8 @@ def record(args, seed, trainer, progress, start):
     """Save the model, and write and return the result, with all that is needed to get it again."""
     trainer.save_model(args.output)
     saved = Path(args.output).glob("model*.safetensors" if args.method == "full" else "adapter_model*.safetensors")
-    settings = {name: value for name, value in vars(args).items() if name not in ("seeds", "results", "output")}
-    is_folder = Path(args.model).is_dir()  # of folders only the name, the rest belongs to this machine
-    settings |= {"model": Path(args.model).name if is_folder else args.model}
-    settings |= {"data": [Path(name).name if Path(name).exists() else name for name in args.data]}
-    settings |= {"old_text": [file.name for file in args.old_text]}
+    left_out = ("seeds", "results", "output")
+    settings = {name: without_folder(value) for name, value in vars(args).items() if name not in left_out}
     result = {
         **{"method": args.method, "seed": seed, "curve": progress.curve},
         "metrics": dict(zip(("new", "old"), progress.curve[-1][1:], strict=True)),
@@ -99,6 +96,14 @@ def record(args, seed, trainer, progress, start):
         f"{result['seconds_per_step']:.2f} s per step, at most {result['peak_bytes'] / 1e9:.1f} GB of memory"
     )
     return result
+
+
+def without_folder(setting):
+    """A setting, of files and folders the name alone, since the rest belongs to this machine."""
+    if isinstance(setting, list):
+        return [without_folder(each) for each in setting]
+    is_path = isinstance(setting, (str, Path)) and Path(setting).exists()
+    return Path(setting).name if is_path else setting
 
 
 def train(args, seed, choose=choose):

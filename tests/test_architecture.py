@@ -340,8 +340,9 @@ def test_the_picture_and_the_page_show_the_modules_that_there_are():
 
 
 def test_the_oldest_versions_that_are_promised_are_those_that_are_tested():
-    promised = re.findall(r'^  "(\w+)>=([\d.]+)",$', (ROOT.parent / "pyproject.toml").read_text(), re.MULTILINE)
-    extras = re.search(r"^plots = .*\nexamples = .*$", (ROOT.parent / "pyproject.toml").read_text(), re.MULTILINE)[0]
+    settings = (ROOT.parent / "pyproject.toml").read_text()
+    promised = re.findall(r'^  "(\w+)>=([\d.]+)",$', settings, re.MULTILINE)
+    extras = re.search(r"^plots = .*\nexamples = .*$", settings, re.MULTILINE)[0]
     promised += re.findall(r'"([\w-]+)>=([\d.]+)"', extras)
     tested = re.findall(r"^([\w-]+)==(.+)$", (ROOT.parent / "constraints-oldest.txt").read_text(), re.MULTILINE)
     assert {name: Version(version) for name, version in promised} == {name: Version(it) for name, it in tested}

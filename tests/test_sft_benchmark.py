@@ -211,6 +211,7 @@ def test_lowest_is_the_opposite_and_other_rows_choose_otherwise(workplace):
     def entries(*more):
         (found,) = variants.main(script_arguments(workplace, "--learning-rate", "0.1", "--seeds", "1", *more))
         assert found["entries"] == round(0.3 * 4352)
+        assert str(workplace) not in json.dumps(found)
         return found["metrics"]
 
     results = [entries("--choose", choice) for choice in ("highest", "lowest")]

@@ -58,7 +58,7 @@ class Sweep:
         options: Settings that all runs have in common.
         seeds: The first tries all rates.
         equal: Losses on new text at which forgetting is compared.
-        timed: Whether nothing else ran beside it, so that the seconds of its runs can be compared.
+        timed: Whether its page compares the seconds of the runs.
     """
 
     name: str
