@@ -9,13 +9,14 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import psutil
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.machine import processor
 
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -117,15 +118,9 @@ def machine(packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
     """What the figures depend on, with the versions of some packages."""
     on_cuda = DEVICE.type == "cuda"
     return {
-        "device": torch.cuda.get_device_name() if on_cuda else f"{_processor()}, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name() if on_cuda else f"{processor()}, {torch.get_num_threads()} threads",
         "cores": psutil.cpu_count(logical=False),
         "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
         "load before": round(os.getloadavg()[0], 2),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
     }
-
-
-def _processor() -> str:
-    facts = Path("/proc/cpuinfo")
-    names = [line for line in facts.read_text().splitlines() if "model name" in line] if facts.exists() else []
-    return names[0].split(":")[1].strip() if names else platform.processor() or platform.machine()

@@ -39,7 +39,13 @@ SWEEP = Settings(SOURCE, seeds=2).sweep("name", "Title", "Text.", E2E, (METHOD, 
 
 def result(new, old=3.0, seed=1, **changes):
     curve = [[0, 3.0, 2.8], [100, new, old]]
-    costs = {"entries": 1000, "bytes": 2_000_000, "seconds_per_step": 1.5, "versions": {"torch": "2"}}
+    costs = {
+        "entries": 1000,
+        "bytes": 2_000_000,
+        "seconds_per_step": 1.5,
+        "versions": {"torch": "2"},
+        "processor": "Abacus",
+    }
     return {"seed": seed, "curve": curve, "metrics": {"new": new, "old": old}, **costs, **changes}
 
 
@@ -103,6 +109,7 @@ def test_a_page_has_what_the_cells_gave(tmp_path):
     assert "| LoRA | 1.500 / 3.000 | 1.400 / 3.000 | 1.600 / 3.000 |" in page
     assert "| LoRA | 2.925 |" in page  # 2.0 is five eighths of the way from 3.0 to 1.4, the flattest of the three
     assert f"- `{SWEEP.run(LIKE, 1e-3, 1).command(SOURCE)}`: none" in page
+    assert "- Abacus, torch 2: 4 runs\n" in page
     assert (tmp_path / "name.svg").exists()
     replace(SWEEP, timed=True).write(found, tmp_path)
     timed = (tmp_path / "name.md").read_text()

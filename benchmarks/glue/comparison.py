@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 
 from benchmarks.glue.figures import draw_differences
 from benchmarks.glue.grid import Grid, task_score
-from benchmarks.grid.runs import Known, Run
+from benchmarks.grid.runs import Known, Run, succeeded
 from benchmarks.grid.search import Method, searched
 from benchmarks.grid.tables import (
     MISSING,
     average,
+    circumstances,
     difference,
     failures,
     markdown,
@@ -144,11 +145,11 @@ class Comparison:
         if not results:
             return ""
         seed, result = next(iter(results.items()))
-        versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
         return (
             f"Every number can be had again, with one thread on the same machine. {method.name} on {task} with seed "
             f"{seed} is {task_score(result):.2f}:\n\n"
-            f"```bash\nOMP_NUM_THREADS=1 {result['command']}\n```\n\n{versions}.\n"
+            f"```bash\nOMP_NUM_THREADS=1 {result['command']}\n```\n\n"
+            f"{circumstances(succeeded(self.runs(known), self.grid.source, known))}"
         )
 
 

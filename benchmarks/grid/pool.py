@@ -22,6 +22,7 @@ from typing import Any
 
 from benchmarks.grid.runs import SCRIPTS, Results, Run, Source
 from benchmarks.grid.scripts import load
+from benchmarks.machine import processor
 
 
 ENVIRONMENT = {
@@ -111,7 +112,7 @@ def execute(run: Run, source: Source, folder: Path, replace: bool) -> None:
         traceback.print_exc()
         result = {"error": source.without_folders(f"{type(error).__name__}: {error}")}
     shutil.rmtree(work, ignore_errors=True)
-    Results(folder / "results.jsonl").append({"command": command, **result}, replace)
+    Results(folder / "results.jsonl").append({"command": command, **result, "processor": processor()}, replace)
 
 
 def _main_of(script: str) -> Any:

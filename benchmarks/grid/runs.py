@@ -84,7 +84,7 @@ OF_TASKS = ("glue", "variants", "children")  # these take the model and the fold
 class Results:
     """The results of runs by command: the last line of each in a JSONL file.
 
-    A line has `command` and what the run returned, or `error`, the reason why it failed.
+    A line has `command`, `processor`, and what the run returned, or `error`, the reason why it failed.
     """
 
     def __init__(self, file: Path) -> None:

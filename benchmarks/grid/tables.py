@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, stdev
+from typing import Any
 
 from benchmarks.grid.intervals import bootstrap_interval
 from benchmarks.grid.runs import Known, Run, Source
@@ -49,6 +51,16 @@ def average(columns: Sequence[Mapping[int, float]]) -> dict[int, float]:
     """The mean of several columns for each seed that all of them have."""
     seeds = set.intersection(*(set(column) for column in columns))
     return {seed: fmean(column[seed] for column in columns) for seed in sorted(seeds)}
+
+
+def circumstances(results: Iterable[Mapping[str, Any]]) -> str:
+    """The processors and the versions that results were made with, and how many with each."""
+    found = Counter((each["processor"], *each["versions"].items()) for each in results)
+    shown = {
+        f"{processor}, {', '.join(' '.join(version) for version in versions)}": count
+        for (processor, *versions), count in found.items()
+    }
+    return "\n".join(["Made with:\n", *(f"- {name}: {count} runs" for name, count in shown.items()), ""])
 
 
 def failures(runs: Iterable[Run], source: Source, known: Known) -> str:

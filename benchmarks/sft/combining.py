@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.grid.runs import Known, Run, succeeded
 from benchmarks.grid.search import Method
-from benchmarks.grid.tables import failures, markdown, of_seeds
+from benchmarks.grid.tables import circumstances, failures, markdown, of_seeds
 from benchmarks.sft.sweep import Sweep
 
 
@@ -59,9 +59,10 @@ class Combining:
     def write(self, known: Known, folder: Path) -> None:
         """Write combined.md."""
         source, seeds = self.first.source, self.first.seeds
-        rows, base = [], None
+        rows, base, made = [], None, []
         for method in self.methods:
             results = succeeded(self._runs(method, known), source, known)
+            made += results
             if results:
                 base = results[0]["base"]
             for name in results[0]["combined"] if results else ():
@@ -77,7 +78,7 @@ class Combining:
             "are combined whole: with TIES over signs alone, and without DARE. Of LoRA, PEFT's `linear` adds the "
             "factors of the two adapters, so that products of one with the other come in; the exact mean and sum "
             f"(`cat`) have twice the rank. Loss per token, {of_seeds('mean', len(seeds))}; lower is better.\n\n"
-            f"{markdown(head, rows)}{failures(self.runs(known), source, known)}"
+            f"{markdown(head, rows)}\n{circumstances(made)}{failures(self.runs(known), source, known)}"
         )
         (folder / "combined.md").write_text(page, "utf-8")
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from benchmarks.grid.curves import Curve, old_where_new_is
 from benchmarks.grid.runs import Known, Run, Source, succeeded
 from benchmarks.grid.search import Method, rates_to_try, searched
-from benchmarks.grid.tables import MISSING, failures, markdown, mean_and_deviation, of_seeds
+from benchmarks.grid.tables import MISSING, circumstances, failures, markdown, mean_and_deviation, of_seeds
 from benchmarks.sft.figures import draw_learning_and_forgetting, draw_losses
 
 
@@ -217,11 +217,11 @@ class Sweep:
         if not results:
             return ""
         result = results[min(results)]
-        versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
         return (
             f"Every number can be had again, with one thread on the same machine. {method.name} with seed "
             f"{result['seed']} is {result['metrics']['new']:.3f} / {result['metrics']['old']:.3f}:\n\n"
-            f"```bash\nOMP_NUM_THREADS=1 {result['command']}\n```\n\n{versions}.\n"
+            f"```bash\nOMP_NUM_THREADS=1 {result['command']}\n```\n\n"
+            f"{circumstances(succeeded(self.runs(known), self.source, known))}"
         )
 
 
