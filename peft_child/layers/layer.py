@@ -88,10 +88,13 @@ class ChildTuningLayer(MergingLayer):
                     "without its child network: target the modules inside it, or turn checkpointing off."
                 )
             weight = compositions.get("weight")
-            if weight is not None and len(args) == 1 and not kwargs and self._is_by_channels(call, weight):
-                bias = compositions.get("bias")
-                own: Tensor | None = self.base_layer._parameters["bias"]
-                return call_channels(args[0], weight, own if bias is None else bias.tensor())
+            if weight is not None and self._is_linear(call):
+                compositions["weight"] = weight = weight.as_autocast()
+                is_transposed = type(self.base_layer).forward is Conv1D.forward
+                if len(args) == 1 and not kwargs and can_call_channels(self.base_layer, weight, is_transposed):
+                    bias = compositions.get("bias")
+                    own: Tensor | None = self.base_layer._parameters["bias"]
+                    return call_channels(args[0], weight, own if bias is None else bias.tensor())
             return call_composed(self.base_layer, compositions, call, args, kwargs)
 
     def _is_quantised(self, call: Callable[..., Any], compositions: Mapping[str, Composition]) -> bool:
@@ -130,12 +133,10 @@ class ChildTuningLayer(MergingLayer):
         finally:
             self._only = None
 
-    def _is_by_channels(self, call: Callable[..., Any], weight: Composition) -> bool:
-        forward = type(self.base_layer).forward
-        # A program that is traced holds no gradients of ours.
-        if call is not self.base_layer or is_traced() or forward not in (nn.Linear.forward, Conv1D.forward):
-            return False
-        return can_call_channels(self.base_layer, weight, is_transposed=forward is Conv1D.forward)
+    def _is_linear(self, call: Callable[..., Any]) -> bool:
+        """Whether the call multiplies by the weight, and does nothing else with it."""
+        is_own = call is self.base_layer and "forward" not in vars(self.base_layer)
+        return is_own and type(self.base_layer).forward in (nn.Linear.forward, Conv1D.forward)
 
     def _locked(self) -> AbstractContextManager[Any]:
         # Another thread may have swapped its composed tensors into the base layer. Compilers cannot trace a lock.

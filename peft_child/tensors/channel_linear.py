@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.module import _has_any_global_hook
 
 from peft_child.tensors.channels import Channels
-from peft_child.tensors.compose import Child, Composition, Index, call_composed, delta_gradient
+from peft_child.tensors.compose import Child, Composition, Index, call_composed, delta_gradient, is_traced
 from peft_child.tensors.mask_steps import MaskUse
 from peft_child.tensors.quantised import PackedWeight, is_quantised
 
@@ -36,11 +36,10 @@ def can_call_channels(module: nn.Module, weight: Composition, is_transposed: boo
             not called this way.
     """
     # Without gradients nothing is kept anyway, and a base that is trained needs the gradient of every column.
-    if not torch.is_grad_enabled() or weight.base.requires_grad:
+    if not torch.is_grad_enabled() or weight.base.requires_grad or is_traced():  # a trace holds no gradients of ours
         return False
-    # The module itself is not called, so its hooks would not run. A forward on the instance, such as accelerate's,
-    # wraps the original one as a hook does.
-    if any(map(module.__dict__.get, _HOOKS)) or "forward" in vars(module) or _has_any_global_hook():
+    # The module itself is not called, so its hooks would not run.
+    if any(map(module.__dict__.get, _HOOKS)) or _has_any_global_hook():
         return False
     if torch.compiler.is_compiling() and any(child.mask is not None for child in weight.children):
         return False  # its operator stands in the backward function of a composed weight
@@ -235,7 +234,7 @@ class _RecipeLinear(torch.autograd.Function):
         flat = gradient.reshape(-1, gradient.shape[-1])
         with torch.autocast(gradient.device.type, enabled=False):  # forward has chosen the dtypes
             if needs_x:
-                dense = weight.unchanged(ctx.versions).to(gradient.dtype)
+                dense = weight._replace(dtype=gradient.dtype).unchanged(ctx.versions)
                 of_x = (gradient @ (dense.T if ctx.is_transposed else dense)).to(ctx.dtype)
                 del dense  # before the gradient of a weight takes as much
             if needs_bias:

@@ -54,26 +54,34 @@ class Composition(NamedTuple):
     Attributes:
         base: The frozen tensor, any shape and floating dtype, dense or quantised. It is never written.
         children: The children to add; deltas add up where they overlap.
+        dtype: That of the composed tensor, if it is not that of the base.
     """
 
     base: Tensor
     children: tuple[Child, ...]
+    dtype: torch.dtype | None = None
 
     def tensor(self) -> Tensor:
-        """The composed tensor, shape and dtype of the base, differentiable in the base and in every delta."""
+        """The composed tensor, of the shape of the base, differentiable; it is rounded to the base's dtype first."""
         if not self.children:
-            return dense(self.base)
+            return dense(self.base).to(self.dtype or self.base.dtype)
         deltas, indices, masks = zip(*self.children, strict=True)
         if is_traced():  # a TorchScript program holds no Python functions
-            return _composed(dense(self.base), deltas, indices)
-        composed: Tensor = _Compose.apply(self.base, indices, masks, *deltas)  # type: ignore[no-untyped-call]
+            return _composed(dense(self.base), deltas, indices, self.dtype)
+        composed: Tensor = _Compose.apply(self.base, self.dtype, indices, masks, *deltas)  # type: ignore[no-untyped-call]
         return composed
+
+    def as_autocast(self) -> Composition:
+        """The same in the dtype that autocast would cast it to, so that no copy in that of the base is made."""
+        device = self.base.device.type
+        if not torch.is_autocast_enabled(device) or self.base.dtype == torch.float64:  # autocast leaves it as it is
+            return self
+        return self._replace(dtype=torch.get_autocast_dtype(device))
 
     def detached(self) -> Composition:
         """The same values without gradients."""
-        return Composition(
-            self.base.detach(), tuple(child._replace(delta=child.delta.detach()) for child in self.children)
-        )
+        children = tuple(child._replace(delta=child.delta.detach()) for child in self.children)
+        return self._replace(base=self.base.detach(), children=children)
 
     def requires_grad(self) -> bool:
         """Whether the composed tensor would take gradients now."""
@@ -109,12 +117,17 @@ def is_traced() -> bool:
 class _Compose(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, base: Tensor, indices: tuple[Index, ...], masks: tuple[MaskUse | None, ...], *deltas: Tensor
+        ctx: Any,
+        base: Tensor,
+        dtype: torch.dtype | None,
+        indices: tuple[Index, ...],
+        masks: tuple[MaskUse | None, ...],
+        *deltas: Tensor,
     ) -> Tensor:
         ctx.masks = masks
         ctx.indices = indices  # constants: `save_for_backward` would let offloading hooks copy them at every step
         ctx.dtypes = [delta.dtype for delta in deltas]
-        return _composed(dense(base), deltas, indices)
+        return _composed(dense(base), deltas, indices, dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -125,10 +138,10 @@ class _Compose(torch.autograd.Function):
         gathered = [
             delta_gradient(flat, index, mask, dtype) if needed else None
             for index, mask, dtype, needed in zip(
-                ctx.indices, ctx.masks, ctx.dtypes, ctx.needs_input_grad[3:], strict=True
+                ctx.indices, ctx.masks, ctx.dtypes, ctx.needs_input_grad[4:], strict=True
             )
         ]
-        return gradient if ctx.needs_input_grad[0] else None, None, None, *gathered
+        return gradient if ctx.needs_input_grad[0] else None, None, None, None, *gathered
 
 
 def positions_of(index: Tensor | Channels) -> Tensor:
@@ -146,32 +159,37 @@ def delta_gradient(gradient: Tensor, indices: Index, mask: MaskUse | None, dtype
     return gathered if mask is None else mask.apply(gathered)
 
 
-def _composed(base: Tensor, deltas: Sequence[Tensor], indices: Sequence[Index]) -> Tensor:
-    """A contiguous copy of `base` with the deltas added in at least float32 and rounded once to its dtype."""
+def _composed(
+    base: Tensor, deltas: Sequence[Tensor], indices: Sequence[Index], dtype: torch.dtype | None = None
+) -> Tensor:
+    """A contiguous copy of `base`, the deltas added in at least float32, rounded to its dtype and then to `dtype`."""
+    dtype = dtype or base.dtype
     precise = torch.promote_types(base.dtype, torch.float32)
     for delta in deltas:
         precise = torch.promote_types(precise, delta.dtype)
     # Several deltas are summed before the one rounding, so the whole tensor needs the wider type.
-    if base.dtype == precise or len(deltas) > 1:
+    if base.dtype == dtype == precise or len(deltas) > 1:
         total = base.to(precise, copy=True, memory_format=torch.contiguous_format)
         for delta, index in zip(deltas, indices, strict=True):
             if index is None:
                 total.view(-1).add_(delta)
             elif isinstance(index, Channels):
-                index.of(total).index_add_(1, index.chosen, index.as_block(delta.to(precise)))
+                index.add_to(total, delta.to(precise))
             else:
                 total.view(-1).index_add_(0, index, delta.to(precise))
-        return total.to(base.dtype)
+        return total.to(base.dtype).to(dtype)
     (delta,), (index,) = deltas, indices
     if index is None:
-        return rounded_sum(base.reshape(-1), delta).view(base.shape)
-    total = base.clone(memory_format=torch.contiguous_format)  # only the chosen entries need the wider type
+        return rounded_sum(base.reshape(-1), delta).view(base.shape).to(dtype)
+    base = base.contiguous()
+    total = base.to(dtype, copy=True)  # only the chosen entries need the wider type
     if isinstance(index, Channels):
-        before = index.of(total).index_select(1, index.chosen)
-        index.of(total).index_copy_(1, index.chosen, rounded_sum(before, index.as_block(delta)))
+        before = index.of(base).index_select(1, index.chosen)
+        index.of(total).index_copy_(1, index.chosen, rounded_sum(before, index.as_block(delta)).to(dtype))
         return total
     # Unlike index_select and index_add_, index_copy_ does not take int32.
-    total.view(-1).index_copy_(0, index.long(), rounded_sum(total.view(-1).index_select(0, index), delta))
+    after = rounded_sum(base.view(-1).index_select(0, index), delta)
+    total.view(-1).index_copy_(0, index.long(), after.to(dtype))
     return total
 
 

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from peft import PeftModel, convert_to_lora, get_peft_model, save_as_lora
 from torch import nn
-from transformers import (
-    ViTConfig,
-    ViTForImageClassification,
-)
+from transformers import ViTConfig, ViTForImageClassification
+from transformers.pytorch_utils import Conv1D
 
 from peft_child import ChildTuningConfig, FormatError
 from peft_child.layers.layer import child_tuning_layers
@@ -207,6 +206,49 @@ def test_autocast_and_inference_mode():
         loss = model(**bert_batch()).loss
     loss.backward()
     assert all(value.grad is not None for key, value in model.named_parameters() if "child_delta" in key)
+
+
+@pytest.mark.parametrize("granularity", ["entry", "input_channel"])
+@pytest.mark.parametrize("kind", [nn.Linear, lambda wide, narrow: Conv1D(narrow, wide)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_linear_layer_under_autocast(kind, granularity, dtype):
+    config = {"density": 0.2, "target_parameters": ["0.weight"], "granularity": granularity}
+    base = nn.Sequential(kind(24, 40)).to(dtype)
+    model = get_peft_model(base, ChildTuningConfig(**config, variant="random", init_weights=False))
+    ((_, layer),) = child_tuning_layers(model).items()
+    ((_, delta),) = layer.deltas_of("weight")
+    x = torch.randn(6, 24, dtype=dtype, requires_grad=True)
+    own = [x, delta, *model.parameters(), *model.buffers()]
+    with torch.autocast("cpu", torch.bfloat16):
+        kept, found = saved_bytes(lambda: model(x), own)
+        weight, bias = layer._composition("weight").tensor(), layer.base_layer.bias  # cast as a whole, in each product
+        expected = F.linear(x, weight, bias) if kind is nn.Linear else torch.addmm(bias, x, weight)
+    assert torch.equal(found, expected)
+    assert kept <= 2 * x.numel()  # the input in bfloat16, and no weight
+    upstream = torch.randn_like(found)
+    of_x, of_delta = torch.autograd.grad(found, [x, delta], upstream)
+    twin_of_x, twin_of_delta = torch.autograd.grad(expected, [x, delta], upstream)
+    assert torch.equal(of_x, twin_of_x)
+    if granularity == "entry":
+        assert torch.equal(of_delta, twin_of_delta)
+    torch.testing.assert_close(of_delta, twin_of_delta, rtol=2e-2, atol=1e-2)
+
+
+def test_a_forward_of_the_instance_is_run_with_the_weight_as_it_is():
+    base = nn.Sequential(nn.Linear(8, 8))
+    seen = []
+
+    def forward(x):
+        seen.append(base[0].base_layer.weight.dtype)
+        return x * seen[0].itemsize
+
+    base[0].forward = forward
+    config = {"density": 0.5, "target_parameters": ["0.weight"], "granularity": "input_channel"}
+    model = get_peft_model(base, ChildTuningConfig(**config, variant="random", init_weights=False))
+    with torch.autocast("cpu", torch.bfloat16):
+        result = model(torch.ones(2, 8))
+    assert seen == [torch.float32]
+    assert torch.equal(result, torch.full((2, 8), 4.0))
 
 
 def test_attention_with_keys_of_another_width():

@@ -44,6 +44,8 @@ def test_a_delta_in_the_order_of_positions_is_a_matrix_of_channels(kind):
     tensor = torch.zeros(shape)
     channels.of(tensor).index_copy_(1, channels.chosen, channels.as_block(delta))
     assert torch.equal(tensor.flatten()[channels.positions()], delta)
+    channels.add_to(tensor, delta)
+    assert torch.equal(tensor.flatten()[channels.positions()], delta + delta)
     assert torch.equal(channel(tensor, 1), torch.zeros_like(channel(tensor, 1)))
 
 

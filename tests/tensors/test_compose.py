@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from peft_child.tensors.channels import ChannelLayout, Channels
 from peft_child.tensors.compose import Child, Composition, call_composed, lock_of
 from peft_child.tensors.composed_on_use import ComposedOnUse
 
@@ -38,6 +39,36 @@ def test_composed_values_equal_the_definition(dtype, adapters):
     assert torch.equal(composed, by_definition(base, children))
 
 
+def channels(shape, chosen):
+    layout = ChannelLayout.of_shape(shape, is_bias=False, by_rows=False)
+    return Child(torch.randn(len(chosen) * layout.size) * 0.1, Channels(layout, torch.tensor(chosen)))
+
+
+@pytest.mark.parametrize("to", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "children",
+    [[child(35, 9)], [channels((5, 7), [0, 3])], [Child(torch.randn(35), None)], [child(35, 9), child(35, 4, seed=1)]],
+)
+def test_values_in_another_dtype_are_those_of_the_base_cast(children, dtype, to):
+    base = torch.randn(5, 7).to(dtype)
+    composition = Composition(base, tuple(children))
+    found = composition._replace(dtype=to).tensor()
+    assert found.dtype == to
+    assert torch.equal(found, composition.tensor().to(to))
+    assert torch.equal(Composition(base, (), to).tensor(), base.to(to))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_dtype_of_autocast_is_that_to_which_it_casts(dtype):
+    composition = Composition(torch.randn(5, 7).to(dtype), (child(35, 9),))
+    assert composition.as_autocast() is composition
+    with torch.autocast("cpu", torch.float16):
+        found = composition.as_autocast().tensor()
+        expected = torch.nn.functional.linear(torch.zeros(1, 7, dtype=dtype), composition.tensor()).dtype
+    assert found.dtype == expected
+
+
 @pytest.mark.parametrize("shape", [(), (3,), (4, 5), (2, 3, 4), (2, 2, 2, 2)])
 def test_any_shape(shape):
     base = torch.randn(shape)
@@ -61,6 +92,16 @@ def test_gradients_are_the_chosen_entries_of_the_dense_gradient(dtype):
     assert torch.equal(base.grad, upstream)
     for delta, indices, _ in children:
         assert torch.equal(delta.grad, upstream.flatten()[indices].float())
+
+
+def test_gradients_in_another_dtype_come_back_in_that_of_the_tensor():
+    base = torch.randn(5, 7, requires_grad=True)
+    one = child(35, 9)
+    upstream = torch.randn(5, 7).bfloat16()
+    (Composition(base, (one,), torch.bfloat16).tensor() * upstream).sum().backward()
+    assert base.grad.dtype == one.delta.grad.dtype == torch.float32
+    assert torch.equal(base.grad, upstream.float())
+    assert torch.equal(one.delta.grad, upstream.flatten()[one.indices].float())
 
 
 def linear_child(layer, seed=0):
