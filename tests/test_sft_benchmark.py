@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -111,10 +110,6 @@ def test_a_page_has_what_the_cells_gave(tmp_path):
     assert f"- `{SWEEP.run(LIKE, 1e-3, 1).command(SOURCE)}`: none" in page
     assert "- Abacus, torch 2: 4 runs\n" in page
     assert (tmp_path / "name.svg").exists()
-    replace(SWEEP, timed=True).write(found, tmp_path)
-    timed = (tmp_path / "name.md").read_text()
-    assert "| LoRA | 1,000 | 0.001 | 1.450 ± 0.071 | 3.000 ± 0.000 | 2.0 | 1.00 |" in timed
-    assert ("Seconds are" in timed, "Seconds are" in page) == (True, False)
 
 
 def test_the_committed_pages_are_written_from_the_committed_results(tmp_path):
@@ -241,6 +236,24 @@ def test_combinations_are_those_of_the_adapters(workplace, method):
     assert ("exact sum" in combined) == (method == "lora")
     assert all(loss != before for loss, before in zip(combined["first"], found["base"], strict=True))
     assert len({tuple(losses) for losses in combined.values()}) == len(combined)
+
+
+@pytest.mark.slow
+@TRL_WARNS
+def test_steps_are_those_of_the_method_and_of_lora_in_turns(workplace, tmp_path):
+    from benchmarks.sft import steps
+
+    settings = Settings(Source(str(workplace / "model"), str(workplace / "data")), only=("full fine-tuning",))
+    timing = EXPERIMENTS["steps"](settings)
+    (run,) = timing.runs({})
+    small = ("--batch-size", "2", "--turns", "3", "--output", str(tmp_path / "runs"))
+    (found,) = steps.main([*run.arguments(settings.source), *small])
+    assert {name: len(seconds) for name, seconds in found["steps"].items()} == {"own": 3, "lora": 3}
+    assert found["tokens"] % 2 == 0
+    result = found | {"processor": "Abacus", "steps": {"own": [3.0, 2.0, 4.0], "lora": [1.0, 2.0, 2.0]}}
+    timing.write({run.command(settings.source): result}, tmp_path)
+    expected = f"| full fine-tuning | 2.00 | 1.00 | 3.00 | 3.00 | 2.00 | 3 | {found['tokens']:,} |\n"
+    assert expected in (tmp_path / "steps.md").read_text()
 
 
 @pytest.mark.by_hand

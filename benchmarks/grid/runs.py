@@ -77,6 +77,7 @@ SCRIPTS = {
     "sft": ("examples/sft.py",),
     "sft_variants": ("-m", "benchmarks.sft.variants"),
     "sft_combine": ("-m", "benchmarks.sft.combine"),
+    "sft_steps": ("-m", "benchmarks.sft.steps"),
 }
 OF_TASKS = ("glue", "variants", "children")  # these take the model and the folder of the data from the source
 

@@ -55,7 +55,13 @@ def main() -> None:
         return median(alike) if alike else args.seconds_per_step * args.steps
 
     experiments = {name: EXPERIMENTS[name](settings) for name in args.experiments}
-    drive(experiments, source, args, seconds, ["benchmarks.sft.variants", "benchmarks.sft.combine"])
+    drive(
+        experiments,
+        source,
+        args,
+        seconds,
+        ["benchmarks.sft.variants", "benchmarks.sft.combine", "benchmarks.sft.steps"],
+    )
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from benchmarks.grid.search import Method, only_named
 from benchmarks.sft.combining import Combining
 from benchmarks.sft.methods import FULL, child, chosen_by, chosen_from, lora, random, shira
 from benchmarks.sft.sweep import Sweep, Task
+from benchmarks.sft.timing import Timing
 
 
 E2E = Task(
@@ -84,7 +85,7 @@ def main_table(settings: Settings) -> Sweep:
         "density 0.01 as LoRA with r=4."
     )
     equal = (1.6, 1.5, 1.46, 1.44)
-    return settings.sweep("sft", "A language model learns a task", text, E2E, methods, equal=equal, timed=True)
+    return settings.sweep("sft", "A language model learns a task", text, E2E, methods, equal=equal)
 
 
 def mathematics(settings: Settings) -> Sweep:
@@ -133,10 +134,19 @@ def combining(settings: Settings) -> Combining:
     return Combining(main_table(settings), mathematics(settings), methods)
 
 
+def timing(settings: Settings) -> Timing:
+    """What a training step costs; for child networks that does not depend on how they were chosen."""
+    sizes = ((0.1, RANDOM_TENTH), (0.01, RANDOM_HUNDREDTH))
+    children = (random(*size, channels=channels) for size in sizes for channels in (False, True))
+    methods = (FULL, *children, shira(0.1, RANDOM_TENTH), lora(4), lora(35))
+    return Timing(main_table(settings), only_named(methods, settings.only))
+
+
 EXPERIMENTS: dict[str, Callable[[Settings], Experiment]] = {
     "sft": main_table,
     "gsm8k": mathematics,
     "density": density,
     "choice": choice,
     "combined": combining,
+    "steps": timing,
 }

@@ -54,11 +54,10 @@ class Sweep:
         text: What it shows.
         source: The model and the folder of the data.
         task: What is learnt.
-        methods: What is compared; the first is what costs are compared with.
+        methods: What is compared.
         options: Settings that all runs have in common.
         seeds: The first tries all rates.
         equal: Losses on new text at which forgetting is compared.
-        timed: Whether its page compares the seconds of the runs.
     """
 
     name: str
@@ -70,7 +69,6 @@ class Sweep:
     options: tuple[str, ...]
     seeds: tuple[int, ...]
     equal: tuple[float, ...] = ()
-    timed: bool = False
 
     def runs(self, known: Known) -> Iterator[Run]:
         """The runs that can be planned with what is known, those of the first seed first."""
@@ -151,22 +149,17 @@ class Sweep:
 
     def _protocol(self, base: tuple[float, float] | None) -> str:
         before = f" The base model has {base[0]:.3f} and {base[1]:.3f}." if base else ""
-        seconds = (
-            " Seconds are those of a training step in the fastest run of each, in proportion to "
-            f"{self.methods[0].name}; two processes shared the CPU."
-        )
         return (
             f"Model: `{self.source.shown().model}`; {self.task.title}. The mean loss per token (in nats) on held-out "
             "completions of the task (new text) and on text that the model knew before (old text); lower is better."
             f"{before} The table has each method at the learning rate with the lowest loss on new text, "
             f"{of_seeds('mean and standard deviation', len(self.seeds))}; the rate was chosen with the first seed. A "
-            f"seed sets the order of the rows, the random masks and LoRA's matrices.{seconds if self.timed else ''}"
+            f"seed sets the order of the rows, the random masks and LoRA's matrices."
         )
 
     def _main_table(self, known: Known) -> str:
         rows = []
-        (reference, *_), wanted = self.methods, len(self.seeds)
-        least = self._seconds(reference, known)
+        wanted = len(self.seeds)
         for method in self.methods:
             results = self.results(method, known)
             if not results:
@@ -180,16 +173,10 @@ class Sweep:
                     f"{self.best_rate(method, known):g}",
                     *(mean_and_deviation(values, wanted, 3) for values in by_text),
                     f"{size / 1e6:.1f}",
-                    *([f"{self._seconds(method, known) / least:.2f}" if least else MISSING] if self.timed else []),
                 ]
             )
         head = ["method", "trained values", "rate", "new text", "old text", "file (MB)"]
-        return markdown([*head, "seconds"] if self.timed else head, rows)
-
-    def _seconds(self, method: Method, known: Known) -> float:
-        """Seconds per step of the fastest run; 0 if there is none."""
-        runs = (*self.tried(method, known).values(), *self.results(method, known).values())
-        return min((result["seconds_per_step"] for result in runs), default=0.0)
+        return markdown(head, rows)
 
     def _equal_learning(self, courses: Mapping[str, Sequence[Curve]]) -> str:
         rows = [
