@@ -1,6 +1,6 @@
 """Fine-tune a language model on rows of your own with TRL: Child-Tuning, or what to compare it with.
 
-    python examples/sft.py --data rows.jsonl --columns question answer
+    python examples/sft.py --data rows.jsonl --columns question answer --density 0.01
     python examples/sft.py --data openai/gsm8k main --columns question answer --method lora
     python examples/sft.py --data folder --columns meaning text --old-text notes.txt --results results.jsonl
 
@@ -41,6 +41,7 @@ OLD_TOKENS = 256  # of one example of old text
 def main(argv=None):
     """Train with each seed; returns the results, which also go to the file of results."""
     args = with_learning_rate(parse_arguments().parse_args(argv))
+    check_output(args)
     if not sys.stderr.isatty():  # bars are for terminals
         transformers.utils.logging.disable_progress_bar()
         datasets.disable_progress_bars()
@@ -53,6 +54,19 @@ def with_learning_rate(args):
     rates = LEARNING_RATES | (SPARSE if args.density <= 0.03 else {})
     args.learning_rate = args.learning_rate or rates[kind]
     return args
+
+
+def check_output(args):
+    """Say which model will be replaced. An adapter beside a whole model would be loaded on top of that one."""
+    kinds = {"a whole model": "config.json", "an adapter": "adapter_config.json"}
+    own = "a whole model" if args.method == "full" else "an adapter"
+    found = [kind for kind, name in kinds.items() if Path(args.output, name).exists()]
+    if other := set(found) - {own}:
+        raise SystemExit(
+            f"--output must not mix {own} with {other.pop()}, as in '{args.output}'; name another folder."
+        )
+    if found:
+        print(f"'{args.output}' has {own}, which will be replaced; --output names another folder.")
 
 
 def choose(trainer, args):
@@ -215,9 +229,7 @@ def mean_loss(trainer, rows):
 def load_rows(args):
     """Rows to train on, and rows that are held out, in the columns that TRL knows."""
     path = Path(args.data[0])
-    if path.suffix in (".json", ".jsonl") and not path.is_file():
-        raise SystemExit(f"There is no file '{path}'.")
-    if path.is_file():
+    if path.is_file() or path.suffix in (".json", ".jsonl", ".csv"):
         splits = {"train": read(path)}
     elif path.is_dir():
         splits = {name: read(path / f"{name}.jsonl") for name in ("train", "test")}
@@ -235,7 +247,31 @@ def load_rows(args):
 
 def read(file):
     """The rows of a file of JSON lines."""
-    return Dataset.from_list([json.loads(line) for line in file.read_text("utf-8").split("\n") if line.strip()])
+    if not file.is_file():
+        raise SystemExit(
+            f"--data must be a JSONL file, a folder with train.jsonl and test.jsonl, or a name on the Hub; "
+            f"there is no file '{file}'."
+        )
+    lines = enumerate(file.read_bytes().split(b"\n"), 1)
+    rows = [parse(line, f"line {number} of '{file}'") for number, line in lines if line.strip()]
+    if not rows:
+        raise SystemExit(f"'{file}' has no rows.")
+    try:
+        return Dataset.from_list(rows)
+    except (TypeError, ValueError) as error:  # of Arrow
+        raise SystemExit(f"A column must have values of one kind; in '{file}': {error}") from None
+
+
+def parse(line, place):
+    """A line of JSON as a row."""
+    try:
+        row = json.loads(line)
+    except ValueError:  # of JSON, or of UTF-8
+        row = None
+    if not isinstance(row, dict):
+        text = line.decode(errors="replace").strip()
+        raise SystemExit(f'Each line must be a JSON object, {{"text": "..."}}; got {text[:60]!r} in {place}.')
+    return row
 
 
 def prompts_and_completions(rows, args):
@@ -293,9 +329,7 @@ def parse_arguments():
     add("--chat", action="store_true", help="write the prompt and the completion with the chat template of the model")
     add("--old-text", nargs="*", type=Path, default=[], help="files that the model knows; if none, Python's help")
     add("--method", choices=["child", "full", "lora", "shira"], default="child", help="what to train")
-    add(
-        "--variant", choices=["task_driven", "random", "task_free"], default="task_driven", help="of the child network"
-    )
+    add("--variant", choices=["random", "task_driven", "task_free"], default="random", help="of the child network")
     add("--granularity", choices=["entry", "input_channel"], default="entry", help="what a child network consists of")
     add("--density", type=float, default=0.1, help="share of the child network, or of SHiRA")
     add("--num-fisher-examples", type=int, default=32, help="training rows that choose the child network")

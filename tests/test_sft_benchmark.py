@@ -125,6 +125,13 @@ def test_the_committed_pages_are_written_from_the_committed_results(tmp_path):
             assert (tmp_path / name).read_bytes() == (folder / name).read_bytes(), name
 
 
+def test_recorded_commands_of_child_networks_name_the_variant_that_was_trained():
+    known = Results(ROOT / "docs" / "results" / "language_model" / "results.jsonl").read()
+    children = [result for result in known.values() if result.get("method") == "child"]
+    assert {result["settings"]["variant"] for result in children} == {"random", "task_driven"}
+    assert all(f" --variant {result['settings']['variant']} " in result["command"] for result in children)
+
+
 def test_the_tables_that_are_quoted_are_those_of_the_results():
     pages = [page.read_text() for page in (ROOT / "docs" / "results" / "language_model").glob("*.md")]
     found = set(re.findall(r"\d\.\d{3} ± \d\.\d{3}", "\n".join(pages)))

@@ -18,7 +18,7 @@ def child(density: float, rates: tuple[float, ...], *, channels: bool = False, e
     options = ("--density", f"{density:g}", "--num-fisher-examples", str(examples or FISHER_EXAMPLES))
     return Method(
         f"{name}, {examples} examples" if examples else name,
-        ("--method", "child", *options, *_granularity(channels)),
+        ("--method", "child", "--variant", "task_driven", *options, *_granularity(channels)),
         rates,
         "sft",
     )

@@ -19,6 +19,7 @@ from peft_child import estimate_fisher, select_child_network, weight_magnitudes
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     """Train with each seed; returns the results."""
     parser = sft.parse_arguments()
+    parser.set_defaults(variant="task_driven")  # only such a child network is chosen
     parser.add_argument("--choose", choices=CHOICES, default="highest", help="how the child network is chosen")
     parser.add_argument("--choose-from", nargs="+", default=[], help="other data, and its two columns, to choose from")
     args = sft.with_learning_rate(parser.parse_args(argv))
