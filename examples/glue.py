@@ -3,10 +3,10 @@
     python examples/glue.py --task mrpc --bf16
     python examples/glue.py --task mrpc --method lora --seeds 1 2 3 --results results.jsonl
     python examples/glue.py --task snli --dataset stanfordnlp/snli --max-train-examples 5000
-    python examples/glue.py --task mine --data folder --model ./my-encoder
+    python examples/glue.py --task mine --data folder --columns question answer --model ./my-encoder
 
 Own rows are JSON lines with one or two texts and `label`, here in folder/mine/train.jsonl and validation.jsonl. Labels
-are names, whole numbers from 0, or floats for a regression.
+are names, whole numbers (of classes; -1 is a row without a label), true and false, or floats for a regression.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import numpy as np
 import peft
 import torch
 import transformers
-from datasets import ClassLabel, Dataset, load_dataset
+from datasets import ClassLabel, Dataset, Value, load_dataset
 from peft import LoraConfig, ShiraConfig, get_peft_model
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
@@ -33,6 +33,8 @@ from peft_child import ChildTuningConfig, keep_largest, select_child_network
 
 LEARNING_RATES = {"full": 5e-5, "child": 3e-4, "task_free": 1e-4, "random": 3e-4, "lora": 5e-4, "shira": 3e-4}
 VARIANTS = {"child": "task_driven", "task_free": "task_free", "random": "random"}
+STRINGS = ("string", "large_string")
+LABELS = (*STRINGS, "bool", "int", "uint", "float")
 VERSIONS = {module.__name__: module.__version__ for module in (torch, transformers, peft, peft_child)}
 
 
@@ -40,6 +42,7 @@ def main(argv=None):
     """Train with each seed; returns the results, which also go to the file of results."""
     args = parse_arguments().parse_args(argv)
     args.learning_rate = args.learning_rate or LEARNING_RATES[args.method]
+    check_output(args)
     if not sys.stderr.isatty():  # bars are for terminals
         transformers.utils.logging.disable_progress_bar()
         datasets.disable_progress_bars()
@@ -49,6 +52,19 @@ def main(argv=None):
         spread = f", standard deviation {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
         print(f"{name}: {np.mean(values):.4f}{spread}")
     return results
+
+
+def check_output(args):
+    """Say which model will be replaced. An adapter beside a whole model would be loaded on top of that one."""
+    kinds = {"a whole model": "config.json", "an adapter": "adapter_config.json"}
+    own = "a whole model" if args.method == "full" else "an adapter"
+    found = [kind for kind, name in kinds.items() if Path(args.output, name).exists()]
+    if other := set(found) - {own}:
+        raise SystemExit(
+            f"--output must not mix {own} with {other.pop()}, as in '{args.output}'; name another folder."
+        )
+    if found:
+        print(f"'{args.output}' has {own}, which will be replaced; --output names another folder.")
 
 
 def run(args, seed):
@@ -65,6 +81,9 @@ def run(args, seed):
 def record(args, seed, trainer, start, measured):
     """Save the model, and write and return the result, with all that is needed to get it again."""
     trainer.model.save_pretrained(args.output)
+    trainer.processing_class.save_pretrained(args.output)
+    if args.method != "full":  # beside the adapter it would make the folder a whole model
+        trainer.model.config.save_pretrained(Path(args.output, "base"))
     saved = Path(args.output, "model.safetensors" if args.method == "full" else "adapter_model.safetensors")
     settings = {name: value for name, value in vars(args).items() if name not in ("seeds", "results", "output")}
     is_folder = Path(args.model).is_dir()  # of folders only the name, the rest belongs to this machine
@@ -92,12 +111,11 @@ def choose(model, examples, args):
 def train(args, seed, choose=choose):
     """A trainer that has trained; its `eval_dataset` is what to evaluate on."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
-    data, validation, num_labels = load_data(args, seed)
+    data, validation, _ = load_data(args, seed)
+    head = head_of(data.features["label"])
     data, validation = (encode(rows, tokenizer, args.max_length) for rows in (data, validation))
     transformers.set_seed(seed)
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(
-        args.model, num_labels=num_labels, dtype=torch.float32
-    )
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(args.model, **head, dtype=torch.float32)
     if args.method != "full":
         model = get_peft_model(model, adapter_config(model, args, seed))
     collator = transformers.DataCollatorWithPadding(tokenizer)
@@ -141,34 +159,153 @@ def adapter_config(model, args, seed):
 def load_data(args, seed):
     """Rows to train on and to evaluate on, and the number of labels (1 is a regression)."""
     data = read_split(args, "train")
+    kind = kind_of_labels(data)
+    data = with_labels(data, kind)
     if args.hold_out:  # always the same rows, whatever the seed and the number of rows to train on
         data, validation = data.train_test_split(args.hold_out, seed=0).values()
     else:
-        validation = read_split(args, "validation")
-    if isinstance(data[0]["label"], str):
-        names = ClassLabel(names=sorted(set(data["label"])))
-        print("labels:", ", ".join(f"{number} {name}" for number, name in enumerate(names.names)))
-        data, validation = (rows.cast_column("label", names) for rows in (data, validation))
-    num_labels = 1 if data.features["label"].dtype.startswith("float") else max(data["label"]) + 1
-    return data.shuffle(seed).take(min(args.max_train_examples or len(data), len(data))), validation, num_labels
+        validation = with_labels(read_split(args, "validation"), kind)
+    texts, others = texts_of(data), texts_of(validation)
+    if texts != others:
+        raise SystemExit(
+            f"Training and validation rows must have the same texts; got {', '.join(texts)} and {', '.join(others)}. "
+            "Name those to read with --columns."
+        )
+    names = getattr(kind, "names", [])
+    print(f"texts: {', '.join(texts)}\nlabels: {', '.join(names) or 'floats, for a regression'}")
+    return data.shuffle(seed).take(min(args.max_train_examples or len(data), len(data))), validation, len(names) or 1
 
 
 def read_split(args, split):
-    """The rows of a split that have a label."""
+    """The texts and labels of a split, of the rows that have a label."""
     if args.data:
-        lines = (args.data / args.task / f"{split}.jsonl").read_text("utf-8").strip().split("\n")
-        rows = Dataset.from_list([json.loads(line) for line in lines])
+        place = f"{args.data / args.task / split}.jsonl"
+        rows = read(Path(place))
     else:
-        splits = load_dataset(*(args.dataset or ("nyu-mll/glue", args.task)))
+        names = args.dataset or ("nyu-mll/glue", args.task)
+        splits = load_dataset(*names)
         rows = splits[next(name for name in splits if name.startswith(split))]  # of MNLI's two the matched one
-    if rows.features["label"].dtype.startswith("int"):  # SNLI has -1 where annotators disagree
-        rows = rows.filter(lambda label: label >= 0, input_columns="label")
-    return rows
+        place = f"{split} of {' '.join(names)}"
+    if not is_any(rows.features.get("label"), *LABELS):
+        raise SystemExit(f"Rows must have names or numbers in a column 'label'; '{place}' has {described(rows)}.")
+    rows = rows.select_columns([*text_columns(args, rows, place), "label"])
+    for name in rows.column_names:
+        values = rows[name][:]
+        if None in values:
+            raise SystemExit(f"Every row must have a '{name}'; row {values.index(None) + 1} of '{place}' has none.")
+    return with_label(rows, place) if is_any(rows.features["label"], "int", "uint") else rows
+
+
+def read(file):
+    """The rows of a file of JSON lines."""
+    if not file.is_file():
+        raise SystemExit(
+            f"--data must be a folder with TASK/train.jsonl and TASK/validation.jsonl; there is no file '{file}'."
+        )
+    lines = enumerate(file.read_bytes().split(b"\n"), 1)
+    rows = [parse(line, f"line {number} of '{file}'") for number, line in lines if line.strip()]
+    if not rows:
+        raise SystemExit(f"'{file}' has no rows.")
+    try:
+        return Dataset.from_list(rows)
+    except (TypeError, ValueError) as error:  # of Arrow
+        raise SystemExit(f"A column must have values of one kind; in '{file}': {error}") from None
+
+
+def parse(line, place):
+    """A line of JSON as a row."""
+    try:
+        row = json.loads(line)
+    except ValueError:  # of JSON, or of UTF-8
+        row = None
+    if not isinstance(row, dict):
+        text = line.decode(errors="replace").strip()
+        raise SystemExit(
+            f'Each line must be a JSON object, {{"text": "...", "label": "..."}}; got {text[:60]!r} in {place}.'
+        )
+    return row
+
+
+def is_any(feature, *kinds):
+    """Whether a column has values of one of these kinds."""
+    return isinstance(feature, (Value, ClassLabel)) and feature.dtype.startswith(kinds)
+
+
+def described(rows):
+    """The columns of rows and their kinds."""
+    return ", ".join(f"{name} ({getattr(feature, 'dtype', 'several')})" for name, feature in rows.features.items())
+
+
+def text_columns(args, rows, place):
+    """The columns that were named, or all of strings."""
+    strings = [name for name, feature in rows.features.items() if name != "label" and is_any(feature, *STRINGS)]
+    texts = args.columns or strings
+    if not set(texts) <= set(strings) or not 1 <= len(texts) <= 2:
+        raise SystemExit(
+            f"One or two columns of strings must be read; got {', '.join(texts) or 'none'} in '{place}', which has "
+            f"{described(rows)}. Name the columns with --columns."
+        )
+    return texts
+
+
+def texts_of(rows):
+    """The columns to read."""
+    return [name for name in rows.column_names if name != "label"]
+
+
+def with_label(rows, place):
+    """The rows whose label is not -1, as SNLI has it where annotators disagree."""
+    least = min(rows["label"][:])
+    if least < -1:
+        raise SystemExit(f"Whole numbers as labels must be 0 or more, or -1 for no label; got {least} in '{place}'.")
+    if least == -1:
+        print(f"rows of '{place}' with the label -1 are left out: they have none")
+    return rows.filter(lambda label: label >= 0, input_columns="label")
+
+
+def kind_of_labels(rows):
+    """What the labels of training rows are: classes by their names, or floats."""
+    feature = rows.features["label"]
+    if isinstance(feature, ClassLabel) or is_any(feature, "float"):
+        return feature
+    values = sorted(rows.unique("label"))
+    if len(values) < 2:
+        raise SystemExit(
+            f"There must be two different labels or more in the training rows; got {', '.join(map(str, values))}."
+        )
+    return ClassLabel(names=[value if isinstance(value, str) else json.dumps(value) for value in values])
+
+
+def with_labels(rows, kind):
+    """The rows with numbers of classes, or floats, as labels."""
+    feature = rows.features["label"]
+    if feature == kind:
+        return rows
+    if isinstance(kind, ClassLabel):
+        rows = rows.cast_column("label", Value("string"))
+        if unknown := set(rows.unique("label")) - set(kind.names):
+            raise SystemExit(
+                f"Labels of validation rows must be among those of the training rows, {', '.join(kind.names)}; "
+                f"got {', '.join(sorted(unknown))}."
+            )
+    elif not is_any(feature, "float", "int", "uint"):
+        raise SystemExit(
+            f"Labels of validation rows must be numbers, as those of the training rows; got {feature.dtype}."
+        )
+    return rows.cast_column("label", kind)
+
+
+def head_of(feature):
+    """The settings of the head for labels: the names of the classes, or one output."""
+    if not isinstance(feature, ClassLabel):
+        return {"num_labels": 1}
+    names = dict(enumerate(feature.names))
+    return {"id2label": names, "label2id": {name: number for number, name in names.items()}}
 
 
 def encode(rows, tokenizer, max_length):
     """Tokens and labels of rows."""
-    texts = [name for name, feature in rows.features.items() if feature.dtype in ("string", "large_string")]
+    texts = texts_of(rows)
 
     def tokens(batch):
         return {**tokenizer(*(batch[name] for name in texts), truncation=True, max_length=max_length)}
@@ -206,6 +343,7 @@ def parse_arguments():
     add("--task", default="mrpc", help="GLUE task on the Hub, or a name for --dataset, or a folder in --data")
     add("--dataset", nargs="+", help="other dataset on the Hub, and its configuration if it has several")
     add("--data", type=Path, help="folder with TASK/train.jsonl and TASK/validation.jsonl instead of the Hub")
+    add("--columns", nargs="+", default=[], metavar="TEXT", help="one or two columns to read; if none, all of strings")
     add("--max-train-examples", type=int, help="train on so many rows, drawn with the seed; all if not given")
     add("--hold-out", type=float, help="evaluate on this share of the training rows instead, never trained on")
     add("--max-length", type=int, default=128, help="longest example, in tokens")

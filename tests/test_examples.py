@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.grid.scripts import load
+
 from .glue_data import save_model, save_task
 from .ranks import forked
 from .sft_data import save_language_model, save_rows
@@ -20,6 +22,14 @@ from .sft_data import save_language_model, save_rows
 
 pytestmark = pytest.mark.slow
 EXAMPLES = Path(__file__).parents[1] / "examples"
+NEEDS = {"glue": "sklearn", "sft": "trl"}
+TRL_WARNS = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+
+
+def script(name):
+    """An example as a module."""
+    pytest.importorskip(NEEDS[name], reason=f"{NEEDS[name]} is not installed")
+    return load(name)
 
 
 def run(name, *arguments):
@@ -95,7 +105,7 @@ def test_glue(tmp_path, method, task, metrics):
     assert all(set(result["metrics"]) == metrics for result in results)
     assert all(f"{name}: " in printed for name in metrics)
     assert ("child network: " in printed) == (method == "child")
-    assert ("labels: 0 no, 1 yes\n" in printed) == (task == "mine")
+    assert ("labels: no, yes\n" in printed) == (task == "mine")
     saved = tmp_path / "out" / ("model.safetensors" if method == "full" else "adapter_model.safetensors")
     assert results[-1]["bytes"] == saved.stat().st_size
     assert (results[-1]["settings"]["model"], results[-1]["settings"]["data"]) == ("encoder", "data")
@@ -104,8 +114,8 @@ def test_glue(tmp_path, method, task, metrics):
 @pytest.mark.parametrize(
     ("method", "more"),
     [
-        ("child", ["--granularity", "input_channel", "--chat"]),
-        ("child", ["--variant", "random"]),
+        ("child", ["--variant", "task_driven", "--granularity", "input_channel", "--chat"]),
+        ("child", []),
         ("full", []),
         ("lora", ["--rank", 2]),
         ("shira", []),
@@ -128,6 +138,7 @@ def test_sft(tmp_path, method, more):
     saved = tmp_path / "out" / ("model.safetensors" if method == "full" else "adapter_model.safetensors")
     assert result["bytes"] == saved.stat().st_size
     assert f"{result['entries']:,} trained values" in printed
+    assert ("child network: " in printed) == ("task_driven" in more)
     assert str(tmp_path) not in json.dumps(result)
 
 
@@ -146,6 +157,7 @@ def test_sft_of_a_single_file_with_its_own_old_text(tmp_path):
     )
     settings = json.loads((tmp_path / "results.jsonl").read_text())["settings"]
     assert (settings["data"], settings["old_text"]) == (["rows.jsonl"], ["old.txt"])
+    assert settings["variant"] == "random"
 
 
 def test_sft_says_what_is_wrong_with_its_options(tmp_path):
@@ -171,3 +183,175 @@ def test_glue_keeps_the_largest_changes(tmp_path):
     result = json.loads((tmp_path / "results.jsonl").read_text())
     assert list(result["kept"]) == ["0.3", "0.1"]
     assert result["entries"] == 406 + 34  # a tenth of the targeted entries, and the head
+
+
+@TRL_WARNS
+@pytest.mark.parametrize(
+    ("options", "rate"),
+    [
+        ("", 1e-3),
+        ("--density 0.01", 1e-2),
+        ("--variant task_driven", 3e-4),
+        ("--variant task_driven --density 0.01", 1e-3),
+        ("--variant task_free", 1e-4),
+        ("--method lora", 1e-3),
+        ("--learning-rate 0.5", 0.5),
+    ],
+)
+def test_sft_has_the_usual_learning_rate_of_a_method(options, rate):
+    sft = script("sft")
+    args = sft.parse_arguments().parse_args(["--data", "rows.jsonl", *options.split()])
+    assert sft.with_learning_rate(args).learning_rate == rate
+
+
+@TRL_WARNS
+@pytest.mark.parametrize("name", NEEDS)
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"text,label\na,1\n", r"must be a JSON object, .* got 'text,label' in line 1 of '.*rows\.csv'"),
+        (b'[{"text": "a"}]', r"must be a JSON object, .* in line 1 of"),
+        (b'{"text": "a"}\n\n{"text": \n', r"must be a JSON object, .* got '\{\"text\":' in line 3 of"),
+        (b'{"text": "a"}\n{"text": "\xe9"}', r"must be a JSON object, .* in line 2 of"),
+        (b"\n", r"'.*rows\.csv' has no rows"),
+        (b'{"text": "a"}\n{"text": 1}', r"must have values of one kind; in '.*rows\.csv'"),
+    ],
+)
+def test_lines_that_are_no_rows_are_named(tmp_path, name, content, message):
+    (tmp_path / "rows.csv").write_bytes(content)
+    with pytest.raises(SystemExit, match=message):
+        script(name).read(tmp_path / "rows.csv")
+
+
+@TRL_WARNS
+def test_sft_says_what_data_can_be(tmp_path):
+    sft = script("sft")
+    (tmp_path / "folder").mkdir()
+    for data, missing in (("rows.csv", "rows.csv"), ("folder", "folder/train.jsonl")):
+        args = sft.parse_arguments().parse_args(["--data", str(tmp_path / data)])
+        with pytest.raises(SystemExit, match=f"must be a JSONL file, a folder .* there is no file '.*{missing}'"):
+            sft.load_rows(args)
+
+
+def glue_rows(folder, train, validation, *options):
+    """What `glue.py` trains on and evaluates on, of rows as dictionaries."""
+    (folder / "mine").mkdir()
+    for split, rows in (("train", train), ("validation", validation)):
+        (folder / "mine" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    glue = script("glue")
+    args = glue.parse_arguments().parse_args(["--data", str(folder), "--task", "mine", *options])
+    return glue.load_data(args, seed=0)
+
+
+def labelled(*labels, **more):
+    return [{"text": f"{number}", "label": label, **more} for number, label in enumerate(labels)]
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "numbers"),
+    [
+        ([1, 0, 2, 0], ["0", "1", "2"], [1, 0, 2, 0]),
+        ([10, 2, -1, 10], ["2", "10"], [1, 0, 1]),
+        ([True, False, True], ["false", "true"], [1, 0, 1]),
+        (["no", "10", "2"], ["10", "2", "no"], [2, 0, 1]),
+        ([0.5, -1, 2], None, [0.5, -1.0, 2.0]),
+    ],
+)
+def test_glue_counts_classes_and_keeps_their_names(tmp_path, labels, names, numbers):
+    rows, others, count = glue_rows(tmp_path, labelled(*labels), labelled(labels[0]))
+    assert [label for _, label in sorted(zip(rows["text"], rows["label"], strict=True))] == numbers
+    assert others["label"][:] == numbers[:1]
+    assert count == (len(names) if names else 1)
+    assert getattr(rows.features["label"], "names", None) == names
+
+
+@pytest.mark.parametrize(
+    ("train", "validation", "message"),
+    [
+        (
+            [{"text": "a", "id": 1}],
+            [],
+            r"names or numbers in a column 'label'; .*train\.jsonl' has text \(string\), id",
+        ),
+        (labelled(0, None), [], r"must have a 'label'; row 2 of '.*train\.jsonl' has none"),
+        (labelled([1], [2]), [], r"names or numbers in a column 'label'"),
+        (labelled(1, 1), [], r"two different labels or more in the training rows; got 1"),
+        (labelled(-1, 1), [], r"two different labels or more in the training rows; got 1"),
+        (labelled(0, -2), [], r"0 or more, or -1 for no label; got -2 in '.*train\.jsonl'"),
+        (labelled("a", "b"), labelled("a", "c"), r"among those of the training rows, a, b; got c"),
+        (labelled(0, 1), labelled(2), r"among those of the training rows, 0, 1; got 2"),
+        (labelled(0.5, 1), labelled("a"), r"must be numbers, as those of the training rows; got string"),
+        (labelled(0, 1), [{"other": "a", "label": 1}], r"must have the same texts; got text and other"),
+        (labelled(0, 1, id="a", url="b"), [], r"got text, id, url in '.*train\.jsonl', .*with --columns"),
+        ([{"id": 1, "label": 0}], [], r"got none in '.*train\.jsonl', which has id \(int64\), label"),
+    ],
+)
+def test_glue_says_what_is_wrong_with_rows(tmp_path, train, validation, message):
+    with pytest.raises(SystemExit, match=message):
+        glue_rows(tmp_path, train, validation or train)
+
+
+def test_glue_reads_the_columns_that_are_named(tmp_path, capsys):
+    rows = [{"id": "x", "b": "second", "label": number, "a": "first"} for number in (0, 1)]
+    data, _, _ = glue_rows(tmp_path, rows, rows, "--columns", "a", "b")
+    assert data.column_names == ["a", "b", "label"]
+    assert capsys.readouterr().out == "texts: a, b\nlabels: 0, 1\n"
+    for number, columns in enumerate((["a", "text"], ["label"], ["a", "b", "id"])):
+        (tmp_path / str(number)).mkdir()
+        with pytest.raises(SystemExit, match=f"got {', '.join(columns)} in .*which has id .string., b"):
+            glue_rows(tmp_path / str(number), rows, rows, "--columns", *columns)
+
+
+def test_glue_says_which_files_it_needs(tmp_path):
+    args = script("glue").parse_arguments().parse_args(["--data", str(tmp_path), "--task", "mine"])
+    with pytest.raises(SystemExit, match=r"TASK/validation\.jsonl; there is no file '.*mine/train\.jsonl'"):
+        script("glue").load_data(args, seed=0)
+
+
+@pytest.mark.parametrize("method", ["child", "full"])
+def test_glue_saves_the_names_of_the_labels_and_the_tokenizer(tmp_path, method):
+    from peft import PeftModel
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, pipeline
+
+    save_model(tmp_path / "encoder")
+    (tmp_path / "mine").mkdir()
+    for split in ("train", "validation"):
+        rows = [{"text": "the cat sat", "label": label} for label in ("good", "bad", "neither")] * 4
+        (tmp_path / "mine" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    run_forked(
+        "glue.py",
+        "--model", tmp_path / "encoder", "--data", tmp_path, "--task", "mine", "--method", method, "--epochs", 1,
+        "--output", tmp_path / "out",
+    )  # fmt: skip
+    if method == "full":
+        model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    else:
+        config = AutoConfig.from_pretrained(tmp_path / "out" / "base")
+        base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "encoder", config=config)
+        model = PeftModel.from_pretrained(base, tmp_path / "out")
+    classify = pipeline(
+        "text-classification", model=model, tokenizer=AutoTokenizer.from_pretrained(tmp_path / "out"), top_k=None
+    )
+    assert {found["label"] for found in classify(["the cat sat"])[0]} == {"good", "bad", "neither"}
+
+
+@TRL_WARNS
+@pytest.mark.parametrize("name", NEEDS)
+def test_output_is_replaced_by_its_like_alone(tmp_path, capsys, name):
+    example = script(name)
+
+    def check(method):
+        data = ["--data", "rows.jsonl"]
+        args = example.parse_arguments().parse_args([*data, "--method", method, "--output", str(tmp_path)])
+        example.check_output(args)
+        return capsys.readouterr().out
+
+    assert check("child") == check("full") == ""
+    (tmp_path / "adapter_config.json").touch()
+    assert "an adapter, which will be replaced" in check("lora")
+    with pytest.raises(SystemExit, match="must not mix a whole model with an adapter"):
+        check("full")
+    (tmp_path / "adapter_config.json").rename(tmp_path / "config.json")
+    assert "a whole model, which will be replaced" in check("full")
+    with pytest.raises(SystemExit, match="must not mix an adapter with a whole model"):
+        check("child")

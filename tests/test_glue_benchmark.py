@@ -301,10 +301,10 @@ def test_a_failed_run_is_recorded_and_only_retried_when_asked(workplace):
     rows = validation.read_text()
     validation.write_text("no rows\n")  # the search never reads it
     grid = ("main", "--tasks", "mrpc", "--methods", "Full", "--seeds", "2", "--max-train-examples", "32")
-    assert drive(workplace, *grid).count("JSONDecodeError: ") == 2
+    assert drive(workplace, *grid).count("SystemExit: Each line must be a JSON object") == 2
     failed = [line for line in lines(workplace) if "error" in line]
     assert len(failed) == 2
-    assert all(line["error"].startswith("JSONDecodeError: ") for line in failed)
+    assert all(line["error"].startswith("SystemExit: ") for line in failed)
     assert not any("--hold-out" in line["command"] for line in failed)
     assert "Failed runs:" in (workplace / "runs" / "report" / "main.md").read_text()
 
