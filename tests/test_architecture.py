@@ -346,3 +346,11 @@ def test_the_oldest_versions_that_are_promised_are_those_that_are_tested():
     promised += re.findall(r'"([\w-]+)>=([\d.]+)"', extras)
     tested = re.findall(r"^([\w-]+)==(.+)$", (ROOT.parent / "constraints-oldest.txt").read_text(), re.MULTILINE)
     assert {name: Version(version) for name, version in promised} == {name: Version(it) for name, it in tested}
+
+
+def test_what_the_oldest_python_cannot_have_is_promised_from_the_tested_version_on():
+    settings = (ROOT.parent / "pyproject.toml").read_text()
+    promised = dict(re.findall(r'"([\w-]+)>=([\d.]+); python_version', settings))
+    tested = dict(re.findall(r"^([\w-]+)==(.+)$", (ROOT.parent / "constraints.txt").read_text(), re.MULTILINE))
+    assert promised
+    assert all(Version(version).release[:2] == Version(tested[name]).release[:2] for name, version in promised.items())
