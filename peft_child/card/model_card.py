@@ -27,7 +27,6 @@ END = "<!-- peft-child:end -->"
 SECTION = re.compile(f"{BEGIN}(?:(?!{BEGIN}|{END}).)*{END}", re.DOTALL)
 TAGS = ("child-tuning", "peft-child")
 VERSIONS = "### Framework versions"  # PEFT adds this block to every card that lacks it
-
 REPO_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 
 # Lines that libraries put into a blank template.
@@ -196,7 +195,9 @@ def _with_section(body: str, settings: Mapping[str, Any], has_heat_map: bool) ->
         return body[: old.start()] + section + body[old.end() :]
     if _is_unfilled(body):
         versions = body[body.index(VERSIONS) :] if VERSIONS in body else ""
-        return "\n" + "\n\n".join(filter(None, [_title(settings), section, REMINDER, versions]))
+        base = settings.get("base_model_name_or_path") or ""
+        title = f"# Child network of {base}" if _is_repo_id(base) else "# Child network"
+        return "\n" + "\n\n".join(filter(None, [title, section, REMINDER, versions]))
     return body + ("\n" if body.endswith("\n") else "\n\n") + section
 
 
@@ -212,11 +213,6 @@ def _is_unfilled(body: str) -> bool:
 def _public(base: str | None) -> str | None:
     """The name of a base model on the Hub; of a folder its own name alone, since the rest belongs to one machine."""
     return base if not base or _is_repo_id(base) else Path(base).name
-
-
-def _title(settings: Mapping[str, Any]) -> str:
-    base = settings.get("base_model_name_or_path") or ""
-    return f"# Child network of {base}" if _is_repo_id(base) else "# Child network"
 
 
 def _section(settings: Mapping[str, Any], has_heat_map: bool) -> str:
@@ -238,8 +234,17 @@ def _loading(settings: Mapping[str, Any]) -> str:
         kind = mapping["base_model_class"]
     if kind is None or not name:
         return LOADING.format(imports="", base="...  # the base model")
-    arguments = _quoted(_public(name)) + (f", revision={_quoted(revision)}" if revision else "")
+    arguments = _quoted(_public(name)) + (f", revision={_quoted(revision)}" if revision else "") + _labels(settings)
     return LOADING.format(imports=f"from transformers import {kind}\n", base=f"{kind}.from_pretrained({arguments})")
+
+
+def _labels(settings: Mapping[str, Any]) -> str:
+    """The classes as arguments of `from_pretrained`; none if they are the two that a model has by default."""
+    labels = settings.get("labels") or []
+    if labels == [f"LABEL_{number}" for number in range(len(labels))]:
+        return f", num_labels={len(labels)}" if len(labels) not in (0, 2) else ""
+    named = ", ".join(f"{number}: {_quoted(label)}" for number, label in enumerate(labels))
+    return f", id2label={{{named}}}"
 
 
 def _facts(settings: Mapping[str, Any], sizes: Mapping[str, ChildSize]) -> str:

@@ -65,15 +65,20 @@ def load_with_adapter(adapter: Path, base: Path, check_base: str = "warn") -> Pe
     """
     stored = open_adapter(adapter)
     model_class = _model_class(stored.settings, base)
+    labels = _labels(stored.settings)
     with _quiet():
         model, info = model_class.from_pretrained(
-            base, dtype="auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True
+            base,
+            **{"dtype": "auto", "use_safetensors": True, "trust_remote_code": False, "output_loading_info": True},
+            **labels,
+            ignore_mismatched_sizes=bool(labels),  # the head of the checkpoint may tell other classes apart
         )
     try:
         loaded = PeftModel.from_pretrained(model, adapter, check_base=check_base)
     except RuntimeError as error:
         raise ValueError(f"The adapter in '{adapter}' does not fit '{base}': {error}") from error
-    missing = sorted(name for name in info["missing_keys"] if f"{PREFIX}{name}" not in stored.dense)
+    absent = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
+    missing = sorted(name for name in absent if f"{PREFIX}{name}" not in stored.dense)
     if missing:
         raise ValueError(
             f"'{base}' lacks '{missing[0]}' ({len(missing)} tensors in all), and the adapter does not have it: "
@@ -90,7 +95,17 @@ def load_without_memory(settings: Mapping[str, Any], base: Path) -> Any:
     """
     model_class = _model_class(settings, base)
     with _quiet():
-        return model_class.from_pretrained(base, device_map="meta", use_safetensors=True, trust_remote_code=False)
+        return model_class.from_pretrained(
+            base, device_map="meta", use_safetensors=True, trust_remote_code=False, **_labels(settings)
+        )
+
+
+def _labels(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The classes that an adapter tells apart, for the configuration of its base."""
+    labels = settings.get("labels") or []
+    return (
+        {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}} if labels else {}
+    )
 
 
 def _model_class(settings: Mapping[str, Any], base: Path) -> Any:

@@ -131,18 +131,17 @@ def _comparable(base: Checkpoint, tuned: Checkpoint) -> list[str]:
     for first, second in ((base, tuned), (tuned, base)):
         missing = sorted(first.places.keys() - second.places.keys())
         if missing:
-            rows = {place.shape for name, place in second.places.items() if _EMBEDDING.search(name)}
-            tied = any(first.places[name].shape in rows for name in missing)
-            hint = " A head that is tied to the embeddings is saved only once: save both alike." if tied else ""
             raise ValueError(
-                f"'{second.path}' lacks {len(missing)} tensors of '{first.path}', such as '{missing[0]}'.{hint}"
+                f"'{second.path}' lacks {len(missing)} tensors of '{first.path}', such as '{missing[0]}'."
+                f"{_why_missing(missing, first, second)}"
             )
     for name, place in base.places.items():
         other = tuned.places[name]
         if (place.dtype, place.shape) != (other.dtype, other.shape):
+            hint = " Save the model in that dtype: `model.to(dtype)` first." if place.shape == other.shape else ""
             raise ValueError(
                 f"'{name}' is {place.dtype} {place.shape} in '{base.path}' and {other.dtype} {other.shape} in "
-                f"'{tuned.path}'; they must be the same."
+                f"'{tuned.path}'; they must be the same.{hint}"
             )
     names = [name for name, place in base.places.items() if place.dtype in FLOATING and 0 not in place.shape]
     for name in base.places.keys() - set(names):
@@ -151,6 +150,16 @@ def _comparable(base: Checkpoint, tuned: Checkpoint) -> list[str]:
                 f"'{name}' differs and is {base.places[name].dtype}; only floating point changes can be kept."
             )
     return names
+
+
+def _why_missing(missing: list[str], first: Checkpoint, second: Checkpoint) -> str:
+    """What is likely to be the reason that a checkpoint lacks tensors of another one."""
+    without_prefix = {name.partition(".")[2] for name in second.places}
+    if any(name in without_prefix or name.partition(".")[2] in second.places for name in missing):
+        return " Their names differ by a prefix: save both as models of one class."
+    embeddings = {place.shape for name, place in second.places.items() if _EMBEDDING.search(name)}
+    tied = any(first.places[name].shape in embeddings for name in missing)
+    return " A head that is tied to the embeddings is saved only once: save both alike." if tied else ""
 
 
 def _count(

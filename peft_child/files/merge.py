@@ -94,10 +94,12 @@ def check_fits(adapter: SparseAdapter, base: Checkpoint) -> None:
     wanted = [*adapter.deltas, *(key.removeprefix(PREFIX) for key in adapter.dense)]
     missing = [name for name in wanted if name not in base.places]
     if missing:
-        raise NamesDifferError(
-            f"'{base.path}' has no tensor '{missing[0]}' ({len(missing)} of {len(wanted)} names are missing): the "
-            "model has other names than its checkpoint, or the adapter belongs to another model."
-        )
+        reason = "the model has other names than its checkpoint, or the adapter belongs to another model."
+        prefix, _, rest = missing[0].partition(".")
+        if rest in base.places:
+            reason = f"the names of the checkpoint lack the prefix '{prefix}.' of the model."
+        count = f"{len(missing)} of {len(wanted)} names are missing"
+        raise NamesDifferError(f"'{base.path}' has no tensor '{missing[0]}' ({count}): {reason}")
     sizes = adapter.sizes  # known for an adapter read from a folder, whose deltas need not be read then
     numels = {name: sizes[name].numel if name in sizes else adapter.deltas[name].numel for name in adapter.deltas}
     numels |= {key.removeprefix(PREFIX): tensor.numel() for key, tensor in adapter.dense.items()}

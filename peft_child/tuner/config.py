@@ -120,6 +120,11 @@ class ChildTuningConfig(PeftConfig):
     fisher_examples: int | None = _setting(
         None, "Number of examples the Fisher information was estimated on; recorded by the selection."
     )
+    labels: list[str] | None = _setting(
+        None,
+        "Names of the classes of a classifier, in their order; recorded when it is saved, so that its base can be "
+        "loaded with as many.",
+    )
     init_weights: bool = _setting(
         True, "True starts from the base model (deltas of zero), False from small random deltas (tests)."
     )
@@ -224,6 +229,9 @@ class ChildTuningConfig(PeftConfig):
         examples = self.fisher_examples
         if examples is not None and (type(examples) is not int or examples < 1):
             raise ValueError(f"fisher_examples must be a positive integer or None, got {examples!r}.")
+        labels = self.labels
+        if labels is not None and not (isinstance(labels, list) and all(isinstance(label, str) for label in labels)):
+            raise ValueError(f"labels must be a list of names or None, got {labels!r}.")
 
     def _check_layers(self) -> None:
         layers = self.layers_to_transform

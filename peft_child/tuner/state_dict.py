@@ -51,7 +51,8 @@ def tensors_to_save(
 
     Args:
         model: A model whose layers have the adapter.
-        config: The adapter's configuration, which is saved next; the sizes of the child network are recorded in it.
+        config: The adapter's configuration, which is saved next; the sizes of the child network and the labels of the
+            model are recorded in it.
         adapter_name: The adapter.
         state_dict: PEFT's copy of the model's state dict, without other adapters. It is changed in place, since PEFT
             takes more tensors from it afterwards: child networks and the base weights of all layers are removed, and
@@ -68,6 +69,7 @@ def tensors_to_save(
             layer.check_is_chosen(adapter_name, "saving")
             sizes |= layer.sizes(adapter_name)
     config.present_sizes = sizes
+    config.labels = _labels_of(model, config)
     prefixes = tuple(f"{name}.child_" for name in layers)  # indices, deltas and masks
     is_written = bool(state_dict)  # accelerate gives an empty one to the ranks that do not write
     selected = {key: whole(state_dict.pop(key)) for key in list(state_dict) if key.startswith(prefixes)}
@@ -85,6 +87,14 @@ def tensors_to_save(
     dense = [key for key in state_dict if f".modules_to_save.{adapter_name}." in key]
     state_dict |= {key: whole(state_dict[key]) for key in dense}
     return stamped(selected, getattr(torch, config.delta_dtype))
+
+
+def _labels_of(model: nn.Module, config: ChildTuningConfig) -> list[str] | None:
+    """The names of the classes that a classifier tells apart, in their order."""
+    names: dict[int, str] | None = getattr(getattr(model, "config", None), "id2label", None)
+    if not names or config.task_type not in ("SEQ_CLS", "TOKEN_CLS"):
+        return config.labels
+    return [str(names[number]) for number in sorted(names)]
 
 
 def _gather(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> None:

@@ -87,6 +87,21 @@ def test_the_code_that_loads_it_is_python(tmp_path):
     compile(code, "card", "exec")
 
 
+@pytest.mark.parametrize(
+    ("labels", "shown"),
+    [
+        (None, ""),
+        (["LABEL_0", "LABEL_1"], ""),
+        (["LABEL_0"], ", num_labels=1"),
+        (["LABEL_0", "LABEL_1", "LABEL_2"], ", num_labels=3"),
+        (["no", 'a "yes"'], ', id2label={0: "no", 1: "a \\"yes\\""}'),
+    ],
+)
+def test_the_code_loads_a_head_for_as_many_classes(tmp_path, labels, shown):
+    card = completed(tmp_path, task_type="SEQ_CLS", labels=labels, revision=None)
+    assert f'base = AutoModelForSequenceClassification.from_pretrained("someone/model"{shown})\n' in card
+
+
 def test_other_settings_tell_other_things(tmp_path):
     card = completed(tmp_path, variant="random", task_type=None)
     assert "- **Seed:** 7\n" in card

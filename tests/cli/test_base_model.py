@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -38,8 +39,37 @@ def with_new_head(folder):
     return chosen_model("bert", AutoModelForSequenceClassification.from_pretrained(folder))
 
 
-@pytest.mark.parametrize("make", [fused, without_head, with_new_head])
-def test_merge_loads_the_model_where_names_differ(tmp_path, make):
+def with_more_classes(folder):
+    """The head in the adapter tells more classes apart than a model has by default."""
+    BertModel(tiny_bert().config).save_pretrained(folder)
+    return classifier(folder)
+
+
+def with_other_classes(folder):
+    """The head in the adapter tells more classes apart than that of the checkpoint, whose names lack the prefix."""
+    tiny_bert().save_pretrained(folder)
+    file = folder / "model.safetensors"
+    save_file({name.removeprefix("bert."): tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    return classifier(folder)
+
+
+def classifier(folder):
+    """An adapter for three classes."""
+    labels = {"id2label": {0: "no", 1: "maybe", 2: "yes"}, "ignore_mismatched_sizes": True}
+    base = AutoModelForSequenceClassification.from_pretrained(folder, **labels)
+    return chosen_model("bert", base, task_type="SEQ_CLS")
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (fused, "or the adapter belongs to another model."),
+        (without_head, "the names of the checkpoint lack the prefix 'model.' of the model."),
+        *((make, "lack the prefix 'bert.' of the model.") for make in (with_new_head, with_more_classes)),
+        (with_other_classes, "lack the prefix 'bert.' of the model."),
+    ],
+)
+def test_merge_loads_the_model_where_names_differ(tmp_path, make, reason):
     model = make(tmp_path / "base")
     (tmp_path / "base/tokenizer.txt").write_text("beside the weights")
     move(model)
@@ -51,12 +81,13 @@ def test_merge_loads_the_model_where_names_differ(tmp_path, make):
         result = run("verify" if what == "check" else "merge", tmp_path / "child", *arguments)
         assert result.exit_code == 0
         assert result.stderr.startswith(f"note: '{tmp_path / 'base'}' has no tensor '")
-        assert result.stderr.endswith(f"belongs to another model. The whole model is loaded to {what} it.\n")
+        assert result.stderr.endswith(f"{reason} The whole model is loaded to {what} it.\n")
     merged = model.merge_and_unload()
     merged.save_pretrained(tmp_path / "expected")
     assert_same(bits(tensors_of(tmp_path / "merged")), bits(tensors_of(tmp_path / "expected")))
     assert (tmp_path / "merged/tokenizer.txt").read_text() == "beside the weights"
     settings = json.loads((tmp_path / "merged/config.json").read_text())
+    assert settings.get("id2label") == json.loads((tmp_path / "expected/config.json").read_text()).get("id2label")
     assert settings["architectures"] == [type(merged).__name__]
     assert not list(tmp_path.glob(".*"))
 

@@ -190,6 +190,24 @@ def test_a_head_that_only_one_checkpoint_has_is_explained(tmp_path, embedding, h
     assert "tied" not in error_of("extract", first, second, tmp_path / "child")
 
 
+@pytest.mark.parametrize("prefixed", [0, 1])
+def test_names_that_differ_by_a_prefix_are_explained(tmp_path, prefixed):
+    files = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    tensors = {"embeddings.weight": torch.ones(5, 2), "layer.weight": torch.ones(2, 2)}
+    save_file(tensors, files[1 - prefixed])
+    save_file({f"bert.{name}": tensor for name, tensor in tensors.items()}, files[prefixed])
+    message = error_of("extract", *files, tmp_path / "child")
+    assert message.rstrip().endswith("Their names differ by a prefix: save both as models of one class.")
+
+
+def test_checkpoints_of_two_dtypes_are_explained(tmp_path):
+    files = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    for file, dtype in zip(files, (torch.bfloat16, torch.float32), strict=True):
+        save_file({"layer.weight": torch.ones(2, 2, dtype=dtype)}, file)
+    message = error_of("extract", *files, tmp_path / "child")
+    assert message.rstrip().endswith("Save the model in that dtype: `model.to(dtype)` first.")
+
+
 def test_fresh_adapters_are_checked_against_a_base_too(base, tuned, tmp_path):
     fresh = extract_adapter(Checkpoint(base), Checkpoint(tuned))
     check_fits(fresh, Checkpoint(base))
