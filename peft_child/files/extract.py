@@ -138,7 +138,7 @@ def _comparable(base: Checkpoint, tuned: Checkpoint) -> list[str]:
     for name, place in base.places.items():
         other = tuned.places[name]
         if (place.dtype, place.shape) != (other.dtype, other.shape):
-            hint = " Save the model in that dtype: `model.to(dtype)` first." if place.shape == other.shape else ""
+            hint = " Load one of them in the dtype of the other, and save it." if place.shape == other.shape else ""
             raise ValueError(
                 f"'{name}' is {place.dtype} {place.shape} in '{base.path}' and {other.dtype} {other.shape} in "
                 f"'{tuned.path}'; they must be the same.{hint}"

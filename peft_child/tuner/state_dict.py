@@ -159,6 +159,7 @@ def fit_state_dict(
         ValueError: If the base model has other weights, and `check_base` is 'error'; or if the configuration did not
             come with the file, and says that the child network or its gradient mask must be another.
     """
+    _check_labels(model, config)
     layers = {path: layer for path, layer in _layers(model).items() if layer.has_adapter(adapter_name)}
     bases = _loadable(layers, adapter_name, state_dict)
     children, remapped = read_children(state_dict)
@@ -192,6 +193,14 @@ def fit_state_dict(
         layer.allocate(adapter_name, sizes, dtypes, trainable=not config.inference_mode)
     config.present_sizes = sizes
     return remapped
+
+
+def _check_labels(model: nn.Module, config: ChildTuningConfig) -> None:
+    here, there = len(_labels_of(model, config) or []), len(config.labels or [])
+    if there and here != there:
+        raise FormatError(
+            f"The adapter tells {there} classes apart, and the base model {here}: load the base with num_labels={there}."
+        )
 
 
 def _loadable(

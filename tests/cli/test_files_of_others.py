@@ -205,7 +205,7 @@ def test_checkpoints_of_two_dtypes_are_explained(tmp_path):
     for file, dtype in zip(files, (torch.bfloat16, torch.float32), strict=True):
         save_file({"layer.weight": torch.ones(2, 2, dtype=dtype)}, file)
     message = error_of("extract", *files, tmp_path / "child")
-    assert message.rstrip().endswith("Save the model in that dtype: `model.to(dtype)` first.")
+    assert message.rstrip().endswith("Load one of them in the dtype of the other, and save it.")
 
 
 def test_fresh_adapters_are_checked_against_a_base_too(base, tuned, tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import (
     BertConfig,
     BertForQuestionAnswering,
@@ -11,7 +11,7 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from peft_child import ChildTuningConfig
+from peft_child import ChildTuningConfig, FormatError
 from peft_child.layers.layer import child_tuning_layers
 
 from ..helpers import assert_same, move, snapshot
@@ -32,10 +32,10 @@ HEADS = {
 }
 
 
-def built(task):
+def built(task, **settings):
     model_class, config_class, _ = HEADS[task]
     torch.manual_seed(0)
-    return model_class(config_class(**SIZES)).eval()
+    return model_class(config_class(**SIZES, **settings)).eval()
 
 
 def adapted(task, base, **changes):
@@ -89,3 +89,13 @@ def test_an_adapter_that_is_refused_leaves_the_base_as_it_was(task):
         adapted(task, base, modules_to_save=["encoder.layer"], target_modules=["word_embeddings"])
     assert_same(snapshot(base), before)
     assert [type(module) for module in base.modules()] == kinds
+
+
+@pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS"])
+def test_the_labels_are_saved_and_a_base_with_fewer_is_refused(task, tmp_path):
+    labels = {0: "no", 1: "maybe", 2: "yes"}
+    adapted(task, built(task, id2label=labels)).save_pretrained(tmp_path)
+    assert PeftConfig.from_pretrained(tmp_path).labels == list(labels.values())
+    PeftModel.from_pretrained(built(task, id2label=labels), tmp_path)
+    with pytest.raises(FormatError, match="3 classes apart, and the base model 2: load the base with num_labels=3"):
+        PeftModel.from_pretrained(built(task), tmp_path)
