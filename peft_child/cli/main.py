@@ -82,6 +82,7 @@ Html = Annotated[
     typer.Option("--html", metavar="OUT.html", help="Make a page of charts, which needs no network; takes plotly."),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
+EveryTensor = Annotated[bool, typer.Option("--tensors", help="Show every tensor as well.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs, complete and unrounded.")]
 
 
@@ -115,6 +116,7 @@ def inspect(
     adapter: AdapterName,
     revision: Revision = None,
     subfolder: Subfolder = None,
+    tensors: EveryTensor = False,
     as_json: AsJson = False,
     plot: Annotated[
         Path | None, typer.Option(metavar="OUT.png", help="Draw the child network as a heat map, layers by modules.")
@@ -122,7 +124,7 @@ def inspect(
     html: Html = None,
     force: Force = False,
 ) -> None:
-    """Show what an adapter holds: its child network by tensor, layer and module, its settings and its base model.
+    """Show what an adapter holds: its child network by layer and module, its settings and its base model.
 
     Targeted tensors in which nothing was chosen are not in the file. So the total density shown can be higher than the
     density in the settings, which counts these tensors too.
@@ -148,7 +150,7 @@ def inspect(
         print_json({"adapter": adapter, "settings": settings, **asdict(summary)})
     else:
         print_settings(adapter, stored.settings)
-        print_summary(summary)
+        print_summary(summary, tensors)
 
 
 @app.command(
@@ -157,7 +159,7 @@ def inspect(
 def compare(
     adapters: AdapterNames,
     revision: Revisions = None,
-    tensors: Annotated[bool, typer.Option("--tensors", help="Show every tensor, not only the total.")] = False,
+    tensors: EveryTensor = False,
     as_json: AsJson = False,
     plot: Annotated[
         Path | None, typer.Option(metavar="OUT.png", help="Draw the Jaccard indices as a heat map.")
@@ -179,6 +181,10 @@ def compare(
     stored = _open_all(adapters, revision)
     found = compare_adapters(stored)
     totals = {pair: sum(by_name.values(), start=Overlap(0, 0, 0, 0)) for pair, by_name in found.items()}
+    for first, second in (pair for pair in found if stored[pair[0]].sizes.keys().isdisjoint(stored[pair[1]].sizes)):
+        say(
+            "note", f"'{adapters[first]}' and '{adapters[second]}' have no tensor in common. Have they one base model?"
+        )
     if plot:
         everyone = range(len(adapters))
         jaccard = {pair: total.jaccard for pair, total in totals.items()} | {(i, i): 1.0 for i in everyone}

@@ -98,9 +98,10 @@ def print_settings(adapter: str, settings: Mapping[str, Any]) -> None:
     typer.echo(f"settings: {', '.join(known)}")
 
 
-def print_summary(summary: Summary) -> None:
-    """Print tables of an adapter's tensors, layers and modules."""
-    _print_parts("tensor", summary.tensors)
+def print_summary(summary: Summary, tensors: bool) -> None:
+    """Print tables of an adapter's layers and modules, and of every tensor if asked to."""
+    if tensors:
+        _print_parts("tensor", summary.tensors)
     _print_parts("layer", summary.layers)
     _print_parts("module", {**summary.modules, "total": summary.total})
     for name, whole in summary.saved_whole.items():

@@ -65,7 +65,8 @@ def check_batch(batch: Any) -> None:
         raise ValueError(
             f"Batches must be mappings of tensors with a row for each example, got {_described(batch)}. "
             "For a dataset or a list of rows pass DataLoader(rows, batch_size=8, collate_fn=data_collator), for "
-            "example with DataCollatorWithPadding(tokenizer); for other batches pass a forward_fn."
+            "example with DataCollatorWithPadding(tokenizer), or trainer.get_train_dataloader(); for other batches "
+            "pass a forward_fn."
         )
 
 

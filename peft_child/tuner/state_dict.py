@@ -38,6 +38,7 @@ from peft_child.tuner.config import ChildTuningConfig
 
 # Activation checkpointing and FSDP1 put these into module names, but not into the keys of state dicts.
 _WRAPPERS = ("_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
+_HEADS = {"classifier", "score", "qa_outputs"}  # as transformers calls them
 
 
 def tensors_to_save(
@@ -51,8 +52,7 @@ def tensors_to_save(
 
     Args:
         model: A model whose layers have the adapter.
-        config: The adapter's configuration, which is saved next; the sizes of the child network and the labels of the
-            model are recorded in it.
+        config: The adapter's configuration, which is saved next; sizes and labels are recorded in it.
         adapter_name: The adapter.
         state_dict: PEFT's copy of the model's state dict, without other adapters. It is changed in place, since PEFT
             takes more tensors from it afterwards: child networks and the base weights of all layers are removed, and
@@ -196,10 +196,10 @@ def fit_state_dict(
 
 
 def _check_labels(model: nn.Module, config: ChildTuningConfig) -> None:
-    here, there = len(_labels_of(model, config) or []), len(config.labels or [])
-    if there and here != there:
+    here, own = len(_labels_of(model, config) or []), len(config.labels or [])
+    if own and here != own:
         raise FormatError(
-            f"The adapter tells {there} classes apart, and the base model {here}: load the base with num_labels={there}."
+            f"The adapter tells {own} classes apart, the base model {here}: load it with num_labels={own}."
         )
 
 
@@ -262,10 +262,12 @@ class _BaseCheck:
             )
         if not self.differing:
             return
+        hint = "Load the same base model and revision, or pass check_base='off'."
+        if all(_HEADS.intersection(name.split(".")) for name in self.differing):
+            hint = "A new head has other random weights each time: give task_type, so that it is saved whole."
         message = (
             f"The base model has other weights than the one this adapter was made on, in {len(self.differing)} of "
-            f"{count} tensors with a child network, such as '{self.differing[0]}'. Load the same base model and "
-            "revision, or pass check_base='off'."
+            f"{count} tensors with a child network, such as '{self.differing[0]}'. {hint}"
         )
         if check_base == "error":
             raise ValueError(message)

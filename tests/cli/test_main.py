@@ -24,7 +24,7 @@ from peft_child.files.merge import merge_checkpoint
 from peft_child.files.patch import export_patch
 
 from ..files.test_operations import bits, tensors_of
-from ..helpers import assert_same
+from ..helpers import assert_same, chosen_model
 from .commands import VERBS, arguments_of, content, error_of, output_of, run, unstyled, writing
 
 
@@ -49,6 +49,13 @@ def test_overlap(files):
     assert "model.layers" not in printed
     assert printed in output_of("overlap", *names, "--tensors")
     assert "model.layers.1.mlp.up_proj.weight" in output_of("overlap", *names, "--tensors")
+
+
+def test_adapters_without_a_tensor_in_common_are_pointed_to(files, tmp_path):
+    chosen_model("bert").save_pretrained(tmp_path / "bert")
+    pairs = run("overlap", files / "chosen", files / "random", tmp_path / "bert").stderr.splitlines()
+    assert [line.partition(" have ")[2] for line in pairs] == ["no tensor in common. Have they one base model?"] * 2
+    assert all(str(tmp_path / "bert") in line for line in pairs)
 
 
 def test_plots(files, tmp_path):

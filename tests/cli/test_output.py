@@ -20,7 +20,8 @@ from .commands import output_of
 
 
 def test_inspect_prints_tables(files):
-    printed = output_of("inspect", files / "chosen")
+    assert ".weight" not in output_of("inspect", files / "chosen")
+    printed = output_of("inspect", files / "chosen", "--tensors")
     adapter = read_adapter(files / "chosen")
     assert f"base: {files / 'base'}\n" in printed
     assert (

@@ -97,5 +97,24 @@ def test_the_labels_are_saved_and_a_base_with_fewer_is_refused(task, tmp_path):
     adapted(task, built(task, id2label=labels)).save_pretrained(tmp_path)
     assert PeftConfig.from_pretrained(tmp_path).labels == list(labels.values())
     PeftModel.from_pretrained(built(task, id2label=labels), tmp_path)
-    with pytest.raises(FormatError, match="3 classes apart, and the base model 2: load the base with num_labels=3"):
+    with pytest.raises(FormatError, match="3 classes apart, the base model 2: load it with num_labels=3"):
         PeftModel.from_pretrained(built(task), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changed", "advice"),
+    [
+        (("classifier.dense",), "such as 'classifier.dense.weight'. A new head .* give task_type"),
+        (
+            ("classifier.dense", "roberta.encoder.layer.0.attention.self.query"),
+            "Load the same base model and revision",
+        ),
+    ],
+)
+def test_a_head_that_was_not_saved_whole_is_explained(changed, advice, tmp_path):
+    adapted(None, built("SEQ_CLS"), target_modules=["query", "dense"]).save_pretrained(tmp_path)
+    base = built("SEQ_CLS")
+    for name in changed:
+        torch.nn.init.ones_(base.get_submodule(name).weight)
+    with pytest.warns(UserWarning, match=advice):
+        PeftModel.from_pretrained(base, tmp_path)
