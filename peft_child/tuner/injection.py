@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from peft_child.files.adapter_tensors import KINDS, MASK
 from peft_child.layers.layer import ChildTuningLayer, child_tuning_layers
 from peft_child.tensors.delta import ChildSize
-from peft_child.tuner.targets import Target
+from peft_child.tuner.config import ChildTuningConfig
+from peft_child.tuner.targets import Target, saved_whole
 
 
 _TOLD_TO_DDP = "_ddp_params_and_buffers_to_ignore"  # an attribute that DDP reads from the module that it wraps
@@ -60,6 +63,22 @@ def check_vocabulary(model: nn.Module, targets: list[Target]) -> None:
             f"'{grown[0]}' has {size} rows, but '{name}' has {before}: the adapter's file would not have the new ones."
             f" Save the resized model and load it from there, or train '{grown[0].rpartition('.')[0]}' whole "
             "(modules_to_save)."
+        )
+
+
+def warn_of_half_precision(model: nn.Module, config: ChildTuningConfig) -> None:
+    """Warn if a module that is trained whole is in float16, where the epsilon of AdamW is zero."""
+    whole = set(saved_whole(config))
+    half = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.dtype == torch.float16 and whole.intersection(name.split("."))
+    ]
+    if half:
+        warnings.warn(
+            f"'{half[0]}' is trained whole, and in float16, where AdamW makes it NaN: load the base model with "
+            "dtype=torch.float32 or torch.bfloat16.",
+            stacklevel=2,
         )
 
 

@@ -41,6 +41,7 @@ from peft_child.tuner.injection import (
     remove_adapter,
     replace_everywhere,
     unwrap,
+    warn_of_half_precision,
 )
 from peft_child.tuner.state_dict import fit_state_dict, tensors_to_save
 from peft_child.tuner.targets import Owner, Target, all_linear, find_targets, names_parameter
@@ -140,6 +141,8 @@ class ChildTuningModel(BaseTuner):
                 by_module.setdefault(owner.place.module, []).append((target, owner))
         layers = {layer.base_layer: layer for layer in child_tuning_layers(model).values()}
         awaits_file = is_of_a_file(targets, peft_config)
+        if not awaits_file:
+            warn_of_half_precision(model, peft_config)
         drawn = None if awaits_file else drawn_children(targets, peft_config)
         quantisation = get_quantization_kwargs(model)
         self._plan = _Plan(entries, layers, parents_of(model), drawn, awaits_file, quantisation)

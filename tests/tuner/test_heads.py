@@ -1,5 +1,7 @@
 """Heads of any kind: trained whole, left out of 'all-linear', and put back by merging and unloading."""
 
+import warnings
+
 import pytest
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -118,3 +120,16 @@ def test_a_head_that_was_not_saved_whole_is_explained(changed, advice, tmp_path)
         torch.nn.init.ones_(base.get_submodule(name).weight)
     with pytest.warns(UserWarning, match=advice):
         PeftModel.from_pretrained(base, tmp_path)
+
+
+@pytest.mark.parametrize(("dtype", "warns"), [(torch.float16, True), (torch.bfloat16, False), (torch.float32, False)])
+def test_a_head_in_float16_is_warned_of(dtype, warns, tmp_path):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = adapted("SEQ_CLS", built("SEQ_CLS").to(dtype))
+        assert len([each for each in caught if "is trained whole, and in float16" in str(each.message)]) == warns
+        model.save_pretrained(tmp_path)
+        caught.clear()
+        PeftModel.from_pretrained(built("SEQ_CLS").to(dtype), tmp_path)
+        adapted(None, built("SEQ_CLS").to(dtype))
+        assert not [each for each in caught if "float16" in str(each.message)]
