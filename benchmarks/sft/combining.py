@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from benchmarks.grid.runs import Known, Run, succeeded
 from benchmarks.grid.search import Method
-from benchmarks.grid.tables import circumstances, failures, markdown, of_seeds
+from benchmarks.grid.tables import circumstances, failures, markdown, mean_and_deviation, of_seeds
 from benchmarks.sft.sweep import Sweep
 
 
@@ -67,7 +66,7 @@ class Combining:
                 base = results[0]["base"]
             for name in results[0]["combined"] if results else ():
                 shown = {"first": "the first alone", "second": "the second alone"}.get(name, name)
-                rows.append([method.name, shown, *_means(results, name)])
+                rows.append([method.name, shown, *_losses(results, name, len(seeds))])
         if base:
             rows.insert(0, ["base model", "", *(f"{loss:.3f}" for loss in base)])
         head = ["method", "combination", self.first.task.name, self.second.task.name, "old text"]
@@ -77,12 +76,15 @@ class Combining:
             "of one (sum), and with TIES and DARE at weights of one, each keeping half of the values. Input channels "
             "are combined whole: with TIES over signs alone, and without DARE. Of LoRA, PEFT's `linear` adds the "
             "factors of the two adapters, so that products of one with the other come in; the exact mean and sum "
-            f"(`cat`) have twice the rank. Loss per token, {of_seeds('mean', len(seeds))}; lower is better.\n\n"
+            f"(`cat`) have twice the rank. Loss per token, {of_seeds('mean and standard deviation', len(seeds))}; lower "
+            "is better.\n\n"
             f"{markdown(head, rows)}\n{circumstances(made)}{failures(self.runs(known), source, known)}"
         )
         (folder / "combined.md").write_text(page, "utf-8")
 
 
-def _means(results: list[Mapping[str, Any]], combination: str) -> list[str]:
-    losses = [result["combined"][combination] for result in results]
-    return [f"{fmean(of_text):.3f}" for of_text in zip(*losses, strict=True)]
+def _losses(results: list[Mapping[str, Any]], combination: str, wanted: int) -> list[str]:
+    """On the text of the first task, on that of the second, and on old text."""
+    texts = range(3)
+    by_seed = [{result["seed"]: result["combined"][combination][text] for result in results} for text in texts]
+    return [mean_and_deviation(losses, wanted, 3) for losses in by_seed]
