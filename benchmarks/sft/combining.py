@@ -76,8 +76,8 @@ class Combining:
             "of one (sum), and with TIES and DARE at weights of one, each keeping half of the values. Input channels "
             "are combined whole: with TIES over signs alone, and without DARE. Of LoRA, PEFT's `linear` adds the "
             "factors of the two adapters, so that products of one with the other come in; the exact mean and sum "
-            f"(`cat`) have twice the rank. Loss per token, {of_seeds('mean and standard deviation', len(seeds))}; lower "
-            "is better.\n\n"
+            "(`cat`) have twice the rank. Loss per token, "
+            f"{of_seeds('mean and standard deviation', len(seeds))}; lower is better.\n\n"
             f"{markdown(head, rows)}\n{circumstances(made)}{failures(self.runs(known), source, known)}"
         )
         (folder / "combined.md").write_text(page, "utf-8")
