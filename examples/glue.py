@@ -82,8 +82,6 @@ def record(args, seed, trainer, start, measured):
     """Save the model, and write and return the result, with all that is needed to get it again."""
     trainer.model.save_pretrained(args.output)
     trainer.processing_class.save_pretrained(args.output)
-    if args.method != "full":  # beside the adapter it would make the folder a whole model
-        trainer.model.config.save_pretrained(Path(args.output, "base"))
     saved = Path(args.output, "model.safetensors" if args.method == "full" else "adapter_model.safetensors")
     settings = {name: value for name, value in vars(args).items() if name not in ("seeds", "results", "output")}
     is_folder = Path(args.model).is_dir()  # of folders only the name, the rest belongs to this machine

@@ -311,7 +311,9 @@ def test_glue_says_which_files_it_needs(tmp_path):
 @pytest.mark.parametrize("method", ["child", "full"])
 def test_glue_saves_the_names_of_the_labels_and_the_tokenizer(tmp_path, method):
     from peft import PeftModel
-    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, pipeline
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+
+    from peft_child import ChildTuningConfig
 
     save_model(tmp_path / "encoder")
     (tmp_path / "mine").mkdir()
@@ -326,8 +328,8 @@ def test_glue_saves_the_names_of_the_labels_and_the_tokenizer(tmp_path, method):
     if method == "full":
         model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     else:
-        config = AutoConfig.from_pretrained(tmp_path / "out" / "base")
-        base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "encoder", config=config)
+        labels = dict(enumerate(ChildTuningConfig.from_pretrained(tmp_path / "out").labels))
+        base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "encoder", id2label=labels)
         model = PeftModel.from_pretrained(base, tmp_path / "out")
     classify = pipeline(
         "text-classification", model=model, tokenizer=AutoTokenizer.from_pretrained(tmp_path / "out"), top_k=None
