@@ -108,7 +108,7 @@ def test_a_page_has_what_the_cells_gave(tmp_path):
     assert "| LoRA | 1.500 / 3.000 | 1.400 / 3.000 | 1.600 / 3.000 |" in page
     assert "| LoRA | 2.925 |" in page  # 2.0 is five eighths of the way from 3.0 to 1.4, the flattest of the three
     assert f"- `{SWEEP.run(LIKE, 1e-3, 1).command(SOURCE)}`: none" in page
-    assert "- Abacus, torch 2: 4 runs\n" in page
+    assert "- Abacus, torch 2; runs: 4\n" in page
     assert (tmp_path / "name.svg").exists()
 
 

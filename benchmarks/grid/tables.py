@@ -60,7 +60,8 @@ def circumstances(results: Iterable[Mapping[str, Any]]) -> str:
         f"{processor}, {', '.join(' '.join(version) for version in versions)}": count
         for (processor, *versions), count in found.items()
     }
-    return "\n".join(["Made with:\n", *(f"- {name}: {count} runs" for name, count in shown.items()), ""])
+    lines = [f"- {name}; runs: {count}" for name, count in shown.items()]
+    return "\n".join(["Made with:\n", *lines, ""]) if lines else ""
 
 
 def failures(runs: Iterable[Run], source: Source, known: Known) -> str:

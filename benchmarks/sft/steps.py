@@ -46,8 +46,9 @@ def run(args: Namespace, seed: int) -> dict[str, Any]:
 
 
 def step(trainer: Any, batch: dict[str, Tensor]) -> None:
-    """Forward, backward, and the optimizer."""
+    """Forward, backward, clipping as in the Trainer, and the optimizer."""
     trainer.training_step(trainer.model, dict(batch))
+    trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), trainer.args.max_grad_norm)
     trainer.optimizer.step()
     trainer.model.zero_grad()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from benchmarks.grid.runs import Known, Run, succeeded
@@ -55,6 +56,5 @@ class Timing:
 def _shown(result: Mapping[str, Any]) -> list[str]:
     own, lora = (result["steps"][name] for name in ("own", "lora"))
     ratios = sorted(one / other for one, other in zip(own, lora, strict=True))
-    middle = [sorted(seconds)[len(seconds) // 2] for seconds in (own, lora)]
-    numbers = (ratio(own, lora), ratios[0], ratios[-1], *middle)
+    numbers = (ratio(own, lora), ratios[0], ratios[-1], median(own), median(lora))
     return [*(f"{number:.2f}" for number in numbers), str(len(own)), f"{result['tokens']:,}"]

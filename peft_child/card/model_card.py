@@ -239,10 +239,10 @@ def _loading(settings: Mapping[str, Any]) -> str:
 
 
 def _labels(settings: Mapping[str, Any]) -> str:
-    """The classes as arguments of `from_pretrained`; none if they are the two that a model has by default."""
+    """The classes of a classifier as arguments of `from_pretrained`."""
     labels = settings.get("labels") or []
     if labels == [f"LABEL_{number}" for number in range(len(labels))]:
-        return f", num_labels={len(labels)}" if len(labels) not in (0, 2) else ""
+        return f", num_labels={len(labels)}" if labels else ""
     named = ", ".join(f"{number}: {_quoted(label)}" for number, label in enumerate(labels))
     return f", id2label={{{named}}}"
 

@@ -17,7 +17,7 @@ from peft import PeftModel
 from transformers.utils import logging
 
 from peft_child.card.model_card import AUTO_CLASSES
-from peft_child.files.adapter_folder import open_adapter
+from peft_child.files.adapter_folder import SparseAdapter, classes_of, open_adapter
 from peft_child.files.adapter_tensors import PREFIX
 from peft_child.files.checkpoint import copy_description, read_config, replacing
 
@@ -65,13 +65,13 @@ def load_with_adapter(adapter: Path, base: Path, check_base: str = "warn") -> Pe
     """
     stored = open_adapter(adapter)
     model_class = _model_class(stored.settings, base)
-    labels = _labels(stored.settings)
+    head = _head_of(stored)
     with _quiet():
         model, info = model_class.from_pretrained(
             base,
             **{"dtype": "auto", "use_safetensors": True, "trust_remote_code": False, "output_loading_info": True},
-            **labels,
-            ignore_mismatched_sizes=bool(labels),  # the head of the checkpoint may tell other classes apart
+            **head,
+            ignore_mismatched_sizes=bool(head),  # the head of the checkpoint may tell other classes apart
         )
     try:
         loaded = PeftModel.from_pretrained(model, adapter, check_base=check_base)
@@ -95,17 +95,14 @@ def load_without_memory(settings: Mapping[str, Any], base: Path) -> Any:
     """
     model_class = _model_class(settings, base)
     with _quiet():
-        return model_class.from_pretrained(
-            base, device_map="meta", use_safetensors=True, trust_remote_code=False, **_labels(settings)
-        )
+        return model_class.from_pretrained(base, device_map="meta", use_safetensors=True, trust_remote_code=False)
 
 
-def _labels(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The classes that an adapter tells apart, for the configuration of its base."""
-    labels = settings.get("labels") or []
-    return (
-        {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}} if labels else {}
-    )
+def _head_of(adapter: SparseAdapter) -> dict[str, Any]:
+    """The settings with which transformers makes a head like that of an adapter; it records no labels if it is old."""
+    endings = ("classifier.weight", "classifier.out_proj.weight", "score.weight")
+    rows = [len(tensor) for name, tensor in adapter.dense.items() if name.endswith(endings)]
+    return classes_of(adapter.settings) or ({"num_labels": rows[0]} if rows else {})
 
 
 def _model_class(settings: Mapping[str, Any], base: Path) -> Any:

@@ -58,6 +58,13 @@ class SparseAdapter:
     sizes: dict[str, ChildSize] = field(default_factory=dict)
 
 
+def classes_of(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The classes that an adapter tells apart, as the configuration of a model has them; empty if there are none."""
+    labels = settings.get("labels") or []
+    numbers = {label: number for number, label in enumerate(labels)}
+    return {"id2label": dict(enumerate(labels)), "label2id": numbers} if labels else {}
+
+
 def open_adapter(folder: str | Path) -> SparseAdapter:
     """Open an adapter folder; every delta is read and checked on access.
 

@@ -18,6 +18,7 @@ from peft_child.tensors.topk import Cutoff, choose, find_cutoff
 
 
 _EMBEDDING = re.compile(r"emb|wte|shared")  # also the names in GPT-2 and T5
+_VOCABULARY = re.compile(r"embed_tokens|word_embeddings|wte|shared")  # without those of positions and token types
 FLOATING = ("F32", "BF16", "F16", "F64")
 
 
@@ -157,8 +158,8 @@ def _why_missing(missing: list[str], first: Checkpoint, second: Checkpoint) -> s
     without_prefix = {name.partition(".")[2] for name in second.places}
     if any(name in without_prefix or name.partition(".")[2] in second.places for name in missing):
         return " Their names differ by a prefix: save both as models of one class."
-    embeddings = {place.shape for name, place in second.places.items() if _EMBEDDING.search(name)}
-    tied = any(first.places[name].shape in embeddings for name in missing)
+    vocabulary = {place.shape for name, place in second.places.items() if _VOCABULARY.search(name)}
+    tied = any(len(shape) > 1 and shape in vocabulary for shape in (first.places[name].shape for name in missing))
     return " A head that is tied to the embeddings is saved only once: save both alike." if tied else ""
 
 

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from peft_child.files.adapter_folder import SparseAdapter
+from peft_child.files.adapter_folder import SparseAdapter, classes_of
 from peft_child.files.adapter_tensors import PREFIX, fingerprint_of, fingerprint_of_values, fingerprints_differ
-from peft_child.files.checkpoint import Checkpoint, copy_with_changes, replacing
+from peft_child.files.checkpoint import Checkpoint, copy_with_changes, read_config, replacing
 from peft_child.tensors.delta import Progress, SparseDelta, rounded_sum, silent
 from peft_child.tensors.lazy import read_ahead
 
 
 class NamesDifferError(ValueError):
-    """A checkpoint lacks tensors that an adapter names, usually because transformers renames tensors on loading."""
+    """A checkpoint has other tensors than an adapter names: transformers renames them on loading, or a head is new."""
 
 
 def merge_checkpoint(
@@ -36,7 +39,8 @@ def merge_checkpoint(
         How many deltas other than zero are too small to change the rounded weight, as in a base of half precision.
 
     Raises:
-        NamesDifferError: If the checkpoint has other names than the model, or lacks a module that was saved whole.
+        NamesDifferError: If the checkpoint has other names than the model, or lacks a module that was saved whole, or
+            has it in another size.
         ValueError: If a tensor has another size.
         FileExistsError: If the folder exists and `force` is not set.
     """
@@ -58,8 +62,15 @@ def merge_checkpoint(
 
     with replacing(folder, force) as temporary:
         copy_with_changes(base, temporary, progress(names, "Merging"), merged)
+        _write_classes(temporary / "config.json", classes_of(adapter.settings))
     warn_of_mismatch(mismatched, base)
     return hidden
+
+
+def _write_classes(file: Path, classes: Mapping[str, Any]) -> None:
+    """Give the configuration of a merged model the classes of its new head."""
+    if classes and file.exists():
+        file.write_text(json.dumps({**read_config(file.parent), **classes}, indent=2) + "\n", "utf-8")
 
 
 def merged_values(name: str, delta: SparseDelta, base: Tensor, mismatched: list[str]) -> tuple[Tensor, Tensor]:
@@ -88,8 +99,9 @@ def check_fits(adapter: SparseAdapter, base: Checkpoint) -> None:
     """Check that a checkpoint has the tensors that an adapter changes, with as many entries.
 
     Raises:
-        NamesDifferError: If the checkpoint lacks a tensor of the adapter.
-        ValueError: If a tensor has another size.
+        NamesDifferError: If the checkpoint lacks a tensor of the adapter, or has one in another size that was saved
+            whole.
+        ValueError: If another tensor has another size.
     """
     wanted = [*adapter.deltas, *(key.removeprefix(PREFIX) for key in adapter.dense)]
     missing = [name for name in wanted if name not in base.places]
@@ -98,11 +110,19 @@ def check_fits(adapter: SparseAdapter, base: Checkpoint) -> None:
         prefix, _, rest = missing[0].partition(".")
         if rest in base.places:
             reason = f"the names of the checkpoint lack the prefix '{prefix}.' of the model."
+        elif len(missing) < len(wanted) and any(f"{PREFIX}{name}" in adapter.dense for name in missing):
+            reason = "the checkpoint lacks some parts of the model, such as a new head."
         count = f"{len(missing)} of {len(wanted)} names are missing"
         raise NamesDifferError(f"'{base.path}' has no tensor '{missing[0]}' ({count}): {reason}")
     sizes = adapter.sizes  # known for an adapter read from a folder, whose deltas need not be read then
+    for key, tensor in adapter.dense.items():
+        name = key.removeprefix(PREFIX)
+        if (here := base.places[name].numel) != tensor.numel():
+            raise NamesDifferError(
+                f"'{name}' has {here} entries in '{base.path}', but {tensor.numel()} in the adapter, which has it "
+                "whole: the adapter has another head."
+            )
     numels = {name: sizes[name].numel if name in sizes else adapter.deltas[name].numel for name in adapter.deltas}
-    numels |= {key.removeprefix(PREFIX): tensor.numel() for key, tensor in adapter.dense.items()}
     for name, numel in numels.items():
         here = base.places[name].numel
         if here != numel:

@@ -27,6 +27,7 @@ from peft_child.tensors.channel_linear import (
     call_unpacked,
     can_add_channels,
     can_call_channels,
+    is_observed,
 )
 from peft_child.tensors.compose import Composition, call_composed, is_traced, lock_of
 from peft_child.tensors.composed_on_use import ComposedOnUse, ComposedToRead
@@ -134,8 +135,10 @@ class ChildTuningLayer(MergingLayer):
             self._only = None
 
     def _is_linear(self, call: Callable[..., Any]) -> bool:
-        """Whether the call multiplies by the weight, and does nothing else with it."""
-        is_own = call is self.base_layer and "forward" not in vars(self.base_layer)
+        """Whether the call multiplies by the weight, and nothing else sees it."""
+        is_own = (
+            call is self.base_layer and "forward" not in vars(self.base_layer) and not is_observed(self.base_layer)
+        )
         return is_own and type(self.base_layer).forward in (nn.Linear.forward, Conv1D.forward)
 
     def _locked(self) -> AbstractContextManager[Any]:

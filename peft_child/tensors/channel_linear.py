@@ -25,6 +25,11 @@ from peft_child.tensors.quantised import PackedWeight, is_quantised
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
+def is_observed(module: nn.Module) -> bool:
+    """Whether hooks see the calls of a module."""
+    return any(map(module.__dict__.get, _HOOKS)) or _has_any_global_hook()
+
+
 def can_call_channels(module: nn.Module, weight: Composition, is_transposed: bool) -> bool:
     """Whether a linear layer has no hooks, and only input channels of its weight are trained.
 
@@ -38,8 +43,7 @@ def can_call_channels(module: nn.Module, weight: Composition, is_transposed: boo
     # Without gradients nothing is kept anyway, and a base that is trained needs the gradient of every column.
     if not torch.is_grad_enabled() or weight.base.requires_grad or is_traced():  # a trace holds no gradients of ours
         return False
-    # The module itself is not called, so its hooks would not run.
-    if any(map(module.__dict__.get, _HOOKS)) or _has_any_global_hook():
+    if is_observed(module):  # the module itself is not called, so its hooks would not run
         return False
     if torch.compiler.is_compiling() and any(child.mask is not None for child in weight.children):
         return False  # its operator stands in the backward function of a composed weight

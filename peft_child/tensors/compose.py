@@ -74,7 +74,8 @@ class Composition(NamedTuple):
     def as_autocast(self) -> Composition:
         """The same in the dtype that autocast would cast it to, so that no copy in that of the base is made."""
         device = self.base.device.type
-        if not torch.is_autocast_enabled(device) or self.base.dtype == torch.float64:  # autocast leaves it as it is
+        is_cast = torch.is_autocast_enabled(device) and self.base.dtype != torch.float64
+        if not is_cast or torch.compiler.is_compiling():  # what is exported may run outside autocast
             return self
         return self._replace(dtype=torch.get_autocast_dtype(device))
 

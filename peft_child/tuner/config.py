@@ -171,9 +171,9 @@ class ChildTuningConfig(PeftConfig):
         if self.child_sizes is not None:
             _check_sizes(self.child_sizes)
             self.child_sizes = {name: ChildSize(*size) for name, size in self.child_sizes.items()}
-        # Loading and saving record the sizes for the next file here, and leave `child_sizes` as it is: the user may
-        # make another model from this configuration, and that model's sizes may differ.
-        self.present_sizes = self.child_sizes
+        # Loading and saving record the sizes and labels for the next file here, and leave the fields as they are: the
+        # user may make another model from this configuration, and its sizes and labels may differ.
+        self.present_sizes, self.present_labels = self.child_sizes, self.labels
 
     def child_size(self, numel: int) -> int:
         """Number of entries in the child network of a network of `numel` entries.
@@ -202,9 +202,16 @@ class ChildTuningConfig(PeftConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """As PEFT's, with sets in a fixed order, so that equal configurations give equal files."""
-        settings = super().to_dict() | {"child_sizes": self.present_sizes}
+        settings = super().to_dict() | {"child_sizes": self.present_sizes, "labels": self.present_labels}
         del settings["check_base"]  # chosen by whoever loads the adapter, see its help
         return {name: sorted(value) if isinstance(value, set) else value for name, value in settings.items()}
+
+    def record_labels(self, model_config: Any) -> None:
+        """Record the names of the classes of a classifier, from the configuration of its model, for the next file."""
+        names = getattr(model_config, "id2label", None)
+        if names and self.task_type in ("SEQ_CLS", "TOKEN_CLS"):
+            in_order = sorted(names, key=int)  # keys may be strings
+            self.present_labels = [str(names[key]) for key in in_order]
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """As PEFT's; also completes the model card in the folder, once there is a child network."""

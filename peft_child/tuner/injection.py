@@ -68,11 +68,11 @@ def check_vocabulary(model: nn.Module, targets: list[Target]) -> None:
 
 def warn_of_half_precision(model: nn.Module, config: ChildTuningConfig) -> None:
     """Warn if a module that is trained whole is in float16, where the epsilon of AdamW is zero."""
-    whole = set(saved_whole(config))
+    whole = [f".{name}." for name in saved_whole(config)]
     half = [
         name
         for name, parameter in model.named_parameters()
-        if parameter.dtype == torch.float16 and whole.intersection(name.split("."))
+        if parameter.dtype == torch.float16 and any(ending in f".{name}" for ending in whole)
     ]
     if half:
         warnings.warn(

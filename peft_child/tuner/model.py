@@ -141,7 +141,7 @@ class ChildTuningModel(BaseTuner):
                 by_module.setdefault(owner.place.module, []).append((target, owner))
         layers = {layer.base_layer: layer for layer in child_tuning_layers(model).values()}
         awaits_file = is_of_a_file(targets, peft_config)
-        if not awaits_file:
+        if not peft_config.inference_mode:
             warn_of_half_precision(model, peft_config)
         drawn = None if awaits_file else drawn_children(targets, peft_config)
         quantisation = get_quantization_kwargs(model)

@@ -31,14 +31,14 @@ from peft_child.tensors.codec import FormatError, with_delta_checksum
 from peft_child.tensors.delta import ChildSize
 from peft_child.tensors.distributed import alike, check_all_come, check_equal, digest, whole
 from peft_child.tensors.gradient_mask import GradientMask
-from peft_child.tensors.partitioned import check_not_optimized, gathered_whole, is_partitioned, numel_of
+from peft_child.tensors.partitioned import check_not_optimized, gathered_whole, is_partitioned, numel_of, shape_of
 from peft_child.tensors.quantised import is_quantised
 from peft_child.tuner.config import ChildTuningConfig
 
 
 # Activation checkpointing and FSDP1 put these into module names, but not into the keys of state dicts.
 _WRAPPERS = ("_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
-_HEADS = {"classifier", "score", "qa_outputs"}  # as transformers calls them
+_NEW = {"classifier", "score", "qa_outputs", "pooler"}  # parts that transformers makes where a checkpoint lacks them
 
 
 def tensors_to_save(
@@ -69,7 +69,7 @@ def tensors_to_save(
             layer.check_is_chosen(adapter_name, "saving")
             sizes |= layer.sizes(adapter_name)
     config.present_sizes = sizes
-    config.labels = _labels_of(model, config)
+    config.record_labels(getattr(model, "config", None))
     prefixes = tuple(f"{name}.child_" for name in layers)  # indices, deltas and masks
     is_written = bool(state_dict)  # accelerate gives an empty one to the ranks that do not write
     selected = {key: whole(state_dict.pop(key)) for key in list(state_dict) if key.startswith(prefixes)}
@@ -87,14 +87,6 @@ def tensors_to_save(
     dense = [key for key in state_dict if f".modules_to_save.{adapter_name}." in key]
     state_dict |= {key: whole(state_dict[key]) for key in dense}
     return stamped(selected, getattr(torch, config.delta_dtype))
-
-
-def _labels_of(model: nn.Module, config: ChildTuningConfig) -> list[str] | None:
-    """The names of the classes that a classifier tells apart, in their order."""
-    names: dict[int, str] | None = getattr(getattr(model, "config", None), "id2label", None)
-    if not names or config.task_type not in ("SEQ_CLS", "TOKEN_CLS"):
-        return config.labels
-    return [str(names[number]) for number in sorted(names)]
 
 
 def _gather(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
@@ -159,10 +151,10 @@ def fit_state_dict(
         ValueError: If the base model has other weights, and `check_base` is 'error'; or if the configuration did not
             come with the file, and says that the child network or its gradient mask must be another.
     """
-    _check_labels(model, config)
     layers = {path: layer for path, layer in _layers(model).items() if layer.has_adapter(adapter_name)}
     bases = _loadable(layers, adapter_name, state_dict)
     children, remapped = read_children(state_dict)
+    _warn_of_other_heads(model, remapped)
     sizes: dict[str, ChildSize] = {}
     dtypes: dict[str, torch.dtype] = {}
     found = _BaseCheck()
@@ -195,12 +187,18 @@ def fit_state_dict(
     return remapped
 
 
-def _check_labels(model: nn.Module, config: ChildTuningConfig) -> None:
-    here, own = len(_labels_of(model, config) or []), len(config.labels or [])
-    if own and here != own:
-        raise FormatError(
-            f"The adapter tells {own} classes apart, the base model {here}: load it with num_labels={own}."
-        )
+def _warn_of_other_heads(model: nn.Module, saved_whole: Mapping[str, Tensor]) -> None:
+    """Say what torch's error of sizes that differ will not say: how to load the base."""
+    present = dict(model.named_parameters())
+    for name, tensor in saved_whole.items():
+        shape = shape_of(present.get(name, tensor))
+        if shape != tensor.shape:
+            warnings.warn(
+                f"'{name}' is {tuple(tensor.shape)} in the file and {tuple(shape)} in the model. Load the base of a "
+                f"classifier with num_labels={len(tensor)}, and with ignore_mismatched_sizes=True if it has a head.",
+                stacklevel=2,
+            )
+            return
 
 
 def _loadable(
@@ -263,8 +261,9 @@ class _BaseCheck:
         if not self.differing:
             return
         hint = "Load the same base model and revision, or pass check_base='off'."
-        if all(_HEADS.intersection(name.split(".")) for name in self.differing):
-            hint = "A new head has other random weights each time: give task_type, so that it is saved whole."
+        if all(_NEW.intersection(name.split(".")) for name in self.differing):
+            hint = "What a checkpoint lacks has other random weights each time: give task_type, so that a new head is "
+            hint += "saved whole, and name other new parts in modules_to_save."
         message = (
             f"The base model has other weights than the one this adapter was made on, in {len(self.differing)} of "
             f"{count} tensors with a child network, such as '{self.differing[0]}'. {hint}"

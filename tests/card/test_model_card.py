@@ -91,7 +91,7 @@ def test_the_code_that_loads_it_is_python(tmp_path):
     ("labels", "shown"),
     [
         (None, ""),
-        (["LABEL_0", "LABEL_1"], ""),
+        (["LABEL_0", "LABEL_1"], ", num_labels=2"),
         (["LABEL_0"], ", num_labels=1"),
         (["LABEL_0", "LABEL_1", "LABEL_2"], ", num_labels=3"),
         (["no", 'a "yes"'], ', id2label={0: "no", 1: "a \\"yes\\""}'),

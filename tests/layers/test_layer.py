@@ -234,6 +234,27 @@ def test_a_linear_layer_under_autocast(kind, granularity, dtype):
     torch.testing.assert_close(of_delta, twin_of_delta, rtol=2e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("granularity", ["entry", "input_channel"])
+def test_hooks_see_the_weight_as_it_is(granularity):
+    config = {"density": 0.5, "target_parameters": ["0.weight"], "granularity": granularity}
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), ChildTuningConfig(**config, variant="random"))
+    seen = []
+    layer = child_tuning_layers(model)["base_model.model.0"].base_layer
+    layer.register_forward_hook(lambda module, args, output: seen.append(module.weight.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.ones(2, 8))
+    assert seen == [torch.float32]
+
+
+def test_what_is_exported_under_autocast_runs_outside_of_it():
+    config = {"density": 0.5, "target_parameters": ["0.weight"], "variant": "random", "init_weights": False}
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), ChildTuningConfig(**config)).eval()
+    x = torch.randn(2, 8)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        program = torch.export.export(model, (x,)).module()
+    torch.testing.assert_close(program(x), model(x))
+
+
 def test_a_forward_of_the_instance_is_run_with_the_weight_as_it_is():
     base = nn.Sequential(nn.Linear(8, 8))
     seen = []

@@ -13,7 +13,7 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from peft_child import ChildTuningConfig, FormatError
+from peft_child import ChildTuningConfig
 from peft_child.layers.layer import child_tuning_layers
 
 from ..helpers import assert_same, move, snapshot
@@ -99,14 +99,34 @@ def test_the_labels_are_saved_and_a_base_with_fewer_is_refused(task, tmp_path):
     adapted(task, built(task, id2label=labels)).save_pretrained(tmp_path)
     assert PeftConfig.from_pretrained(tmp_path).labels == list(labels.values())
     PeftModel.from_pretrained(built(task, id2label=labels), tmp_path)
-    with pytest.raises(FormatError, match="3 classes apart, the base model 2: load it with num_labels=3"):
+    with (
+        pytest.warns(UserWarning, match="classifier with num_labels=3"),
+        pytest.raises(RuntimeError, match="size mismatch"),
+    ):
         PeftModel.from_pretrained(built(task), tmp_path)
+
+
+def test_labels_come_in_the_order_of_their_numbers(tmp_path):
+    base = built("SEQ_CLS", num_labels=12)
+    base.config.id2label = {str(number): f"class {number}" for number in range(12)}  # as of keyword arguments
+    adapted("SEQ_CLS", base).save_pretrained(tmp_path)
+    assert PeftConfig.from_pretrained(tmp_path).labels == [f"class {number}" for number in range(12)]
+
+
+def test_one_configuration_for_two_tasks(tmp_path):
+    config = ChildTuningConfig(target_modules="all-linear", task_type="SEQ_CLS", variant="random")
+    models = [get_peft_model(built("SEQ_CLS", num_labels=count), config) for count in (2, 3)]
+    for count, model in zip((2, 3), models, strict=True):
+        model.save_pretrained(tmp_path / str(count))
+    assert config.labels is None
+    assert len(PeftConfig.from_pretrained(tmp_path / "2").labels) == 2
+    models[0].load_adapter(tmp_path / "2", "again")
 
 
 @pytest.mark.parametrize(
     ("changed", "advice"),
     [
-        (("classifier.dense",), "such as 'classifier.dense.weight'. A new head .* give task_type"),
+        (("classifier.dense",), "such as 'classifier.dense.weight'. What a checkpoint lacks .* give task_type"),
         (
             ("classifier.dense", "roberta.encoder.layer.0.attention.self.query"),
             "Load the same base model and revision",
@@ -126,8 +146,9 @@ def test_a_head_that_was_not_saved_whole_is_explained(changed, advice, tmp_path)
 def test_a_head_in_float16_is_warned_of(dtype, warns, tmp_path):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        adapted(None, built("SEQ_CLS").to(dtype), modules_to_save=["classifier.dense"])
         model = adapted("SEQ_CLS", built("SEQ_CLS").to(dtype))
-        assert len([each for each in caught if "is trained whole, and in float16" in str(each.message)]) == warns
+        assert len([each for each in caught if "is trained whole, and in float16" in str(each.message)]) == 2 * warns
         model.save_pretrained(tmp_path)
         caught.clear()
         PeftModel.from_pretrained(built("SEQ_CLS").to(dtype), tmp_path)
