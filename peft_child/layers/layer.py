@@ -136,9 +136,7 @@ class ChildTuningLayer(MergingLayer):
 
     def _is_linear(self, call: Callable[..., Any]) -> bool:
         """Whether the call multiplies by the weight, and nothing else sees it."""
-        is_own = (
-            call is self.base_layer and "forward" not in vars(self.base_layer) and not is_observed(self.base_layer)
-        )
+        is_own = call is self.base_layer and not is_observed(self.base_layer)
         return is_own and type(self.base_layer).forward in (nn.Linear.forward, Conv1D.forward)
 
     def _locked(self) -> AbstractContextManager[Any]:

@@ -26,8 +26,8 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backw
 
 
 def is_observed(module: nn.Module) -> bool:
-    """Whether hooks see the calls of a module."""
-    return any(map(module.__dict__.get, _HOOKS)) or _has_any_global_hook()
+    """Whether a module has hooks, or a forward of its own, such as accelerate's, which works as a hook does."""
+    return "forward" in vars(module) or any(map(module.__dict__.get, _HOOKS)) or _has_any_global_hook()
 
 
 def can_call_channels(module: nn.Module, weight: Composition, is_transposed: bool) -> bool:
