@@ -69,8 +69,10 @@ def merge_checkpoint(
 
 def _write_classes(file: Path, classes: Mapping[str, Any]) -> None:
     """Give the configuration of a merged model the classes of its new head."""
-    if classes and file.exists():
-        file.write_text(json.dumps({**read_config(file.parent), **classes}, indent=2) + "\n", "utf-8")
+    before = read_config(file.parent)
+    after = before | json.loads(json.dumps(classes))  # where numbers of classes are strings
+    if file.exists() and after != before:
+        file.write_text(json.dumps(after, indent=2) + "\n", "utf-8")
 
 
 def merged_values(name: str, delta: SparseDelta, base: Tensor, mismatched: list[str]) -> tuple[Tensor, Tensor]:

@@ -208,10 +208,10 @@ class ChildTuningConfig(PeftConfig):
 
     def record_labels(self, model_config: Any) -> None:
         """Record the names of the classes of a classifier, from the configuration of its model, for the next file."""
-        names = getattr(model_config, "id2label", None)
-        if names and self.task_type in ("SEQ_CLS", "TOKEN_CLS"):
-            in_order = sorted(names, key=int)  # keys may be strings
-            self.present_labels = [str(names[key]) for key in in_order]
+        names = getattr(model_config, "id2label", None) or {}
+        is_numbered = all(str(key).isdecimal() for key in names)  # keys may be strings
+        if names and is_numbered and self.task_type in ("SEQ_CLS", "TOKEN_CLS"):
+            self.present_labels = [str(names[key]) for key in sorted(names, key=int)]
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """As PEFT's; also completes the model card in the folder, once there is a child network."""
