@@ -27,7 +27,7 @@ COMMITTED = {  # and how
     "main": {},
     "rates": {},
     "ablations": {},
-    "granularity": {"tasks": ("mrpc", "stsb")},
+    "granularity": {},
     "transfer": {"only": ("Full", "CT_D 0.3")},
     "examples": {"tasks": ("mrpc", "stsb"), "only": ("CT_D 0.3", "32 examples", "1000 examples")},
     "probes": {},
