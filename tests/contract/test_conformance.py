@@ -101,6 +101,7 @@ def test_training_equals_full_fine_tuning_with_a_masked_gradient(name, optimizer
         torch.testing.assert_close(merged[key], value, rtol=0, atol=2e-6 if "adam" in optimizer else 5e-7)
 
 
+@pytest.mark.filterwarnings("ignore:.*is trained whole, and in float16")
 @pytest.mark.smoke
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", PROBLEMS)
