@@ -116,7 +116,7 @@ def test_the_committed_pages_are_written_from_the_committed_results(tmp_path):
     folder = ROOT / "docs" / "results" / "language_model"
     source = Source("SmolLM2-135M-Instruct", "data")
     known = Results(folder / "results.jsonl").read()
-    for experiment in ("sft", "gsm8k", "choice", "density", "steps"):
+    for experiment in ("sft", "gsm8k", "choice", "density", "combined", "steps"):
         EXPERIMENTS[experiment](Settings(source, more=CPU)).write(known, tmp_path)
     written = {file.name for file in tmp_path.iterdir()}
     assert written == {file.name for file in folder.iterdir()} - {"results.jsonl"}
