@@ -127,7 +127,8 @@ def test_the_committed_pages_are_written_from_the_committed_results(tmp_path):
 
 def test_recorded_commands_of_child_networks_name_the_variant_that_was_trained():
     known = Results(ROOT / "docs" / "results" / "language_model" / "results.jsonl").read()
-    children = [result for result in known.values() if result.get("method") == "child"]
+    assert all(" --variant " in command for command in known if " --method child " in command)
+    children = [result for result in known.values() if result.get("method") == "child" and "settings" in result]
     assert {result["settings"]["variant"] for result in children} == {"random", "task_driven"}
     assert all(f" --variant {result['settings']['variant']} " in result["command"] for result in children)
 
