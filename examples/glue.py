@@ -191,7 +191,7 @@ def read_split(args, split):
         values = rows[name][:]
         if None in values:
             raise SystemExit(f"Every row must have a '{name}'; row {values.index(None) + 1} of '{place}' has none.")
-    return with_label(rows, place) if is_any(rows.features["label"], "int", "uint") else rows
+    return labelled(rows, place) if is_any(rows.features["label"], "int", "uint") else rows
 
 
 def read(file):
@@ -251,7 +251,7 @@ def texts_of(rows):
     return [name for name in rows.column_names if name != "label"]
 
 
-def with_label(rows, place):
+def labelled(rows, place):
     """The rows whose label is not -1, as SNLI has it where annotators disagree."""
     least = min(rows["label"][:])
     if least < -1:

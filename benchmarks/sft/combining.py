@@ -51,8 +51,7 @@ class Combining:
             return []
         others = ("--second", *self.second.task.words(self.second.source))
         rates = ("--learning-rate", f"{first:g}", "--second-learning-rate", f"{second:g}")
-        where = ("--model", self.first.source.model, *self.first.task.options(self.first.source))
-        options = (*where, *self.first.options, *method.options, *others, *rates)
+        options = (*self.first.settings(method), *others, *rates)
         return [Run("sft_combine", (*options, "--seeds", str(seed))) for seed in self.first.seeds]
 
     def write(self, known: Known, folder: Path) -> None:

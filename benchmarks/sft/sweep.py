@@ -92,9 +92,11 @@ class Sweep:
 
     def run(self, method: Method, rate: float, seed: int) -> Run:
         """One cell."""
-        where = ("--model", self.source.model, *self.task.options(self.source))
-        settings = (*where, *self.options, *method.options)
-        return Run(method.script, (*settings, "--learning-rate", f"{rate:g}", "--seeds", str(seed)))
+        return Run(method.script, (*self.settings(method), "--learning-rate", f"{rate:g}", "--seeds", str(seed)))
+
+    def settings(self, method: Method) -> tuple[str, ...]:
+        """What all cells of a method have in common on the command line."""
+        return ("--model", self.source.model, *self.task.options(self.source), *self.options, *method.options)
 
     def rates(self, method: Method, known: Known) -> list[float]:
         """The rates to try, as far as can be said now; of a method that is `like` another, the other's best."""
@@ -154,7 +156,7 @@ class Sweep:
             "completions of the task (new text) and on text that the model knew before (old text); lower is better."
             f"{before} The table has each method at the learning rate with the lowest loss on new text, "
             f"{of_seeds('mean and standard deviation', len(self.seeds))}; the rate was chosen with the first seed. A "
-            f"seed sets the order of the rows, the random masks and LoRA's matrices."
+            "seed sets the order of the rows, the random masks and LoRA's matrices."
         )
 
     def _main_table(self, known: Known) -> str:

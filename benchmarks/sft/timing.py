@@ -11,7 +11,6 @@ from typing import Any
 from benchmarks.grid.runs import Known, Run, succeeded
 from benchmarks.grid.search import Method
 from benchmarks.grid.tables import circumstances, failures, markdown
-from benchmarks.measure import ratio
 from benchmarks.sft.sweep import Sweep
 
 
@@ -29,11 +28,8 @@ class Timing:
 
     def runs(self, known: Known) -> Iterator[Run]:
         """One for each method."""
-        sweep = self.sweep
-        where = ("--model", sweep.source.model, *sweep.task.options(sweep.source))
         for method in self.methods:
-            options = (*where, *sweep.options, *method.options, "--seeds", str(sweep.seeds[0]))
-            yield Run("sft_steps", options)
+            yield Run("sft_steps", (*self.sweep.settings(method), "--seeds", str(self.sweep.seeds[0])))
 
     least_runs = runs
 
@@ -56,5 +52,5 @@ class Timing:
 def _shown(result: Mapping[str, Any]) -> list[str]:
     own, lora = (result["steps"][name] for name in ("own", "lora"))
     ratios = sorted(one / other for one, other in zip(own, lora, strict=True))
-    numbers = (ratio(own, lora), ratios[0], ratios[-1], median(own), median(lora))
+    numbers = (median(ratios), ratios[0], ratios[-1], median(own), median(lora))
     return [*(f"{number:.2f}" for number in numbers), str(len(own)), f"{result['tokens']:,}"]

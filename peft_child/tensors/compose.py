@@ -160,9 +160,7 @@ def delta_gradient(gradient: Tensor, indices: Index, mask: MaskUse | None, dtype
     return gathered if mask is None else mask.apply(gathered)
 
 
-def _composed(
-    base: Tensor, deltas: Sequence[Tensor], indices: Sequence[Index], dtype: torch.dtype | None = None
-) -> Tensor:
+def _composed(base: Tensor, deltas: Sequence[Tensor], indices: Sequence[Index], dtype: torch.dtype | None) -> Tensor:
     """A contiguous copy of `base`, the deltas added in at least float32, rounded to its dtype and then to `dtype`."""
     dtype = dtype or base.dtype
     precise = torch.promote_types(base.dtype, torch.float32)
